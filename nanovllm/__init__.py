@@ -1,0 +1,11 @@
+"""Nano-vLLM: a small, readable and fast library for offline LLM inference."""
+
+from pathlib import Path
+
+from nanovllm.llm import LLM
+from nanovllm.sampling_params import SamplingParams
+
+#: Directory of the built-in demonstration checkpoint (see the card inside it for what it is and is not).
+DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
+
+__all__ = ["DEMO_MODEL", "LLM", "SamplingParams"]

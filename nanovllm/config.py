@@ -1,0 +1,195 @@
+"""Every option of the engine, validated in one place."""
+
+import difflib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(slots=True)
+class Config:
+    """Options of an engine. After construction nothing is "auto": every field holds what the engine uses.
+
+    Attributes:
+        model: a directory in Hugging Face format, or a hub id (the local cache is tried first).
+        max_num_batched_tokens: most tokens computed in one prefill step; longer prompts are cut in chunks.
+        max_num_seqs: most sequences that run at once.
+        max_model_len: most tokens, prompt and completion together, of a sequence; never above the model's
+            `max_position_embeddings`.
+        gpu_memory_utilization: share of the GPU's memory that the engine may use, above 0 and at most 1.
+        tensor_parallel_size: number of ranks the model is split over, 1 to 8.
+        enforce_eager: run decode without CUDA graphs.
+        kvcache_block_size: token slots of a KV-cache block.
+        num_kvcache_blocks: blocks in the cache; -1 works it out from the memory that is left.
+        hf_config: the model's configuration, when it is not to be read from `model`.
+        eos: id of the end-of-sequence token; -1 takes the tokenizer's.
+        device: "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu".
+        dtype: "auto" (the checkpoint's; float32 on a CPU), "bfloat16", "float16" or "float32".
+        attention_backend: "auto" (the fastest that is there), "triton", "flash_attn" or "torch".
+        load_format: "auto" reads safetensors files; "dummy" makes random weights and reads none.
+        enable_prefix_caching: share the cache blocks of equal prompt beginnings.
+        seed: seed of the requests that bring none, and of dummy weights.
+
+    Raises:
+        TypeError, ValueError: with the offending value and what would be right.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int = -1
+    hf_config: PretrainedConfig | None = None
+    eos: int = -1
+    device: str = "auto"
+    dtype: str | torch.dtype = "auto"
+    attention_backend: str = "auto"
+    load_format: str = "auto"
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+    @classmethod
+    def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
+        """Build a Config; an unknown option is a TypeError that names the nearest field."""
+        names = [field.name for field in fields(cls) if field.name != "model"]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+                raise TypeError(f"unknown option {name!r}; did you mean {near!r}? (options: {', '.join(names)})")
+        return cls(model, **options)
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
+            self._check_int(name, 1)
+        self._check_int("tensor_parallel_size", 1, 8)
+        self._check_int("eos", -1)
+        self._check_int("seed", 0, 2**63 - 1)
+        self._check_int("num_kvcache_blocks", -1)
+        if self.num_kvcache_blocks == 0:
+            raise ValueError("num_kvcache_blocks must be at least 1, or -1 to have it worked out, not 0")
+        for name in ("enforce_eager", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        utilization = self.gpu_memory_utilization
+        if isinstance(utilization, bool) or not isinstance(utilization, (int, float)):
+            raise TypeError(f"gpu_memory_utilization must be a number, not {utilization!r}")
+        if not 0 < utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {utilization}")
+        self._check_choice("device", ("auto", "cuda", "cpu"))
+        self._check_choice("dtype", ("auto", *DTYPES, *DTYPES.values()))
+        self._check_choice("attention_backend", ("auto", "triton", "flash_attn", "torch"))
+        self._check_choice("load_format", ("auto", "dummy"))
+
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        num_gpus = torch.cuda.device_count() if self.device == "cuda" else 0
+        if self.device == "cuda" and num_gpus < self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as many GPUs, and "
+                f"{num_gpus} can be seen; lower it or pass device='cpu'"
+            )
+        if self.hf_config is None or self.load_format != "dummy":
+            self.model = resolve_model(self.model)
+        if self.hf_config is None:
+            self.hf_config = read_hf_config(Path(self.model))
+        check_architecture(self.hf_config.architectures, "hf_config")
+        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        self.dtype = self._resolve_dtype()
+        if self.num_kvcache_blocks > 0:
+            self.check_kvcache(self.num_kvcache_blocks)
+
+    def check_kvcache(self, num_blocks: int) -> None:
+        """Raise a ValueError unless so many blocks hold a sequence of max_model_len: any request can then finish."""
+        needed = -(-self.max_model_len // self.kvcache_block_size)
+        if num_blocks < needed:
+            raise ValueError(
+                f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens cannot hold one sequence "
+                f"of max_model_len {self.max_model_len}, which takes {needed} blocks; lower max_model_len, or raise "
+                "num_kvcache_blocks or gpu_memory_utilization"
+            )
+
+    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+        if value < low or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name} must be {bounds}, not {value}")
+
+    def _check_choice(self, name: str, choices: tuple) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
+
+    def _resolve_dtype(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return DTYPES.get(self.dtype, self.dtype)
+        if self.device == "cpu":
+            return torch.float32
+        # transformers 5 calls it dtype, 4 torch_dtype; either may hold a string.
+        dtype = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)
+        return DTYPES.get(dtype, dtype) or torch.bfloat16
+
+
+def resolve_model(model: str) -> str:
+    """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id.
+
+    Raises:
+        TypeError, ValueError: when there is no such directory and no such hub id.
+    """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model must be a path or a hub id, not {model!r}")
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser())
+    from huggingface_hub import snapshot_download  # here: most runs never need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        try:
+            return snapshot_download(str(model), allow_patterns=files, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return snapshot_download(str(model), allow_patterns=files)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched "
+            f"({str(error).strip().splitlines()[0]}); pass the path of a checkpoint in Hugging Face format"
+        ) from error
+
+
+def read_hf_config(path: Path) -> PretrainedConfig:
+    """Read config.json, refusing what the engine cannot run before anything is built from it.
+
+    Raises:
+        ValueError: no config.json, not JSON, or an architecture that is not supported.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    check_architecture(raw.get("architectures"), str(file))
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ValueError(f"transformers cannot read {file}: {error}") from error
+
+
+def check_architecture(architectures: list[str] | None, source: str) -> None:
+    name = (architectures or [None])[0]
+    if name not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"{source} names the architecture {name!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )

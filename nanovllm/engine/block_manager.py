@@ -1,0 +1,151 @@
+"""The paged KV cache's book-keeping: who holds which block, and which blocks can be shared."""
+
+from array import array
+from collections import OrderedDict
+from itertools import count
+
+import xxhash
+
+from nanovllm.engine.sequence import Sequence
+
+NO_CONTENT = 0  # content id of a block that is not (yet) full, and of the empty prefix
+
+
+class Block:
+    """One block of `block_size` token slots.
+
+    `content_id` names the whole prefix that ends with this block: two blocks have the same id exactly when
+    their tokens and all tokens before them are equal. `parent_id` is the id of the prefix before it.
+    """
+
+    __slots__ = ("block_id", "ref_count", "key", "token_ids", "parent_id", "content_id")
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id = block_id
+        self.ref_count = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.key = -1
+        self.token_ids: list[int] = []
+        self.parent_id = self.content_id = NO_CONTENT
+
+
+class BlockManager:
+    """Hands out cache blocks, counts their holders, and finds prefixes that are in the cache already.
+
+    Every operation costs time proportional to the blocks it touches, never to the size of the cache.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        # Ids of the blocks nobody holds, least recently freed first. An OrderedDict is a queue from whose middle
+        # a block can be taken in constant time, which is what a prefix hit on a freed block does.
+        self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.cached_blocks: dict[int, Block] = {}  # key -> a full block, held or free
+        self._content_ids = count(NO_CONTENT + 1)  # never reused, so a stale parent_id matches nothing
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # --- admission -------------------------------------------------------------------------------------------
+
+    def can_allocate(self, seq: Sequence) -> bool:
+        """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
+        hits = self._find_cached_prefix(seq)
+        num_free = len(self.free_block_ids) - sum(block.ref_count == 0 for block in hits)
+        return self.num_blocks_for(seq.num_tokens) - len(hits) <= num_free
+
+    def allocate(self, seq: Sequence) -> None:
+        """Fill the block table of a waiting sequence: shared blocks for its cached prefix, new ones for the rest."""
+        assert not seq.block_table
+        hits = self._find_cached_prefix(seq)
+        for block in hits:
+            if block.ref_count == 0:
+                del self.free_block_ids[block.block_id]
+            block.ref_count += 1
+            seq.block_table.append(block.block_id)
+        for _ in range(self.num_blocks_for(seq.num_tokens) - len(hits)):
+            seq.block_table.append(self._take_free_block())
+        seq.num_cached_tokens = seq.num_computed_tokens = len(hits) * self.block_size
+
+    def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
+        """The longest run of cached blocks that `seq` begins with, always leaving a token to compute."""
+        hits: list[Block] = []
+        if not self.enable_prefix_caching:
+            return hits
+        parent_id = NO_CONTENT
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self.cached_blocks.get(self._block_key(seq, index))
+            # The key is only a hash. Equal tokens after an equal prefix are a proof.
+            if block is None or block.parent_id != parent_id or block.token_ids != self._block_tokens(seq, index):
+                break
+            hits.append(block)
+            parent_id = block.content_id
+        return hits
+
+    # --- decoding --------------------------------------------------------------------------------------------
+
+    def can_append(self, seq: Sequence) -> bool:
+        """Whether the last token of a running sequence has a slot, or can be given one."""
+        return self.num_blocks_for(seq.num_tokens) <= len(seq.block_table) or bool(self.free_block_ids)
+
+    def may_append(self, seq: Sequence) -> None:
+        """Give a running sequence a new block if its last token is the first of one."""
+        if self.num_blocks_for(seq.num_tokens) > len(seq.block_table):
+            seq.block_table.append(self._take_free_block())
+
+    # --- sharing and release -----------------------------------------------------------------------------------
+
+    def register(self, seq: Sequence, start: int, end: int) -> None:
+        """Make shareable the blocks that computing tokens `start` to `end` (exclusive) of `seq` fills."""
+        if not self.enable_prefix_caching:
+            return
+        for index in range(start // self.block_size, end // self.block_size):
+            block = self.blocks[seq.block_table[index]]
+            key, token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
+            block.parent_id = self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
+            known = self.cached_blocks.get(key)
+            if known is not None and known.parent_id == block.parent_id and known.token_ids == token_ids:
+                block.content_id = known.content_id  # a second copy: the first one stays the shared one
+            else:
+                block.key, block.token_ids, block.content_id = key, token_ids, next(self._content_ids)
+                self.cached_blocks[key] = block
+
+    def deallocate(self, seq: Sequence) -> None:
+        """Take back all blocks of a sequence. Their contents stay findable until they are handed out again."""
+        for block_id in reversed(seq.block_table):  # the tail is evicted before the head it depends on
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self.free_block_ids[block_id] = None
+        seq.block_table.clear()
+        seq.num_computed_tokens = 0
+
+    def _take_free_block(self) -> int:
+        block_id, _ = self.free_block_ids.popitem(last=False)
+        block = self.blocks[block_id]
+        if self.cached_blocks.get(block.key) is block:
+            del self.cached_blocks[block.key]
+        block.forget()
+        block.ref_count = 1
+        return block_id
+
+    # --- keys ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def compute_hash(token_ids: list[int], previous_key: int | None = None) -> int:
+        """Key of a full block: xxh64 of the previous block's key (8 bytes, none for the first) and its token ids."""
+        prefix = b"" if previous_key is None else previous_key.to_bytes(8, "little")
+        return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
+
+    def _block_key(self, seq: Sequence, index: int) -> int:
+        keys = seq.block_keys  # kept with the sequence: one that waits for blocks is looked up in every step
+        while len(keys) <= index:
+            keys.append(self.compute_hash(self._block_tokens(seq, len(keys)), keys[-1] if keys else None))
+        return keys[index]
+
+    def _block_tokens(self, seq: Sequence, index: int) -> list[int]:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]

@@ -1,0 +1,89 @@
+"""Commands from rank 0 to the worker processes, through shared memory."""
+
+import multiprocessing
+import pickle
+import struct
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this frame
+
+
+class Channel:
+    """One shared-memory block that rank 0 writes and every worker reads.
+
+    Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and the last frame copied
+    out). Rank 0 waits for all `taken` before it writes again, so a message longer than the block simply goes in
+    several frames. The block's name is chosen fresh, so that two engines never meet.
+    """
+
+    def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.memory = SharedMemory(create=True, size=size)
+        self.ready = [context.Event() for _ in range(num_workers)]
+        self.taken = [context.Event() for _ in range(num_workers)]
+        self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "processes": []}  # a worker's copy needs no handles of its siblings
+
+    def send(self, method: str, args: tuple) -> None:
+        """Rank 0: have every worker call `method(*args)`.
+
+        Raises:
+            RuntimeError: when a worker has died.
+        """
+        message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
+        capacity = self.memory.size - HEADER.size
+        for start in range(0, len(message), capacity):
+            frame = message[start : start + capacity]
+            self.wait_taken()
+            HEADER.pack_into(self.memory.buf, 0, len(message), len(frame))
+            self.memory.buf[HEADER.size : HEADER.size + len(frame)] = frame
+            for ready, taken in zip(self.ready, self.taken, strict=True):
+                taken.clear()
+                ready.set()
+
+    def wait_taken(self) -> None:
+        """Rank 0: wait until every worker is up and has copied the last frame; RuntimeError if one has died."""
+        for event in self.taken:
+            while not event.wait(timeout=1.0):
+                self.check_workers()
+
+    def receive(self, rank: int) -> tuple[str, tuple]:
+        """Worker: wait for the next command."""
+        message, length = b"", 1
+        while len(message) < length:
+            self._wait_ready(rank)
+            length, frame_length = HEADER.unpack_from(self.memory.buf, 0)
+            message += bytes(self.memory.buf[HEADER.size : HEADER.size + frame_length])
+            self.ready[rank - 1].clear()
+            self.taken[rank - 1].set()
+        return pickle.loads(message)
+
+    def _wait_ready(self, rank: int) -> None:
+        parent = multiprocessing.parent_process()
+        while not self.ready[rank - 1].wait(timeout=1.0):
+            if parent is not None and not parent.is_alive():
+                raise SystemExit(1)  # nobody is left to send anything
+
+    def check_workers(self) -> None:
+        """Rank 0: raise a RuntimeError with the worker's traceback if one has failed."""
+        if not self.errors.empty():
+            rank, traceback = self.errors.get()
+            raise RuntimeError(f"tensor-parallel rank {rank} failed:\n{traceback}")
+        for rank, process in enumerate(self.processes, start=1):
+            if not process.is_alive():
+                raise RuntimeError(f"tensor-parallel rank {rank} died with exit code {process.exitcode}")
+
+    def close(self) -> None:
+        """Rank 0: end the workers that have not ended by themselves, and free the shared memory."""
+        for process in self.processes:
+            process.join(timeout=5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.processes.clear()
+        self.memory.close()
+        self.memory.unlink()

@@ -1,0 +1,238 @@
+"""The engine: requests in, results out, and the loop between."""
+
+import multiprocessing
+import operator
+import random
+import weakref
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanovllm.config import Config
+from nanovllm.engine.channel import Channel
+from nanovllm.engine.model_runner import ModelRunner, run_worker
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.models import MODELS
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+
+
+class LLMEngine:
+    """Drives a Scheduler and a rank-0 ModelRunner.
+
+    Args:
+        model: a checkpoint directory in Hugging Face format, or a hub id.
+        options: the fields of `Config`.
+
+    Raises:
+        TypeError, ValueError: when an option or the checkpoint is not right.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.config = config = Config.from_options(model, options)
+        MODELS[config.hf_config.architectures[0]].check_config(config.hf_config)
+        self.tokenizer = load_tokenizer(config.model)
+        if config.eos == -1:
+            config.eos = find_eos(config, self.tokenizer)
+        self._seeds = random.Random(config.seed)  # of the requests that bring none
+
+        channel = store = None
+        if config.tensor_parallel_size > 1:
+            channel = Channel(config.tensor_parallel_size - 1)
+            # Port 0: the system picks one that is free.
+            store = dist.TCPStore("127.0.0.1", 0, config.tensor_parallel_size, is_master=True, wait_for_workers=False)
+        try:
+            if channel is not None:
+                context = multiprocessing.get_context("spawn")
+                for rank in range(1, config.tensor_parallel_size):
+                    args = (config, rank, channel, store.port)
+                    process = context.Process(target=run_worker, args=args, daemon=True)
+                    process.start()
+                    channel.processes.append(process)
+                channel.wait_taken()  # a worker that cannot start is found out here, not in a collective
+            self.model_runner: ModelRunner | None = ModelRunner(config, 0, channel, store)
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            raise
+        # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
+        self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
+        self.scheduler = Scheduler(config)
+
+    def exit(self) -> None:
+        """End the workers and free the memory. The engine cannot be used afterwards."""
+        self._finalizer()
+        self.model_runner = None
+
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue one prompt for `step`.
+
+        Returns:
+            The request's id, by which `step` reports its result.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
+        """
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        return self._queue(self._checked(prompt, params, 0), params)
+
+    def _queue(self, token_ids: list[int], params: SamplingParams) -> int:
+        seq = Sequence(token_ids, params, seed=self._seeds.getrandbits(63))
+        seq.max_tokens = min(seq.max_tokens, self.config.max_model_len - seq.num_prompt_tokens)
+        self.scheduler.add(seq)
+        return seq.seq_id
+
+    def _checked(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
+        """The token ids of a request that can be served; else an exception that says what is wrong with it."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"prompt {index} is text, and {self.config.model} has no tokenizer; pass token ids")
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            try:
+                token_ids = [operator.index(token_id) for token_id in prompt]
+            except TypeError:
+                raise TypeError(
+                    f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token ids "
+                    "is passed as a list of one list)"
+                ) from None
+        if not token_ids:
+            raise ValueError(f"prompt {index} is empty; it must have at least one token")
+        vocab_size = self.config.hf_config.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab_size - 1}")
+        if len(token_ids) >= self.config.max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(token_ids)} tokens, and max_model_len {self.config.max_model_len} must hold "
+                "it and at least one new token; shorten the prompt or raise max_model_len"
+            )
+        return token_ids
+
+    # --- the loop --------------------------------------------------------------------------------------------
+
+    def is_finished(self) -> bool:
+        """Whether no request is queued or running."""
+        return self.scheduler.is_finished()
+
+    def step(self) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+        """Schedule, run and account for one forward pass.
+
+        Returns:
+            (request id, result) of each request that finished, and the number of tokens: of a prefill step, those
+            computed; of a decode step, minus the number of sequences; 0 when there was nothing to do.
+        """
+        if self.model_runner is None:
+            raise RuntimeError("this engine was shut down by exit(); make a new LLM")
+        if self.is_finished():
+            return [], 0
+        try:
+            seqs, is_prefill = self.scheduler.schedule()
+            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
+            token_ids = self.model_runner.call("run", seqs, is_prefill)
+            finished = self.scheduler.postprocess(seqs, token_ids)
+        except BaseException:
+            self.reset()
+            raise
+        return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens
+
+    def reset(self) -> None:
+        """Drop all requests and everything cached.
+
+        A step that was cut short leaves blocks half written and queues half updated, so nothing of them is kept.
+        """
+        self.scheduler = Scheduler(self.config)
+
+    def _result(self, seq: Sequence) -> dict[str, Any]:
+        token_ids = seq.completion_token_ids
+        text = "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+
+    def generate(
+        self,
+        prompts: str | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Complete prompts, batched as the cache allows.
+
+        Args:
+            prompts: one string, or a list whose items are strings or lists of token ids.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            For each prompt, in order, a dict with `text` (the completion, special tokens left out; "" without a
+            tokenizer), `token_ids` (of the completion) and `finish_reason`: "stop" (end of sequence) or "length"
+            (`max_tokens`, or `max_model_len`, was reached).
+
+        Raises:
+            TypeError, ValueError: a prompt or its parameters are not right; nothing is queued then.
+            RuntimeError: requests of `add_request` are unfinished.
+        """
+        if not self.is_finished():
+            raise RuntimeError("requests of add_request are unfinished; run step() until is_finished(), or reset()")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
+        checked = [
+            self._checked(prompt, params, index)
+            for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
+        ]
+        results: dict[int, dict[str, Any]] = {}
+        rates = {"prefill": "-", "decode": "-"}
+        try:
+            request_ids = [self._queue(*request) for request in zip(checked, sampling_params, strict=True)]
+            with tqdm(total=len(prompts), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
+                while not self.is_finished():
+                    start = perf_counter()
+                    finished, num_tokens = self.step()
+                    kind = "prefill" if num_tokens > 0 else "decode"
+                    rates[kind] = f"{abs(num_tokens) / (perf_counter() - start):.0f}tok/s"
+                    progress.set_postfix(rates, refresh=False)
+                    results.update(finished)
+                    progress.update(len(finished))
+        except BaseException:  # Ctrl-C too: the abandoned requests must not come back in the next call
+            self.reset()
+            raise
+        return [results[request_id] for request_id in request_ids]
+
+
+def shut_down(model_runner: ModelRunner, channel: Channel | None) -> None:
+    try:
+        model_runner.call("exit")
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if not any((Path(path) / file).is_file() for file in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
+
+
+def find_eos(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The end-of-sequence id: the tokenizer's, else the model's; -1 when neither names one."""
+    eos = tokenizer.eos_token_id if tokenizer is not None else getattr(config.hf_config, "eos_token_id", None)
+    if isinstance(eos, (list, tuple)):
+        eos = eos[0]
+    return -1 if eos is None else eos

@@ -1,0 +1,82 @@
+"""Attention over the paged KV cache, by one of three interchangeable backends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nanovllm.kernels import flash_attention, paged_decode, store_kvcache, varlen_prefill
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.utils.context import get_context
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """How to store K and V, and how to attend in the two kinds of step. All backends give the same results."""
+
+    name: str
+    store: Callable[..., None]
+    prefill: Callable[..., torch.Tensor]
+    decode: Callable[..., torch.Tensor]
+
+
+TORCH = AttentionBackend(
+    "torch", store_kvcache.store_kvcache_torch, varlen_prefill.varlen_prefill_torch, paged_decode.paged_decode_torch
+)
+TRITON = AttentionBackend(
+    "triton", store_kvcache.store_kvcache, varlen_prefill.varlen_prefill, paged_decode.paged_decode
+)
+FLASH_ATTN = AttentionBackend(
+    "flash_attn", store_kvcache.store_kvcache, flash_attention.flash_prefill, flash_attention.flash_decode
+)
+
+
+def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
+    """The backend that `name` asks for; "auto" takes the fastest that is there.
+
+    Raises:
+        ValueError: when it cannot serve this device, block size, head size or dtype.
+    """
+    if name == "auto":
+        return TORCH if device == "cpu" or not HAS_TRITON else TRITON
+    if name == "torch":
+        return TORCH
+    if device == "cpu":
+        raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
+    if not HAS_TRITON:
+        raise ValueError(f"attention_backend {name!r} needs Triton, which is not installed; use 'torch' or 'auto'")
+    if name == "triton":
+        return TRITON
+    flash_attention.check_flash_attention(block_size, head_dim, dtype)
+    return FLASH_ATTN
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention of this rank's heads.
+
+    The model runner binds the backend and this layer's part of the cache, `[num_blocks, block_size, kv_heads,
+    head_dim]` each for K and V, once the weights are loaded. Before that (warmup) nothing is stored.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+        self.backend = TORCH
+        self.k_cache = self.v_cache = torch.empty(0)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q `[num_tokens, num_heads, head_dim]`, k and v `[num_tokens, num_kv_heads, head_dim]` -> like q."""
+        context = get_context()
+        if context.slot_mapping is not None:
+            # Before anything is read: a sequence may share blocks that another one fills in this very step.
+            self.backend.store(k, v, self.k_cache, self.v_cache, context.slot_mapping)
+        if context.is_prefill:
+            return self.backend.prefill(
+                q, k, v, self.k_cache, self.v_cache, context.cu_seqlens_q, context.cu_seqlens_k,
+                context.max_seqlen_q, context.max_seqlen_k, self.scale, context.block_tables,
+            )  # fmt: skip
+        return self.backend.decode(
+            q, self.k_cache, self.v_cache, context.context_lens, context.block_tables, self.scale
+        )

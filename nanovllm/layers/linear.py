@@ -1,0 +1,127 @@
+"""Linear layers whose weight is split over the tensor-parallel ranks.
+
+Column-parallel layers split the outputs, `[out / tp, in]`, and need no communication; row-parallel ones split the
+inputs, `[out, in / tp]`, and sum the ranks' results. A column-parallel layer followed by a row-parallel one thus
+costs one all-reduce (Shoeybi et al., Megatron-LM, 2019).
+
+Every parameter carries a `weight_loader(param, loaded, shard_id=None)` that copies this rank's part of a
+checkpoint tensor. `loaded` is a safetensors slice (or a tensor): only what is indexed is read from the file.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nanovllm.utils.tensor_parallel import get_tensor_parallel
+
+
+def check_shape(loaded, expected: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a checkpoint tensor has the shape that the model's configuration asks for."""
+    shape = tuple(loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape)
+    if shape != tuple(expected):
+        raise ValueError(f"has shape {list(shape)}, and the model's configuration asks for {list(expected)}")
+
+
+def divide(what: str, num: int, parts: int) -> int:
+    """`num / parts`, or a ValueError that names both."""
+    if num % parts:
+        raise ValueError(f"{what} ({num}) cannot be split over tensor_parallel_size {parts}; use a divisor of it")
+    return num // parts
+
+
+class LinearBase(nn.Module):
+    """`y = x W^T + b` with W `[output_size, input_size]` as this rank holds it."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.tp = get_tensor_parallel()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
+        self.weight.weight_loader = self.weight_loader
+        if bias:
+            self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False)
+            self.bias.weight_loader = self.weight_loader
+        else:
+            self.register_parameter("bias", None)
+
+    def weight_loader(self, param: nn.Parameter, loaded, shard_id=None) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(LinearBase):
+    """Several column-parallel matrices that read the same input, stacked to one GEMM.
+
+    Args:
+        input_size: size of x.
+        output_sizes: outputs of each matrix, over all ranks. A rank's output is `[its part of the first, ...]`.
+    """
+
+    def __init__(self, input_size: int, output_sizes: list[int], bias: bool = False) -> None:
+        self.output_sizes = output_sizes
+        tp_size = get_tensor_parallel().size
+        super().__init__(input_size, sum(divide("an output size", size, tp_size) for size in output_sizes), bias)
+
+    def weight_loader(self, param: nn.Parameter, loaded, shard_id: int = 0) -> None:
+        check_shape(loaded, (self.output_sizes[shard_id], *param.shape[1:]))
+        offset = sum(self.output_sizes[:shard_id]) // self.tp.size
+        part = self.tp.shard(self.output_sizes[shard_id])
+        param[offset : offset + part.stop - part.start].copy_(loaded[part])
+
+
+class ColumnParallelLinear(MergedColumnParallelLinear):
+    """One matrix `[output_size / tp, input_size]`; the output stays split."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+        super().__init__(input_size, [output_size], bias)
+
+
+class QKVParallelLinear(LinearBase):
+    """The query, key and value projections as one GEMM, split by heads.
+
+    With fewer KV heads than ranks each KV head is held by several ranks.
+
+    Attributes:
+        num_heads, num_kv_heads: this rank's. Output: `[q heads, k heads, v heads] x head_dim`.
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool) -> None:
+        tp = get_tensor_parallel()
+        self.head_dim, self.total_heads, self.total_kv_heads = head_dim, total_heads, total_kv_heads
+        self.num_heads = divide("num_attention_heads", total_heads, tp.size)
+        if total_kv_heads >= tp.size:
+            self.num_kv_heads = divide("num_key_value_heads", total_kv_heads, tp.size)
+        else:
+            divide("tensor_parallel_size", tp.size, total_kv_heads)  # as many ranks for each KV head
+            self.num_kv_heads = 1
+        super().__init__(hidden_size, (self.num_heads + 2 * self.num_kv_heads) * head_dim, bias)
+
+    def weight_loader(self, param: nn.Parameter, loaded, shard_id: str = "q") -> None:
+        total = self.total_heads if shard_id == "q" else self.total_kv_heads
+        check_shape(loaded, (total * self.head_dim, *param.shape[1:]))
+        num = self.num_heads if shard_id == "q" else self.num_kv_heads
+        first = self.tp.rank * total // self.tp.size  # the same KV head for all ranks that share it
+        offset = {"q": 0, "k": self.num_heads, "v": self.num_heads + self.num_kv_heads}[shard_id]
+        rows = param[offset * self.head_dim : (offset + num) * self.head_dim]
+        rows.copy_(loaded[first * self.head_dim : (first + num) * self.head_dim])
+
+
+class RowParallelLinear(LinearBase):
+    """One matrix `[output_size, input_size / tp]` on an input that is split; the results are summed."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+        self.input_size = input_size
+        super().__init__(divide("an input size", input_size, get_tensor_parallel().size), output_size, bias)
+
+    def weight_loader(self, param: nn.Parameter, loaded, shard_id: None = None) -> None:
+        if param.dim() == 1:
+            check_shape(loaded, tuple(param.shape))
+            param.copy_(loaded[:])
+        else:
+            check_shape(loaded, (param.shape[0], self.input_size))
+            param.copy_(loaded[:, self.tp.shard(self.input_size)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
+        return self.tp.all_reduce(F.linear(x, self.weight, bias))

@@ -1,0 +1,150 @@
+"""Qwen3 (Yang et al., Qwen3 Technical Report, 2025) and Qwen2: a decoder-only transformer.
+
+Pre-norm blocks of grouped-query attention and a SwiGLU MLP. Tensors have no batch dimension: the tokens of all
+sequences of a step lie one after the other, `[num_tokens, ...]`, and only attention knows the borders.
+"""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+
+
+def head_size(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention. Qwen3 normalises each head's q and k before RoPE; Qwen2 has a QKV bias instead."""
+
+    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        is_qwen3 = config.model_type == "qwen3"
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        self.head_dim = head_size(config)
+        self.rotary_emb = rotary_emb
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=attention_bias if is_qwen3 else True,
+        )
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else nn.Identity()
+        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.head_dim)
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim, config.hidden_size, bias=attention_bias and is_qwen3
+        )
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        num_heads, num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k = self.rotary_emb(positions, self.q_norm(q), self.k_norm(k))
+        return self.o_proj(self.attn(q, k, v).flatten(-2))
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2)
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config, rotary_emb)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each addition to the residual stream is left to the norm that reads the sum next."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(positions, hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Qwen3Model(nn.Module):
+    def __init__(self, config: PretrainedConfig, max_position: int) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed_tokens(input_ids)
+        residual = torch.zeros_like(hidden)
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The language model: token ids and positions in, hidden states out, logits on request.
+
+    Args:
+        config: of a Qwen3 or Qwen2 dense checkpoint.
+        max_position: number of positions to tabulate RoPE for.
+
+    Raises:
+        ValueError: when the configuration asks for what is not implemented, or cannot be split over the ranks.
+    """
+
+    # checkpoint name -> (merged parameter, its shard)
+    packed_modules_mapping: dict[str, tuple[str, str | int]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+
+    def __init__(self, config: PretrainedConfig, max_position: int) -> None:
+        super().__init__()
+        self.check_config(config)
+        self.model = Qwen3Model(config, max_position)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    def check_config(config: PretrainedConfig) -> None:
+        """Refuse a configuration that this code would run wrongly."""
+        rope_theta(config)
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; supported: 'silu'")
+        layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if getattr(config, "use_sliding_window", False) or layer_types:
+            raise ValueError("sliding-window attention is not supported; set use_sliding_window to false")
+        if getattr(config, "quantization_config", None):
+            raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({config.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads})"
+            )
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens]` int64 each -> hidden states `[num_tokens, hidden_size]`."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, hidden_size]` -> logits `[num_seqs, vocab_size / tp]` after each sequence's last token."""
+        return self.lm_head(hidden)

@@ -1,0 +1,114 @@
+"""From safetensors files to the model's parameters."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+
+def load_model(model: nn.Module, path: str) -> None:
+    """Fill every parameter of `model` from the checkpoint in `path`, each rank reading only its own slices.
+
+    Args:
+        model: its parameters carry a `weight_loader`; its `packed_modules_mapping` says which checkpoint tensors
+            make up a merged parameter.
+        path: directory with one or many *.safetensors files, with or without an index.
+
+    Raises:
+        ValueError: no or unreadable weight files; missing, unknown or wrongly shaped tensors.
+    """
+    parameters = dict(model.named_parameters())  # a tied LM head appears once, as the embedding
+    missing = _expected_tensors(model, parameters)
+    unknown: list[str] = []
+    # Small checkpoints load before a bar would show; a large one keeps a person waiting.
+    with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
+        for file in weight_files(Path(path)):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        if name in missing:
+                            _load_tensor(parameters, missing.pop(name), name, tensors.get_slice(name))
+                            progress.update()
+                        elif not _is_redundant(model, name):
+                            unknown.append(name)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"cannot read the weights in {file}: {error}") from error
+    if missing or unknown:
+        problems = [
+            f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise ValueError(
+            f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the checkpoint is "
+            "incomplete or of another model"
+        )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint: those its index names, else all there are."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not a valid index of weight files: {error!r}") from error
+        files = [path / name for name in names]
+    elif (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]  # and not, say, a consolidated copy beside it
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    absent = [file.name for file in files if not file.is_file()]
+    if absent or not files:
+        raise ValueError(
+            f"{path} lacks weight files ({', '.join(absent) or '*.safetensors'}); fetch the whole checkpoint, or "
+            "pass load_format='dummy' for random weights"
+        )
+    return files
+
+
+def _expected_tensors(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, tuple[str, str | int | None]]:
+    """Checkpoint tensor name -> (parameter name, shard of it), for all tensors that must be there."""
+    shards: dict[str, list[tuple[str, str | int]]] = {}
+    for source, (merged, shard_id) in model.packed_modules_mapping.items():
+        shards.setdefault(merged, []).append((source, shard_id))
+    expected: dict[str, tuple[str, str | int | None]] = {}
+    for name in parameters:
+        *prefix, module, kind = name.split(".")
+        for source, shard_id in shards.get(module, [(module, None)]):
+            expected[".".join((*prefix, source, kind))] = (name, shard_id)
+    return expected
+
+
+def _load_tensor(parameters: dict[str, nn.Parameter], target: tuple[str, str | int | None], name: str, loaded) -> None:
+    parameter_name, shard_id = target
+    param = parameters[parameter_name]
+    try:
+        if shard_id is None:
+            param.weight_loader(param, loaded)
+        else:
+            param.weight_loader(param, loaded, shard_id)
+    except ValueError as error:
+        raise ValueError(f"checkpoint tensor {name!r} {error}") from error
+
+
+def _is_redundant(model: nn.Module, name: str) -> bool:
+    """Tensors that some checkpoints carry and that follow from others: tied heads, RoPE's inverse frequencies."""
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+    return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
+
+
+@torch.no_grad()
+def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
+    """Random weights of a trained model's scale: normal with deviation `std`, norms 1, biases 0."""
+    for index, (name, param) in enumerate(model.named_parameters()):
+        if name.endswith("norm.weight"):
+            param.fill_(1.0)
+        elif name.endswith(".bias"):
+            param.zero_()
+        else:
+            generator = torch.Generator(param.device).manual_seed(seed + index)
+            param.normal_(0.0, std, generator=generator)
