@@ -15,10 +15,12 @@ class SequenceStatus(Enum):
 class Sequence:
     """A prompt, its completion so far, and where its K and V lie in the cache.
 
-    Three counters say how far it is: `num_tokens` (prompt and completion), of which `num_computed_tokens`
-    have their K and V in the cache, and `num_scheduled_tokens` that the current step computes. A step samples
-    a token for the sequence exactly when it computes its last known token (`is_sampled`). That test holds for
-    prompts, chunks, decoding and preempted sequences alike; nothing depends on "has completion tokens".
+    A step is launched before the tokens of the step before it have been read back, so the counters run ahead of
+    the token ids. `num_tokens` counts prompt, completion and tokens that launched steps will yield; `token_ids`
+    holds those that are known. `num_computed_tokens` have their K and V in the cache once the launched steps have
+    run; `num_scheduled_tokens` of them are the last step's. A step yields a token for the sequence exactly when it
+    computes the last one there is: that holds for prompts, chunks, decoding and preempted sequences alike, and
+    nothing depends on a test like "has completion tokens".
     """
 
     _ids = count()
@@ -32,27 +34,24 @@ class Sequence:
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
+        self.row = -1  # in the model runner's arrays of admitted sequences
         self.block_table: list[int] = []
+        self.num_registered_blocks = 0  # the leading blocks that others can share
         self.block_keys: list[int] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
         self.finish_reason: str | None = None
         self.max_tokens = sampling_params.max_tokens
         self.ignore_eos = sampling_params.ignore_eos
         self.temperature = sampling_params.temperature
         self.seed = sampling_params.seed if sampling_params.seed is not None else seed
-        self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether the scheduled step computes the last known token, and so yields the next one."""
-        return self.num_computed_tokens + self.num_scheduled_tokens == self.num_tokens
-
-    @property
-    def num_completion_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+    def is_exhausted(self) -> bool:
+        """Whether the launched steps yield all the tokens it may have."""
+        return self.num_tokens - self.num_prompt_tokens == self.max_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
@@ -60,36 +59,27 @@ class Sequence:
 
     @property
     def scheduled_token_ids(self) -> list[int]:
-        """The tokens that the current step computes."""
-        start = self.num_computed_tokens - self._token_offset
-        return self.token_ids[start : start + self.num_scheduled_tokens]
+        """The tokens that the last scheduled step computes, as far as they are known."""
+        return self.token_ids[self.num_computed_tokens - self.num_scheduled_tokens : self.num_computed_tokens]
 
-    def append_token(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        self.num_tokens += 1
+    def schedule(self, num_tokens: int) -> bool:
+        """Count `num_tokens` more as computed; returns whether that yields a new token."""
+        self.num_scheduled_tokens = num_tokens
+        self.num_computed_tokens += num_tokens
+        yields = self.num_computed_tokens == self.num_tokens
+        self.num_tokens += yields
+        return yields
+
+    def finish(self, reason: str) -> None:
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
 
     def __getstate__(self) -> tuple:
-        # Workers need only what this step computes: a slice of a prompt, or a decoding sequence's last token.
+        # What a worker needs: of a prompt, the slice to compute; of a decoding sequence not even its last token,
+        # which is on every rank's device already.
+        token_ids = self.scheduled_token_ids if self.num_scheduled_tokens > 1 else self.token_ids[-1:]
         return (
-            self.seq_id,
-            self.num_tokens,
-            self.num_computed_tokens,
-            self.num_scheduled_tokens,
-            self.block_table,
-            self.temperature,
-            self.seed,
-            self.scheduled_token_ids,
-        )
-
-    def __setstate__(self, state: tuple) -> None:
-        (
-            self.seq_id,
-            self.num_tokens,
-            self.num_computed_tokens,
-            self.num_scheduled_tokens,
-            self.block_table,
-            self.temperature,
-            self.seed,
-            self.token_ids,
-        ) = state
-        self._token_offset = self.num_computed_tokens
+            self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
+            self.temperature, self.seed, token_ids,
+        )  # fmt: skip
