@@ -1,0 +1,202 @@
+"""Decode attention: one new query token a sequence, keys and values read from the paged cache.
+
+Reading K and V is all the time it takes. So each is read once, by one program for all the query heads that
+share it (grouped-query attention), in tiles that are loaded while earlier ones are computed, with the online
+softmax of Milakov & Gimelshein (2018). When there are too few sequences to occupy the card, each is split
+among several programs and their results are merged ("Flash-Decoding", Dao et al. 2023).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
+
+MAX_SPLITS = 32
+
+
+class DecodeConfig(NamedTuple):
+    """How `paged_decode` divides the work; the result does not depend on it."""
+
+    block_n: int  # tokens a tile
+    num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def decode_config(
+    num_seqs: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> DecodeConfig:
+    """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
+    num_sms, shared_memory = device_limits(device)
+    # The largest power of two with which about two programs a multiprocessor are running.
+    splits = max(1, 2 * num_sms // max(1, num_seqs * kv_heads))
+    splits = min(MAX_SPLITS, 1 << (splits.bit_length() - 1))
+    # Smaller tiles when splitting: they are shared out more evenly, and two programs fit a multiprocessor.
+    block_n = 128 if splits == 1 else 64
+    token_bytes = next_power_of_2(head_dim) * dtype.itemsize
+    while block_n > 16 and (block_n * token_bytes > 32 * 1024 or 4 * block_n * token_bytes > shared_memory):
+        block_n //= 2
+    return DecodeConfig(block_n, splits)
+
+
+@triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
+def _paged_decode_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr,
+    q_stride, table_stride, scale_log2,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    seq = tl.program_id(2)
+
+    group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
+    heads = kv_head * GROUP + group
+    dims = tl.arange(0, BLOCK_D)
+    in_dim = dims < HEAD_DIM
+    q_mask = (group < GROUP)[:, None] & in_dim[None, :]
+    q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
+
+    # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
+    context_len = tl.load(context_lens_ptr + seq)
+    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    tiles_per_split = tl.cdiv(num_tiles, num_splits)
+    first_tile = split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+
+    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for tile in range(first_tile, last_tile):
+        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = tokens < context_len
+        blocks = tl.load(block_tables_ptr + seq * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0)
+        slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
+        # 64 bits: a cache has more than 2^31 elements.
+        offsets = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + dims)[None, :]
+        kv_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & in_dim[None, :]
+
+        k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: a tile has at least one valid token
+        p = tl.exp2(scores - new_max[:, None])
+        alpha = tl.exp2(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        row_max = new_max
+        v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+
+    # A share without tiles gives zeros with weight exp2(-inf) = 0; so does a padding row, with context 0.
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
+    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
+    if SPLIT:
+        tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=group < GROUP)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _combine_kernel(
+    partial_ptr, lse_ptr, out_ptr, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # one sequence and query head
+    splits = tl.arange(0, MAX_SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    there = splits < num_splits
+    lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(weights, 0)
+    offsets = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
+    partial = tl.load(partial_ptr + offsets, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    out = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    config: DecodeConfig | None = None,
+) -> torch.Tensor:
+    """Attention of one query token a sequence over all its cached keys, in Triton.
+
+    The launch does not depend on what `context_lens` and `block_tables` hold: a CUDA graph of it stays right
+    when they change.
+
+    Args:
+        q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads.
+        k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
+        context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row.
+        block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
+        scale: what the scores are multiplied by, usually head_dim ** -0.5.
+        config: overrides `decode_config`, for tests and tuning.
+
+    Returns:
+        `[num_seqs, heads, head_dim]` of q's dtype; zeros for padding rows.
+    """
+    num_seqs, heads, head_dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
+    assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
+    config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device)
+    splits = config.num_splits
+    block_d = max(16, next_power_of_2(head_dim))
+    out = torch.empty(num_seqs, heads, head_dim, dtype=q.dtype, device=q.device)
+    if splits == 1:
+        partial = lse = out  # the one share is the result; lse is not written
+    else:
+        partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
+    _paged_decode_kernel[(kv_heads, splits, num_seqs)](
+        q, k_cache, v_cache, partial, lse, context_lens, block_tables,
+        q.stride(0), block_tables.stride(0), scale * math.log2(math.e),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        BLOCK_G=max(16, next_power_of_2(heads // kv_heads)), BLOCK_D=block_d, BLOCK_N=config.block_n,
+        SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(num_seqs * heads,)](
+            partial, lse, out, splits, HEAD_DIM=head_dim, BLOCK_D=block_d, MAX_SPLITS=MAX_SPLITS
+        )
+    return out
+
+
+def paged_decode_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`paged_decode` in PyTorch: the reference and the CPU path. On a GPU it does not wait for the device."""
+    num_seqs, heads, head_dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    # The longest context if it costs nothing to know, else all that the tables could hold.
+    max_len = int(context_lens.max()) if q.device.type == "cpu" else block_tables.shape[1] * block_size
+    if max_len == 0:
+        return torch.zeros_like(q)
+    tokens = torch.arange(max_len, device=q.device)
+    lens = context_lens.long()[:, None]
+    # Positions past a sequence's end read its last token again, padding rows read slot 0: both exist.
+    positions = tokens.minimum(lens - 1).clamp(min=0)
+    slots = block_tables.long().gather(1, positions // block_size) * block_size + positions % block_size
+    slots = torch.where(lens > 0, slots, 0)
+    k = k_cache.view(-1, kv_heads, head_dim)[slots].transpose(1, 2)  # [num_seqs, kv_heads, max_len, head_dim]
+    v = v_cache.view(-1, kv_heads, head_dim)[slots].transpose(1, 2)
+    # The query heads that share a KV head take the place of query positions: K and V are not repeated.
+    mask = (tokens < lens)[:, None, None, :]
+    grouped = q.reshape(num_seqs, kv_heads, heads // kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+    return torch.where(lens[:, :, None] > 0, out, 0)

@@ -1,0 +1,372 @@
+"""Each Triton kernel, and each PyTorch reference, against plain float64 attention written out below.
+
+Without a GPU the Triton kernels run in Triton's interpreter (tests/conftest.py turns it on).
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanovllm.kernels import flash_attention
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode, paged_decode_torch
+from nanovllm.kernels.store_kvcache import store_kvcache, store_kvcache_torch
+from nanovllm.kernels.varlen_prefill import (
+    PrefillConfig,
+    prefill_config,
+    varlen_prefill,
+    varlen_prefill_torch,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory is NaN, so that an output element that a kernel forgets to write shows."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def prefix_sums(lengths):
+    return ints([0, *torch.tensor(lengths).cumsum(0).tolist()])
+
+
+def naive_attention(q, k, v, scale):
+    """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in float64."""
+    q_len, heads, _ = q.shape
+    k_len, kv_heads, _ = k.shape
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for head in range(heads):
+        keys, values = (x[:, head // (heads // kv_heads)].double() for x in (k, v))
+        for i in range(q_len):
+            seen = k_len - q_len + i + 1
+            scores = keys[:seen] @ q[i, head].double() * scale
+            weights = (scores - scores.max()).exp()
+            out[i, head] = weights @ values[:seen] / weights.sum()
+    return out
+
+
+def paged(sequences, block_size, unused=-1):
+    """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or `unused`."""
+    _, kv_heads, dim = sequences[0].shape
+    counts = [-(-len(x) // block_size) for x in sequences]
+    cache = torch.full((sum(counts) + 3, block_size, kv_heads, dim), float("nan"))
+    cache = cache.to(DEVICE, sequences[0].dtype)
+    shuffled = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))
+    free = shuffled + 1  # block 0 stays NaN
+    tables = torch.full((len(sequences), max(counts) + 2), unused, dtype=torch.int32)
+    for i, (x, count) in enumerate(zip(sequences, counts)):
+        blocks, free = free[:count], free[count:]
+        tables[i, :count] = blocks
+        slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[: len(x)]
+        cache.view(-1, kv_heads, dim)[slots.to(DEVICE)] = x
+    return cache, tables.to(DEVICE)
+
+
+def assert_near(out, expected, dtype):
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+# --- store_kvcache ---
+
+
+@pytest.mark.parametrize("store", [store_kvcache_torch, pytest.param(store_kvcache, marks=needs_triton)])
+@pytest.mark.parametrize("kv_heads, head_dim", [(1, 16), (2, 80), (3, 64)])
+@both_dtypes
+def test_store_writes_the_slots_and_nothing_else(store, kv_heads, head_dim, dtype):
+    slots = [35, -1, 0, 7, -1, 16, 47]
+    width = kv_heads * head_dim
+    qkv = randn(len(slots), 4 * width, dtype=dtype)  # q, k and v side by side: k and v are strided slices
+    k, v = (qkv[:, i * width : (i + 1) * width].view(-1, kv_heads, head_dim) for i in (2, 3))
+    caches = [randn(3, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            expected[0][slot // 16, slot % 16] = k[token]
+            expected[1][slot // 16, slot % 16] = v[token]
+    store(k, v, *caches, ints(slots))
+    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+
+
+@pytest.mark.parametrize("store", [store_kvcache_torch, pytest.param(store_kvcache, marks=needs_triton)])
+def test_store_of_padding_alone_changes_nothing(store):
+    k, v, cache = randn(3, 2, 16), randn(3, 2, 16), randn(2, 16, 2, 16)
+    k_cache, v_cache = cache.clone(), cache.clone()
+    store(k, v, k_cache, v_cache, ints([-1, -1, -1]))
+    assert torch.equal(k_cache, cache) and torch.equal(v_cache, cache)
+
+
+# --- paged_decode ---
+
+DECODES = [
+    paged_decode_torch,
+    pytest.param(paged_decode, marks=needs_triton, id="triton"),
+    pytest.param(
+        lambda *args: paged_decode(*args, config=DecodeConfig(32, 4)),
+        marks=needs_triton,
+        id="triton-4-splits",
+    ),
+]
+
+
+def check_decode(decode, heads, kv_heads, head_dim, block_size, dtype, lengths, unused=-1):
+    keys = [randn(n, kv_heads, head_dim, dtype=dtype) for n in lengths]
+    values = [randn(n, kv_heads, head_dim, dtype=dtype) for n in lengths]
+    k_cache, tables = paged(keys, block_size, unused)
+    v_cache, _ = paged(values, block_size, unused)
+    q = randn(len(lengths), heads, head_dim, dtype=dtype)
+    scale = head_dim**-0.5
+    out = decode(q, k_cache, v_cache, ints(lengths), tables, scale)
+    assert out.shape == q.shape
+    for i, n in enumerate(lengths):
+        if n == 0:
+            assert torch.equal(out[i], torch.zeros_like(out[i]))
+        else:
+            assert_near(out[i : i + 1], naive_attention(q[i : i + 1], keys[i], values[i], scale), dtype)
+
+
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 16), (6, 2, 64), (3, 1, 80)], ids=str)
+@both_dtypes
+def test_decode_at_block_and_tile_borders(decode, heads, kv_heads, head_dim, dtype):
+    check_decode(decode, heads, kv_heads, head_dim, 16, dtype, [0, 1, 15, 16, 17, 31, 33, 127, 128, 129])
+
+
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize("block_size", [1, 24, 256])
+@pytest.mark.parametrize("unused", [-1, 2**30])
+def test_decode_with_any_block_size_reads_no_unused_entry(decode, block_size, unused):
+    check_decode(decode, 4, 2, 16, block_size, torch.float32, [5, 0, 255, 257, 300], unused)
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", [1, 2, 8, 32])
+def test_decode_split_among_more_programs_than_tiles(splits):
+    def decode(*args):
+        return paged_decode(*args, config=DecodeConfig(16, splits))
+
+    check_decode(decode, 4, 2, 16, 16, torch.float32, [0, 1, 16, 40, 200])
+
+
+@pytest.mark.parametrize("decode", DECODES)
+def test_decode_of_padding_alone_gives_zeros(decode):
+    cache = torch.full((2, 16, 2, 16), float("nan"), device=DEVICE)
+    tables = torch.full((3, 2), -1, dtype=torch.int32, device=DEVICE)
+    out = decode(randn(3, 4, 16), cache, cache, ints([0, 0, 0]), tables, 0.25)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("decode", DECODES)
+def test_decode_takes_a_query_that_is_a_slice(decode):
+    k_cache, tables = paged([randn(20, 2, 16)], 16)
+    qkv = randn(1, 2 * 4 * 16)
+    q = qkv[:, 64:].view(1, 4, 16)
+    args = (k_cache, k_cache, ints([20]), tables, 0.25)
+    assert torch.equal(decode(q, *args), decode(q.clone(), *args))
+
+
+@pytest.mark.parametrize("num_seqs, splits", [(1, 32), (2, 16), (4, 8), (16, 2), (24, 1), (512, 1)])
+def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits):
+    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
+    config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"))
+    assert config.num_splits == splits
+
+
+# --- varlen_prefill ---
+
+PREFILLS = [
+    varlen_prefill_torch,
+    pytest.param(varlen_prefill, marks=needs_triton, id="triton"),
+    pytest.param(
+        lambda *args: varlen_prefill(*args, config=PrefillConfig(16, 32, 4, 2)),
+        marks=needs_triton,
+        id="triton-small-tiles",
+    ),
+]
+
+
+def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size=None, unused=-1):
+    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the cache."""
+    scale = head_dim**-0.5
+    q_lens, k_lens = zip(*lengths)
+    cu_q, cu_k = prefix_sums(q_lens), prefix_sums(k_lens)
+    qkv = randn(sum(q_lens), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    q, k, v = qkv.view(-1, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    keys, values = list(k.split(q_lens)), list(v.split(q_lens))
+    k_cache = v_cache = tables = None
+    if block_size is not None:
+        for i, (q_len, k_len) in enumerate(lengths):
+            keys[i] = torch.cat([randn(k_len - q_len, kv_heads, head_dim, dtype=dtype), keys[i]])
+            values[i] = torch.cat([randn(k_len - q_len, kv_heads, head_dim, dtype=dtype), values[i]])
+        k_cache, tables = paged(keys, block_size, unused)
+        v_cache, _ = paged(values, block_size, unused)
+        k, v = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))  # not to be read
+    out = prefill(q, k, v, k_cache, v_cache, cu_q, cu_k, max(q_lens), max(k_lens), scale, tables)
+    assert out.shape == q.shape and out.is_contiguous()
+    expected = [naive_attention(*args, scale) for args in zip(q.split(q_lens), keys, values)]
+    assert_near(out, torch.cat(expected), dtype)
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 16), (6, 2, 64), (3, 1, 80)], ids=str)
+@both_dtypes
+def test_prefill_of_fresh_sequences(prefill, heads, kv_heads, head_dim, dtype):
+    lengths = [1, 15, 32, 33, 2, 50]
+    check_prefill(prefill, heads, kv_heads, head_dim, dtype, [(n, n) for n in lengths])
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("block_size, unused", [(16, -1), (24, 2**30), (256, -1)])
+@both_dtypes
+def test_prefill_after_a_cached_prefix(prefill, block_size, unused, dtype):
+    lengths = [(1, 1), (1, 64), (5, 21), (16, 32), (17, 49), (40, 40), (3, 259)]
+    check_prefill(prefill, 4, 2, 16, dtype, lengths, block_size, unused)
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_prefill_of_several_tiles(prefill):
+    check_prefill(prefill, 2, 1, 16, torch.float32, [(129, 129), (257, 257), (128, 128)])
+    check_prefill(prefill, 2, 1, 24, torch.float32, [(130, 300), (1, 257)], block_size=16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype):
+    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory))
+    monkeypatch.setattr("nanovllm.kernels.varlen_prefill.device_limits", lambda device: (132, shared_memory))
+    row = head_dim * dtype.itemsize
+    decode = decode_config(256, 8, head_dim, dtype, torch.device("cuda"))
+    assert 4 * decode.block_n * row <= shared_memory and decode.block_n >= 16
+    prefill = prefill_config(head_dim, dtype, torch.device("cuda"))
+    # One stage less than asked for is what a kernel that reads through the block table takes at the least.
+    assert (prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)) * row <= shared_memory
+
+
+# --- flash_attention: how it calls the package, without the package ---
+
+
+def package_2_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    block_table=None,
+):
+    assert causal
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return varlen_prefill_torch(q, k, v, k, v, *lengths, softmax_scale, block_table)
+
+
+def package_2_kvcache(
+    q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
+):
+    assert q.shape[1] == 1
+    return paged_decode_torch(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[:, None]
+
+
+def package_4_varlen(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_k=None,
+    page_table=None, softmax_scale=None, causal=False,
+):  # fmt: skip
+    assert causal and (page_table is None) == (cu_seqlens_k is not None) == (seqused_k is None)
+    if cu_seqlens_q is None:
+        return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale), None
+    if page_table is not None:
+        assert seqused_k.dtype == torch.int32
+        cu_seqlens_k = prefix_sums(seqused_k.tolist())
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return package_2_varlen(q, k, v, *lengths, softmax_scale, causal, page_table), None
+
+
+@pytest.mark.parametrize("version", ["2", "4"])
+def test_flash_attention_calls_either_package(monkeypatch, version):
+    functions = (package_2_varlen, package_2_kvcache) if version == "2" else (package_4_varlen, None)
+    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: version)
+    monkeypatch.setattr(flash_attention, "_functions", lambda: functions)
+    flash_attention.check_flash_attention(256, 128, torch.bfloat16)
+    check_decode(flash_attention.flash_decode, 4, 2, 16, 16, torch.float32, [0, 1, 33])
+    check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 3), (9, 9)])
+    check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 20), (9, 9)], block_size=16)
+
+
+@pytest.mark.parametrize(
+    "version, block_size, head_dim, dtype, message",
+    [
+        (None, 256, 128, torch.bfloat16, "not installed: pip install"),
+        ("4", 256, 128, torch.float32, "not torch.float32"),
+        ("2", 16, 128, torch.bfloat16, "multiple of 256, not 16"),
+        ("2", 256, 80, torch.bfloat16, "head_dim 64 and 128, not 80"),
+        ("4", 16, 60, torch.bfloat16, "multiples of 8 up to 128, not 60"),
+    ],
+)
+def test_flash_attention_says_what_it_cannot_serve(
+    monkeypatch, version, block_size, head_dim, dtype, message
+):
+    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: version)
+    with pytest.raises(ValueError, match=message) as error:
+        flash_attention.check_flash_attention(block_size, head_dim, dtype)
+    assert "attention_backend='triton'" in str(error.value)
+
+
+def test_flash_attention_that_does_not_import_is_a_clear_error(monkeypatch):
+    def broken():
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: "2")
+    monkeypatch.setattr(flash_attention, "_functions", broken)
+    with pytest.raises(ValueError, match="undefined symbol"):
+        flash_attention.check_flash_attention(256, 128, torch.bfloat16)
+
+
+# --- without Triton ---
+
+WITHOUT_TRITON = """
+import sys, types
+sys.modules["triton"] = None
+package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
+sys.modules["nanovllm"] = package  # the kernels alone, not the engine
+import torch
+from nanovllm.kernels import flash_attention, paged_decode, store_kvcache, varlen_prefill
+x, slots = torch.randn(2, 1, 16), torch.tensor([1, -1], dtype=torch.int32)
+cache = torch.zeros(1, 16, 1, 16)
+store_kvcache.store_kvcache_torch(x, x, cache, cache, slots)
+assert torch.equal(cache[0, 1], x[0])
+try:
+    store_kvcache.store_kvcache(x, x, cache, cache, slots)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_references_work_where_triton_is_not_installed(pytestconfig):
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "attention_backend='torch'" in result.stdout
