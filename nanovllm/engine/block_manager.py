@@ -69,6 +69,7 @@ class BlockManager:
             seq.block_table.append(block.block_id)
         for _ in range(self.num_blocks_for(seq.num_tokens) - len(hits)):
             seq.block_table.append(self._take_free_block())
+        seq.num_registered_blocks = len(hits)
         seq.num_cached_tokens = seq.num_computed_tokens = len(hits) * self.block_size
 
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
@@ -99,11 +100,12 @@ class BlockManager:
 
     # --- sharing and release -----------------------------------------------------------------------------------
 
-    def register(self, seq: Sequence, start: int, end: int) -> None:
-        """Make shareable the blocks that computing tokens `start` to `end` (exclusive) of `seq` fills."""
-        if not self.enable_prefix_caching:
+    def register(self, seq: Sequence) -> None:
+        """Make shareable those full blocks of `seq` whose tokens are known and whose computation is launched."""
+        num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
+        if not self.enable_prefix_caching or num_full <= seq.num_registered_blocks:
             return
-        for index in range(start // self.block_size, end // self.block_size):
+        for index in range(seq.num_registered_blocks, num_full):
             block = self.blocks[seq.block_table[index]]
             key, token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
             block.parent_id = self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
@@ -113,6 +115,7 @@ class BlockManager:
             else:
                 block.key, block.token_ids, block.content_id = key, token_ids, next(self._content_ids)
                 self.cached_blocks[key] = block
+        seq.num_registered_blocks = num_full
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back all blocks of a sequence. Their contents stay findable until they are handed out again."""
@@ -122,7 +125,7 @@ class BlockManager:
             if block.ref_count == 0:
                 self.free_block_ids[block_id] = None
         seq.block_table.clear()
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_registered_blocks = 0
 
     def _take_free_block(self) -> int:
         block_id, _ = self.free_block_ids.popitem(last=False)

@@ -4,6 +4,7 @@ import multiprocessing
 import operator
 import random
 import weakref
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from time import perf_counter
@@ -15,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
-from nanovllm.engine.model_runner import ModelRunner, run_worker
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.model_runner import ModelRunner, PendingTokens, run_worker
+from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
@@ -64,7 +65,9 @@ class LLMEngine:
             raise
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
-        self.scheduler = Scheduler(config)
+        # On a GPU one step is always queued behind the one that runs, so that the device never waits for Python.
+        self._max_pending = 1 if config.device == "cuda" else 0
+        self.reset()
 
     def exit(self) -> None:
         """End the workers and free the memory. The engine cannot be used afterwards."""
@@ -124,10 +127,10 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running."""
-        return self.scheduler.is_finished()
+        return self.scheduler.is_finished() and not self._pending
 
     def step(self) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-        """Schedule, run and account for one forward pass.
+        """Complete one forward pass, having launched the next one behind it.
 
         Returns:
             (request id, result) of each request that finished, and the number of tokens: of a prefill step, those
@@ -138,13 +141,14 @@ class LLMEngine:
         if self.is_finished():
             return [], 0
         try:
-            seqs, is_prefill = self.scheduler.schedule()
-            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
-            token_ids = self.model_runner.call("run", seqs, is_prefill)
-            finished = self.scheduler.postprocess(seqs, token_ids)
+            while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
+                self._pending.append((step, self.model_runner.call("launch", step.seqs, step.is_prefill)))
+            step, token_ids = self._pending.popleft()
+            finished = self.scheduler.postprocess(step, token_ids.wait())
         except BaseException:
             self.reset()
             raise
+        num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
         return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens
 
     def reset(self) -> None:
@@ -153,6 +157,7 @@ class LLMEngine:
         A step that was cut short leaves blocks half written and queues half updated, so nothing of them is kept.
         """
         self.scheduler = Scheduler(self.config)
+        self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
 
     def _result(self, seq: Sequence) -> dict[str, Any]:
         token_ids = seq.completion_token_ids

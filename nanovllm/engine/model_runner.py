@@ -1,16 +1,18 @@
 """One rank: its part of the model and of the KV cache, and the forward pass of a step."""
 
 import traceback
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
+from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler
@@ -24,24 +26,23 @@ CPU_KVCACHE_BYTES = 2 << 30  # the cache's default size without a GPU; pages are
 MAX_GRAPH_BATCH = 512
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """What a forward pass reads, on the device.
+class PendingTokens:
+    """The tokens of a launched step, on their way to the host."""
 
-    Attributes:
-        input_ids, positions: `[num_tokens]` int64.
-        context: for the attention layers.
-        temperatures: `[num_seqs]` float32.
-        seeds: `[num_seqs]` int64.
-        sample_positions: `[num_seqs]` int64, position of the token that is to be sampled.
-    """
+    def __init__(self, token_ids: torch.Tensor) -> None:
+        self.event = None
+        if token_ids.is_cuda:
+            self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self.token_ids.copy_(token_ids, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.token_ids = token_ids.clone()
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    context: Context
-    temperatures: torch.Tensor
-    seeds: torch.Tensor
-    sample_positions: torch.Tensor
+    def wait(self) -> list[int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.token_ids.tolist()
 
 
 class ModelRunner:
@@ -68,6 +69,7 @@ class ModelRunner:
             dist.init_process_group(backend, store=store, rank=rank, world_size=config.tensor_parallel_size)
 
         hf_config = config.hf_config
+        self.blocks_per_seq = -(-config.max_model_len // config.kvcache_block_size)
         self.backend = select_backend(
             config.attention_backend, config.device, config.kvcache_block_size, head_size(hf_config), config.dtype
         )
@@ -85,7 +87,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             self._warm_up()
         self._allocate_kv_cache()
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._allocate_buffers()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # with their output tokens
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs()
 
@@ -98,11 +101,11 @@ class ModelRunner:
         bounds = [num_tokens * i // num_seqs for i in range(num_seqs + 1)]
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.device)
         max_len = -(-num_tokens // num_seqs)
-        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
+        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         ones = torch.ones(num_seqs, dtype=torch.int64, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._forward(StepInputs(zeros, zeros, context, ones.float(), ones, ones))
+        context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
+        self._forward(tokens, tokens, context, ones.float(), ones, ones)
         torch.cuda.synchronize(self.device)
 
     def _allocate_kv_cache(self) -> None:
@@ -124,9 +127,9 @@ class ModelRunner:
 
     def _fitting_blocks(self, block_bytes: int) -> int:
         config = self.config
-        blocks_per_seq = -(-config.max_model_len // config.kvcache_block_size)
         if self.device.type == "cpu":
-            return max(blocks_per_seq, min(CPU_KVCACHE_BYTES // block_bytes, config.max_num_seqs * blocks_per_seq))
+            most = config.max_num_seqs * self.blocks_per_seq
+            return max(self.blocks_per_seq, min(CPU_KVCACHE_BYTES // block_bytes, most))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
@@ -139,48 +142,35 @@ class ModelRunner:
             num_blocks = int(smallest)
         return num_blocks
 
-    @torch.inference_mode()
+    def _allocate_buffers(self) -> None:
+        """The arrays that decode steps read: the same ones in every step, so that a CUDA graph can be replayed."""
+        num_rows = self.config.max_num_seqs
+        self.buffers = DecodeBuffers(num_rows, self.blocks_per_seq, self.device)
+        # The newest token of each admitted sequence stays on the device: the next step reads it from here, long
+        # before the host does. The row after the last takes what padding writes.
+        self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=self.device)
+        # Per-sequence inputs on the host, by row; a decode step only gathers them.
+        self.block_tables = np.full((num_rows + 1, self.blocks_per_seq), -1, dtype=np.int32)
+        self.temperatures = np.zeros(num_rows + 1, dtype=np.float32)
+        self.seeds = np.zeros(num_rows + 1, dtype=np.int64)
+
     def _capture_graphs(self) -> None:
         """Record a decode step, sampling included, for each batch size of a ladder.
 
-        A graph replays on the addresses it was captured with, so all sizes share one set of input and output
-        buffers; and one memory pool, whose needs the largest size, captured first, sets.
+        A graph replays on the addresses it was captured with, so all sizes share one set of buffers; and one memory
+        pool, whose needs the largest size, captured first, sets.
         """
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
-        blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
-
-        self.graph_slots = torch.full((largest,), -1, dtype=torch.int32, device=self.device)
-        self.graph_context_lens = zeros(largest, dtype=torch.int32)
-        self.graph_block_tables = zeros(largest, blocks_per_seq, dtype=torch.int32)
-        self.graph_ids, self.graph_positions, self.graph_sample_positions = (zeros(largest) for _ in range(3))
-        self.graph_temperatures, self.graph_seeds = zeros(largest, dtype=torch.float32), zeros(largest)
-        self.graph_tokens = zeros(largest)
         self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
+        self._decode(largest)  # compiles the kernels, which a capture must not do
+        torch.cuda.synchronize(self.device)
         pool = None
         for size in reversed(self.graph_sizes):
-            inputs = StepInputs(
-                self.graph_ids[:size],
-                self.graph_positions[:size],
-                Context(
-                    slot_mapping=self.graph_slots[:size],
-                    context_lens=self.graph_context_lens[:size],
-                    block_tables=self.graph_block_tables[:size],
-                ),
-                self.graph_temperatures[:size],
-                self.graph_seeds[:size],
-                self.graph_sample_positions[:size],
-            )
-            if pool is None:
-                self._forward(inputs)  # compiles the kernels, which a capture must not do
-                torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool):
-                self.graph_tokens[:size] = self._forward(inputs)
+                tokens = self._decode(size)
             pool = pool or graph.pool()
-            self.graphs[size] = graph
+            self.graphs[size] = graph, tokens
         torch.cuda.synchronize(self.device)
 
     # --- commands --------------------------------------------------------------------------------------------
@@ -206,69 +196,92 @@ class ModelRunner:
         if self.config.tensor_parallel_size > 1:
             dist.destroy_process_group()
 
-    def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
-        """One step: compute the scheduled tokens of `seqs` and sample a token after each sequence's last one."""
-        inputs = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
-        if is_prefill or not self.graphs or len(seqs) > self.graph_sizes[-1]:
-            return self._forward(inputs).tolist()
-        return self._replay(inputs).tolist()
+    def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
+        """Start one step: compute the scheduled tokens of `seqs` and sample a token after each sequence's last one.
+
+        On a GPU this returns while the step, or even the one before it, is still running.
+        """
+        tokens = self._launch_prefill(seqs) if is_prefill else self._launch_decode(seqs)
+        return PendingTokens(tokens)
+
+    def _launch_prefill(self, seqs: list[Sequence]) -> torch.Tensor:
+        for seq in seqs:
+            self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
+            self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
+        rows = [seq.row for seq in seqs]
+        input_ids, positions, context = self.prepare_prefill(seqs)
+        tokens = self._forward(
+            input_ids, positions, context,
+            self._to_device(self.temperatures[rows]),
+            self._to_device(self.seeds[rows]),
+            self._to_device([seq.num_computed_tokens for seq in seqs], torch.int64),
+        )  # fmt: skip
+        self.last_tokens.index_copy_(0, self._to_device(rows, torch.int64), tokens)
+        return tokens
+
+    def _launch_decode(self, seqs: list[Sequence]) -> torch.Tensor:
+        num_seqs = size = len(seqs)
+        if self.graphs and num_seqs <= self.graph_sizes[-1]:
+            size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)]
+        self.prepare_decode(seqs, size)
+        if not self.graphs or num_seqs > self.graph_sizes[-1]:
+            return self._decode(size)
+        graph, tokens = self.graphs[size]
+        graph.replay()
+        return tokens[:num_seqs]
 
     # --- inputs ----------------------------------------------------------------------------------------------
 
-    def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
-        """Lay the scheduled tokens of all sequences one after the other."""
+    def prepare_prefill(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, Context]:
+        """Lay the scheduled tokens of all sequences one after the other: input ids, positions and metadata."""
         input_ids: list[int] = []
         positions: list[int] = []
         slot_mapping: list[int] = []
         cu_seqlens_q, cu_seqlens_k = [0], [0]
-        max_seqlen_q = max_seqlen_k = 0
-        reads_cache = False
         for seq in seqs:
-            start, num_new = seq.num_computed_tokens, seq.num_scheduled_tokens
+            end = seq.num_computed_tokens
+            start = end - seq.num_scheduled_tokens
             input_ids += seq.scheduled_token_ids
-            positions += range(start, start + num_new)
-            slot_mapping += self._slots(seq.block_table, start, start + num_new)
-            cu_seqlens_q.append(cu_seqlens_q[-1] + num_new)
-            cu_seqlens_k.append(cu_seqlens_k[-1] + start + num_new)
-            max_seqlen_q, max_seqlen_k = max(max_seqlen_q, num_new), max(max_seqlen_k, start + num_new)
-            reads_cache |= start > 0
+            positions += range(start, end)
+            slot_mapping += self._slots(seq.block_table, start, end)
+            cu_seqlens_q.append(cu_seqlens_q[-1] + end - start)
+            cu_seqlens_k.append(cu_seqlens_k[-1] + end)
+        reads_cache = cu_seqlens_k[-1] > cu_seqlens_q[-1]
+        width = max(len(seq.block_table) for seq in seqs)
         context = Context(
             is_prefill=True,
             slot_mapping=self._to_device(slot_mapping, torch.int32),
             cu_seqlens_q=self._to_device(cu_seqlens_q, torch.int32),
             cu_seqlens_k=self._to_device(cu_seqlens_k, torch.int32),
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            block_tables=self._block_tables(seqs) if reads_cache else None,
+            max_seqlen_q=max(seq.num_scheduled_tokens for seq in seqs),
+            max_seqlen_k=max(seq.num_computed_tokens for seq in seqs),
+            block_tables=self._to_device(self.block_tables[[seq.row for seq in seqs], :width]) if reads_cache else None,
         )
-        return self._step_inputs(seqs, input_ids, positions, context)
+        return self._to_device(input_ids, torch.int64), self._to_device(positions, torch.int64), context
 
-    def prepare_decode(self, seqs: list[Sequence]) -> StepInputs:
-        """One token of each sequence: its last, whose K and V are not in the cache yet."""
-        block_size = self.config.kvcache_block_size
-        positions = [seq.num_tokens - 1 for seq in seqs]
-        slot_mapping = [
-            seq.block_table[position // block_size] * block_size + position % block_size
-            for seq, position in zip(seqs, positions, strict=True)
-        ]
-        context = Context(
-            slot_mapping=self._to_device(slot_mapping, torch.int32),
-            context_lens=self._to_device([seq.num_tokens for seq in seqs], torch.int32),
-            block_tables=self._block_tables(seqs),
+    def prepare_decode(self, seqs: list[Sequence], size: int) -> None:
+        """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
+        num_seqs, block_size = len(seqs), self.config.kvcache_block_size
+        host = self.buffers.next_host()
+        rows, context_lens = host["rows"][:size], host["context_lens"][:size]
+        rows[:num_seqs] = [seq.row for seq in seqs]
+        context_lens[:num_seqs] = [seq.num_computed_tokens for seq in seqs]
+        positions = context_lens[:num_seqs] - 1
+        for index in (positions % block_size == 0).nonzero()[0]:  # these have just been given a block
+            seq = seqs[index]
+            self.block_tables[seq.row, len(seq.block_table) - 1] = seq.block_table[-1]
+        tables = host["block_tables"][:size]
+        np.take(self.block_tables, rows[:num_seqs], axis=0, out=tables[:num_seqs])
+        host["positions"][:num_seqs] = positions
+        host["slots"][:num_seqs] = (
+            tables[np.arange(num_seqs), positions // block_size] * block_size + positions % block_size
         )
-        return self._step_inputs(seqs, [seq.token_ids[-1] for seq in seqs], positions, context)
-
-    def _step_inputs(
-        self, seqs: list[Sequence], input_ids: list[int], positions: list[int], context: Context
-    ) -> StepInputs:
-        return StepInputs(
-            self._to_device(input_ids, torch.int64),
-            self._to_device(positions, torch.int64),
-            context,
-            self._to_device([seq.temperature for seq in seqs], torch.float32),
-            self._to_device([seq.seed for seq in seqs], torch.int64),
-            self._to_device([seq.num_tokens for seq in seqs], torch.int64),
-        )
+        host["temperatures"][:num_seqs] = self.temperatures[rows[:num_seqs]]
+        host["seeds"][:num_seqs] = self.seeds[rows[:num_seqs]]
+        # Padding rows store nothing (slot -1), attend to nothing (context length 0) and write to the spare row.
+        rows[num_seqs:], context_lens[num_seqs:], host["slots"][num_seqs:size] = self.config.max_num_seqs, 0, -1
+        host["positions"][num_seqs:size] = host["temperatures"][num_seqs:size] = 0
+        self.buffers.upload()
 
     def _slots(self, block_table: list[int], start: int, end: int) -> list[int]:
         """Cache slots of the positions `start` to `end` (exclusive), block by block."""
@@ -281,47 +294,38 @@ class ModelRunner:
             start = stop
         return slots
 
-    def _block_tables(self, seqs: list[Sequence]) -> torch.Tensor:
-        width = max(len(seq.block_table) for seq in seqs)
-        rows = [seq.block_table + [-1] * (width - len(seq.block_table)) for seq in seqs]
-        return self._to_device(rows, torch.int32)
-
-    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return torch.tensor(values, dtype=dtype)
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
+    def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return tensor.to(self.device, non_blocking=True)
 
     # --- the forward pass ------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+    def _forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+        temperatures: torch.Tensor, seeds: torch.Tensor, sample_positions: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Model, LM head and sampler: `[num_seqs]` int64 token ids, on the device."""
-        set_context(inputs.context)
+        set_context(context)
         try:
-            hidden = self.model(inputs.input_ids, inputs.positions)
-            logits = self.model.compute_logits(hidden)
-            return self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.sample_positions)
+            logits = self.model.compute_logits(self.model(input_ids, positions))
+            return self.sampler(logits, temperatures, seeds, sample_positions)
         finally:
             reset_context()
 
     @torch.inference_mode()
-    def _replay(self, inputs: StepInputs) -> torch.Tensor:
-        """The same for a decode step, by the graph of the next larger batch size."""
-        num_seqs, context = len(inputs.input_ids), inputs.context
-        size = next(size for size in self.graph_sizes if size >= num_seqs)
-        # Padding rows store nothing (slot -1) and attend to nothing (context length 0).
-        self.graph_slots[:size].fill_(-1)
-        self.graph_context_lens[:size].zero_()
-        self.graph_slots[:num_seqs] = context.slot_mapping
-        self.graph_context_lens[:num_seqs] = context.context_lens
-        self.graph_block_tables[:num_seqs, : context.block_tables.shape[1]] = context.block_tables
-        self.graph_ids[:num_seqs] = inputs.input_ids
-        self.graph_positions[:num_seqs] = inputs.positions
-        self.graph_sample_positions[:num_seqs] = inputs.sample_positions
-        self.graph_temperatures[:num_seqs] = inputs.temperatures
-        self.graph_seeds[:num_seqs] = inputs.seeds
-        self.graphs[size].replay()
-        return self.graph_tokens[:num_seqs]
+    def _decode(self, size: int) -> torch.Tensor:
+        """One decode step on the first `size` rows of the buffers; this is what a graph records."""
+        arrays = {name: array[:size] for name, array in self.buffers.device.items()}
+        context = Context(
+            slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=arrays["block_tables"]
+        )
+        tokens = self._forward(
+            self.last_tokens[arrays["rows"]], arrays["positions"], context,
+            arrays["temperatures"], arrays["seeds"], arrays["positions"] + 1,
+        )  # fmt: skip
+        self.last_tokens.index_copy_(0, arrays["rows"], tokens)
+        return tokens
 
 
 @contextmanager

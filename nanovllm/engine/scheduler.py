@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.block_manager import BlockManager
@@ -12,12 +13,32 @@ if TYPE_CHECKING:  # Config imports torch; the scheduler can be read, tested and
     from nanovllm.config import Config
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass.
+
+    Attributes:
+        seqs: its sequences.
+        yields: for each, whether the step computes its last token and so samples the next one.
+        num_tokens: tokens that it computes.
+        is_prefill: prompts (or chunks of them), or one token of each sequence.
+    """
+
+    seqs: list[Sequence]
+    yields: list[bool]
+    num_tokens: int
+    is_prefill: bool
+
+
 class Scheduler:
     """Two queues and a block manager.
 
     `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose prompt is
     computed in chunks stays there, with its blocks, until its last chunk. `running` holds those that decode,
     oldest first.
+
+    `schedule` can run ahead of `postprocess`: a step may be scheduled before the tokens of the step before it are
+    known, since everything it needs of them on the host is their number.
     """
 
     def __init__(self, config: Config) -> None:
@@ -29,6 +50,8 @@ class Scheduler:
         )
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
+        self.free_rows = list(reversed(range(self.max_num_seqs)))
+        self.num_pending = 0  # steps scheduled and not yet postprocessed
         self.num_preemptions = 0
 
     def is_finished(self) -> bool:
@@ -37,20 +60,23 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def schedule(self) -> tuple[list[Sequence], bool]:
+    def schedule(self) -> Step | None:
         """Pick the sequences of the next step and give them their blocks.
 
-        Returns:
-            The sequences, with `num_scheduled_tokens` set, and whether this is a prefill step. Prefill goes
-            first: it fills the batch that later decode steps share the cost of reading the weights over.
-        """
-        assert not self.is_finished()
-        if scheduled := self._schedule_prefill():
-            return scheduled, True
-        return self._schedule_decode(), False
+        Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
 
-    def _schedule_prefill(self) -> list[Sequence]:
-        scheduled: list[Sequence] = []
+        Returns:
+            None when there is nothing to schedule before a pending step has been postprocessed.
+        """
+        step = self._schedule_prefill() or self._schedule_decode()
+        if step is not None:
+            self.num_pending += 1
+        assert step is not None or self.num_pending or self.is_finished(), "work is left and none can be scheduled"
+        return step
+
+    def _schedule_prefill(self) -> Step | None:
+        seqs: list[Sequence] = []
+        yields: list[bool] = []
         budget = self.max_num_batched_tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
@@ -58,72 +84,79 @@ class Scheduler:
                 if not self.block_manager.can_allocate(seq):
                     break
                 self.block_manager.allocate(seq)
+                seq.row = self.free_rows.pop()
             # Only after allocate is it known how many tokens the prefix cache leaves to compute.
-            start = seq.num_computed_tokens
-            seq.num_scheduled_tokens = min(seq.num_tokens - start, budget)
-            budget -= seq.num_scheduled_tokens
-            # From now on the blocks can be shared, in this very step too: every layer stores the K and V of the
-            # whole batch before it reads any.
-            self.block_manager.register(seq, start, start + seq.num_scheduled_tokens)
-            scheduled.append(seq)
-            if not seq.is_sampled:
+            num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            budget -= num_new
+            seqs.append(seq)
+            yields.append(seq.schedule(num_new))
+            # From now on its full blocks can be shared, in this very step too: every layer stores the K and V of
+            # the whole batch before it reads any.
+            self.block_manager.register(seq)
+            if not yields[-1]:
                 break  # the budget is spent; the rest of this prompt comes first in the next step
             seq.status = SequenceStatus.RUNNING
             self.running.append(self.waiting.popleft())
-        return scheduled
+        return Step(seqs, yields, self.max_num_batched_tokens - budget, True) if seqs else None
 
-    def _schedule_decode(self) -> list[Sequence]:
-        scheduled: list[Sequence] = []
-        while self.running:
-            seq = self.running.popleft()
-            while not self.block_manager.can_append(seq):
+    def _schedule_decode(self) -> Step | None:
+        block_manager, seqs = self.block_manager, []
+        queue = self.running.copy()
+        while queue:
+            seq = queue.popleft()
+            if seq.is_exhausted:
+                continue  # its last token is under way
+            while not block_manager.can_append(seq):
+                if self.num_pending:
+                    return None  # it may end a sequence; and one whose tokens are not all known cannot start again
                 # The newest has the least work to lose. The oldest is never chosen while another one runs, and
                 # alone it always fits (the engine checks the size of the cache), so there is always progress.
-                victim = self.running.pop() if self.running else seq
+                victim = queue.pop() if queue else seq
                 self._preempt(victim)
                 if victim is seq:
                     break
             else:
-                self.block_manager.may_append(seq)
-                seq.num_scheduled_tokens = 1
-                self.block_manager.register(seq, seq.num_computed_tokens, seq.num_tokens)
-                scheduled.append(seq)
-        assert scheduled, "a lone sequence found no block: the cache is smaller than max_model_len"
-        self.running.extend(scheduled)
-        return scheduled
+                block_manager.may_append(seq)
+                seqs.append(seq)
+        for seq in seqs:
+            seq.schedule(1)
+        return Step(seqs, [True] * len(seqs), len(seqs), False) if seqs else None
 
     def _preempt(self, seq: Sequence) -> None:
-        self.block_manager.deallocate(seq)
+        assert self.running[-1] is seq
+        self._release(self.running.pop())
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> list[Sequence]:
+    def _release(self, seq: Sequence) -> None:
+        self.block_manager.deallocate(seq)
+        self.free_rows.append(seq.row)
+
+    def postprocess(self, step: Step, token_ids: list[int]) -> list[Sequence]:
         """Account for a step that has run.
 
         Args:
-            seqs: what `schedule` returned.
-            token_ids: one sampled token for each; that of an unfinished chunk is ignored.
+            step: the oldest that `schedule` returned and that has not been postprocessed.
+            token_ids: one sampled token for each sequence; that of an unfinished chunk is ignored.
 
         Returns:
             The sequences that finished. Their blocks are free again.
         """
+        self.num_pending -= 1
         finished: list[Sequence] = []
-        for seq, token_id in zip(seqs, token_ids, strict=True):
-            is_sampled = seq.is_sampled
-            seq.num_computed_tokens += seq.num_scheduled_tokens
-            seq.num_scheduled_tokens = 0
-            if not is_sampled:
+        for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
+            if not yields or seq.is_finished:  # finished: the step was launched before its end was known
                 continue
-            seq.append_token(token_id)
+            seq.token_ids.append(token_id)
+            self.block_manager.register(seq)
             if token_id == self.eos and not seq.ignore_eos:
-                seq.finish_reason = "stop"
-            elif seq.num_completion_tokens == seq.max_tokens:
-                seq.finish_reason = "length"
+                seq.finish("stop")
+            elif len(seq.token_ids) - seq.num_prompt_tokens == seq.max_tokens:
+                seq.finish("length")
             else:
                 continue
-            seq.status = SequenceStatus.FINISHED
-            self.block_manager.deallocate(seq)
+            self._release(seq)
             finished.append(seq)
         if finished:  # one pass a step; deque.remove would be one pass a finished sequence
             self.running = deque(seq for seq in self.running if not seq.is_finished)

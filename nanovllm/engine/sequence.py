@@ -43,6 +43,7 @@ class Sequence:
         self.ignore_eos = sampling_params.ignore_eos
         self.temperature = sampling_params.temperature
         self.seed = sampling_params.seed if sampling_params.seed is not None else seed
+        self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property
     def is_finished(self) -> bool:
@@ -60,7 +61,8 @@ class Sequence:
     @property
     def scheduled_token_ids(self) -> list[int]:
         """The tokens that the last scheduled step computes, as far as they are known."""
-        return self.token_ids[self.num_computed_tokens - self.num_scheduled_tokens : self.num_computed_tokens]
+        start = self.num_computed_tokens - self.num_scheduled_tokens - self._token_offset
+        return self.token_ids[start : start + self.num_scheduled_tokens]
 
     def schedule(self, num_tokens: int) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
@@ -76,10 +78,15 @@ class Sequence:
         self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
 
     def __getstate__(self) -> tuple:
-        # What a worker needs: of a prompt, the slice to compute; of a decoding sequence not even its last token,
-        # which is on every rank's device already.
-        token_ids = self.scheduled_token_ids if self.num_scheduled_tokens > 1 else self.token_ids[-1:]
+        # Workers get what the step computes and no more: a slice of a prompt, or a decoding sequence's last token.
         return (
             self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
-            self.temperature, self.seed, token_ids,
+            self.temperature, self.seed, self.scheduled_token_ids,
         )  # fmt: skip
+
+    def __setstate__(self, state: tuple) -> None:
+        (
+            self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
+            self.temperature, self.seed, self.token_ids,
+        ) = state  # fmt: skip
+        self._token_offset = self.num_computed_tokens - self.num_scheduled_tokens

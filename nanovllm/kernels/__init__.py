@@ -1,6 +1,8 @@
 """The GPU kernels, one concern a file, each beside the PyTorch reference it must equal.
 
-- `store_kvcache`: write new keys and values into the paged KV cache
+- `rms_norm`: RMSNorm, with the residual addition before it
+- `norm_rope_store`: q-norm, k-norm, rotary embedding, and new keys and values into the paged KV cache
+- `silu_mul`: the activation of the MLP
 - `paged_decode`: attention of one new token a sequence over the paged cache
 - `varlen_prefill`: causal attention of many new tokens, over fresh or cached keys
 - `flash_attention`: the same two attentions through the `flash_attn` package

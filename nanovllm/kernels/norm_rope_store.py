@@ -7,7 +7,6 @@ token, so one program reads them once, instead of a dozen kernels each reading t
 import torch
 
 from nanovllm.kernels._triton import next_power_of_2, tl, triton
-from nanovllm.kernels.store_kvcache import store_kvcache_torch
 
 
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
@@ -102,3 +101,21 @@ def norm_rope_store_torch(
         x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
     if slot_mapping is not None:
         store_kvcache_torch(k, v, k_cache, v_cache, slot_mapping)
+
+
+def store_kvcache_torch(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """`store_kvcache` in PyTorch: the reference and the CPU path. It never makes the host wait for a GPU."""
+    num_tokens = slot_mapping.numel()
+    if num_tokens == 0:
+        return
+    # Selecting the rows to store would need their number on the host. So a row that goes nowhere repeats the
+    # first one that is stored, and when there is none at all, slot 0 is overwritten with what it holds.
+    stored = slot_mapping >= 0
+    first = stored.int().argmax()
+    rows = torch.where(stored, torch.arange(num_tokens, device=slot_mapping.device), first)
+    slots = slot_mapping[rows].clamp(min=0).long()
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        flat = cache.view(-1, *cache.shape[2:])
+        flat[slots] = torch.where(stored.any(), x[rows], flat[slots])

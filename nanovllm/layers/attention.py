@@ -6,29 +6,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels import flash_attention, paged_decode, store_kvcache, varlen_prefill
+from nanovllm.kernels import flash_attention, paged_decode, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """How to store K and V, and how to attend in the two kinds of step. All backends give the same results."""
+    """How to rotate and store, and how to attend in the two kinds of step. All backends give the same results."""
 
     name: str
-    store: Callable[..., None]
+    norm_rope_store: Callable[..., None]
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
 
 
 TORCH = AttentionBackend(
-    "torch", store_kvcache.store_kvcache_torch, varlen_prefill.varlen_prefill_torch, paged_decode.paged_decode_torch
+    "torch", norm_rope_store_torch, varlen_prefill.varlen_prefill_torch, paged_decode.paged_decode_torch
 )
-TRITON = AttentionBackend(
-    "triton", store_kvcache.store_kvcache, varlen_prefill.varlen_prefill, paged_decode.paged_decode
-)
+TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill.varlen_prefill, paged_decode.paged_decode)
 FLASH_ATTN = AttentionBackend(
-    "flash_attn", store_kvcache.store_kvcache, flash_attention.flash_prefill, flash_attention.flash_decode
+    "flash_attn", norm_rope_store, flash_attention.flash_prefill, flash_attention.flash_decode
 )
 
 
@@ -53,30 +54,42 @@ def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention of this rank's heads.
+    """RoPE and causal grouped-query attention of this rank's heads.
 
     The model runner binds the backend and this layer's part of the cache, `[num_blocks, block_size, kv_heads,
     head_dim]` each for K and V, once the weights are loaded. Before that (warmup) nothing is stored.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.rotary_emb = rotary_emb
         self.scale = head_dim**-0.5
         self.backend = TORCH
         self.k_cache = self.v_cache = torch.empty(0)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q `[num_tokens, num_heads, head_dim]`, k and v `[num_tokens, num_kv_heads, head_dim]` -> like q."""
+    def forward(
+        self, positions: torch.Tensor, qkv: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> torch.Tensor:
+        """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`."""
         context = get_context()
-        if context.slot_mapping is not None:
-            # Before anything is read: a sequence may share blocks that another one fills in this very step.
-            self.backend.store(k, v, self.k_cache, self.v_cache, context.slot_mapping)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        # K and V go to the cache before anything is read: a sequence may share blocks that another one fills in
+        # this very step.
+        self.backend.norm_rope_store(
+            qkv, positions, self.rotary_emb.cos, self.rotary_emb.sin,
+            q_norm.weight if q_norm is not None else None, k_norm.weight if k_norm is not None else None,
+            q_norm.eps if q_norm is not None else 0.0,
+            self.k_cache, self.v_cache, context.slot_mapping, self.num_heads,
+        )  # fmt: skip
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if context.is_prefill:
-            return self.backend.prefill(
+            out = self.backend.prefill(
                 q, k, v, self.k_cache, self.v_cache, context.cu_seqlens_q, context.cu_seqlens_k,
                 context.max_seqlen_q, context.max_seqlen_k, self.scale, context.block_tables,
             )  # fmt: skip
-        return self.backend.decode(
-            q, self.k_cache, self.v_cache, context.context_lens, context.block_tables, self.scale
-        )
+        else:
+            out = self.backend.decode(
+                q, self.k_cache, self.v_cache, context.context_lens, context.block_tables, self.scale
+            )
+        return out.flatten(-2)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.layers.linear import check_shape
 
 
@@ -20,13 +21,7 @@ class RMSNorm(nn.Module):
         check_shape(loaded, tuple(param.shape))
         param.copy_(loaded[:])
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Without `residual`: the normalised x. With it: (normalised sum, sum), the sum being the new residual."""
-        if residual is not None:
-            x = residual = x + residual
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        normed = (x32 * scale).to(x.dtype) * self.weight
-        return normed if residual is None else (normed, residual)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The normalised x `[n, size]`. With `residual`, x is added to it in place, and the sum is normalised."""
+        norm = rms_norm if x.is_cuda else rms_norm_torch
+        return norm(x, self.weight, self.eps, residual)

@@ -25,9 +25,10 @@ def rope_theta(hf_config: PretrainedConfig) -> float:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates the pairs (i, i + head_dim / 2) of each head by `position * theta^(-2 i / head_dim)`.
+    """Cosines and sines of `position * theta^(-2 i / head_dim)`, by which the pair (i, i + head_dim / 2) is rotated.
 
-    Cosines and sines of all positions are tabulated once, `[max_position, head_dim / 2]` each, in float32.
+    Attributes:
+        cos, sin: `[max_position, head_dim / 2]` float32. The rotation itself is part of `norm_rope_store`.
     """
 
     def __init__(self, head_dim: int, max_position: int, theta: float) -> None:
@@ -39,15 +40,3 @@ class RotaryEmbedding(nn.Module):
         device = torch.get_default_device()
         self.register_buffer("cos", angles.cos().to(device), persistent=False)
         self.register_buffer("sin", angles.sin().to(device), persistent=False)
-
-    def forward(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions `[n]`, query and key `[n, heads, head_dim]` -> both, rotated."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
-
-    @staticmethod
-    def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

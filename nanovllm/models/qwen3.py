@@ -28,7 +28,6 @@ class Qwen3Attention(nn.Module):
         is_qwen3 = config.model_type == "qwen3"
         attention_bias = bool(getattr(config, "attention_bias", False))
         self.head_dim = head_size(config)
-        self.rotary_emb = rotary_emb
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             self.head_dim,
@@ -36,19 +35,15 @@ class Qwen3Attention(nn.Module):
             config.num_key_value_heads,
             bias=attention_bias if is_qwen3 else True,
         )
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else nn.Identity()
-        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.head_dim)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
+        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.head_dim, rotary_emb)
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * self.head_dim, config.hidden_size, bias=attention_bias and is_qwen3
         )
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        num_heads, num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        q, k = self.rotary_emb(positions, self.q_norm(q), self.k_norm(k))
-        return self.o_proj(self.attn(q, k, v).flatten(-2))
+        return self.o_proj(self.attn(positions, self.qkv_proj(hidden), self.q_norm, self.k_norm))
 
 
 class Qwen3MLP(nn.Module):
@@ -70,14 +65,10 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each addition to the residual stream is left to the norm that reads the sum next."""
-        hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(positions, hidden)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Each addition to the residual stream (in place) is left to the norm that reads the sum next."""
+        hidden = self.self_attn(positions, self.input_layernorm(hidden, residual))
+        return self.mlp(self.post_attention_layernorm(hidden, residual))
 
 
 class Qwen3Model(nn.Module):
@@ -92,8 +83,8 @@ class Qwen3Model(nn.Module):
         hidden = self.embed_tokens(input_ids)
         residual = torch.zeros_like(hidden)
         for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        return self.norm(hidden, residual)[0]
+            hidden = layer(positions, hidden, residual)
+        return self.norm(hidden, residual)
 
 
 class Qwen3ForCausalLM(nn.Module):
