@@ -298,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     workloads = list(WORKLOADS.values()) if args.workload == "all" else [WORKLOADS[args.workload]]
     if small:
         workloads = [workload.small() for workload in workloads]
-    # Workloads that share an engine draw from seeds of their own, or one would find another's prompts cached.
-    jobs = [(w, [100 * i + repeat for repeat in range(args.repeats)]) for i, w in enumerate(workloads)]
+    seeds = list(range(args.repeats))
 
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
@@ -320,7 +319,8 @@ def main(argv: list[str] | None = None) -> None:
             )
 
         results = []
-        for workload, seeds in jobs:
+        for workload in workloads:
+            llm.reset()  # the seeds are the same: one workload must not find another's prompts cached
             print(f"\n{workload.name}: {workload.sequences} sequences, {workload.about}")
             run = partial(run_engine, llm, temperature=args.temperature)
             results.append(measure(OURS, workload, seeds, vocab_size, run))
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
             theirs = load_transformers(config.model, random_weights, config.device, config.dtype)
             batch_size = args.compare_batch_size or (256 if on_gpu else 16)
-            for workload, seeds in jobs:
+            for workload in workloads:
                 print(f"\n{workload.name}: transformers' generate, static batches of {batch_size}, greedy")
                 run = partial(run_transformers, theirs, batch_size=batch_size)
                 results.append(measure(args.compare, workload, seeds, vocab_size, run))

@@ -12,7 +12,9 @@ import torch
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode, paged_decode_torch
-from nanovllm.kernels.store_kvcache import store_kvcache, store_kvcache_torch
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
+from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
     prefill_config,
@@ -88,32 +90,77 @@ def assert_near(out, expected, dtype):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-# --- store_kvcache ---
+# --- the elementwise kernels ---
 
 
-@pytest.mark.parametrize("store", [store_kvcache_torch, pytest.param(store_kvcache, marks=needs_triton)])
-@pytest.mark.parametrize("kv_heads, head_dim", [(1, 16), (2, 80), (3, 64)])
+def norm64(x, weight, eps):
+    x = x.double()
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+@pytest.mark.parametrize("norm", [rms_norm_torch, pytest.param(rms_norm, marks=needs_triton)])
+@pytest.mark.parametrize("rows, size", [(1, 64), (5, 100), (3, 1024)])
 @both_dtypes
-def test_store_writes_the_slots_and_nothing_else(store, kv_heads, head_dim, dtype):
+def test_rms_norm(norm, rows, size, dtype):
+    x, residual, weight = randn(rows, size, dtype=dtype), randn(rows, size, dtype=dtype), randn(size, dtype=dtype)
+    assert_near(norm(x, weight, 1e-3), norm64(x, weight, 1e-3), dtype)
+    total = x + residual
+    assert_near(norm(x, weight, 1e-3, residual), norm64(total, weight, 1e-3), dtype)
+    assert torch.equal(residual, total)  # in place
+
+
+@pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])
+@pytest.mark.parametrize("rows, size", [(1, 16), (3, 100), (2, 1500)])
+@both_dtypes
+def test_silu_mul(activation, rows, size, dtype):
+    x = randn(rows, 2 * size, dtype=dtype) * 3
+    gate, up = x.double().chunk(2, dim=-1)
+    assert_near(activation(x), gate / (1 + torch.exp(-gate)) * up, dtype)
+
+
+def rotated64(x, positions, cos, sin):
+    """Each pair (i, i + dim / 2) as a complex number times exp(i angle), in float64."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = turned * torch.complex(cos[positions].double(), sin[positions].double())[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 16), (3, 1, 24), (12, 4, 64)])
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "no_norm"])
+@both_dtypes
+def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, dtype):
     slots = [35, -1, 0, 7, -1, 16, 47]
-    width = kv_heads * head_dim
-    qkv = randn(len(slots), 4 * width, dtype=dtype)  # q, k and v side by side: k and v are strided slices
-    k, v = (qkv[:, i * width : (i + 1) * width].view(-1, kv_heads, head_dim) for i in (2, 3))
+    positions = torch.tensor([3, 0, 39, 7, 1, 22, 22], device=DEVICE)
+    angles = (torch.rand(40, head_dim // 2) * 6).to(DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    weights = [randn(head_dim, dtype=dtype) if has_norm else None for _ in range(2)]
+    qkv = randn(len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = qkv.clone().split([heads, kv_heads, kv_heads], dim=1)
+    if has_norm:
+        q, k = (norm64(x, weight, 1e-6) for x, weight in zip((q, k), weights))
+    q, k = (rotated64(x, positions, cos, sin) for x in (q, k))
     caches = [randn(3, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
-    expected = [cache.clone() for cache in caches]
+    expected = [cache.double() for cache in caches]
     for token, slot in enumerate(slots):
         if slot >= 0:
             expected[0][slot // 16, slot % 16] = k[token]
             expected[1][slot // 16, slot % 16] = v[token]
-    store(k, v, *caches, ints(slots))
-    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+    fused(qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
+    assert_near(qkv, torch.cat((q, k, v.double()), dim=1), dtype)
+    for cache, want in zip(caches, expected):
+        assert_near(cache, want, dtype)
 
 
-@pytest.mark.parametrize("store", [store_kvcache_torch, pytest.param(store_kvcache, marks=needs_triton)])
-def test_store_of_padding_alone_changes_nothing(store):
-    k, v, cache = randn(3, 2, 16), randn(3, 2, 16), randn(2, 16, 2, 16)
+@pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
+@pytest.mark.parametrize("slots", [None, [-1, -1, -1]], ids=["no_cache_yet", "padding"])
+def test_nothing_is_stored_where_there_is_no_slot(fused, slots):
+    qkv, cache, angles = randn(3, 6, 16), randn(2, 16, 2, 16), randn(9, 8)
     k_cache, v_cache = cache.clone(), cache.clone()
-    store(k, v, k_cache, v_cache, ints([-1, -1, -1]))
+    mapping = None if slots is None else ints(slots)
+    positions = torch.tensor([1, 2, 8], device=DEVICE)
+    fused(qkv, positions, angles.cos(), angles.sin(), None, None, 0.0, k_cache, v_cache, mapping, 2)
     assert torch.equal(k_cache, cache) and torch.equal(v_cache, cache)
 
 
@@ -353,13 +400,11 @@ sys.modules["triton"] = None
 package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
-from nanovllm.kernels import flash_attention, paged_decode, store_kvcache, varlen_prefill
-x, slots = torch.randn(2, 1, 16), torch.tensor([1, -1], dtype=torch.int32)
-cache = torch.zeros(1, 16, 1, 16)
-store_kvcache.store_kvcache_torch(x, x, cache, cache, slots)
-assert torch.equal(cache[0, 1], x[0])
+from nanovllm.kernels import flash_attention, norm_rope_store, paged_decode, rms_norm, silu_mul, varlen_prefill
+x, weight = torch.randn(2, 32), torch.ones(32)
+assert rms_norm.rms_norm_torch(x, weight, 0.0).square().mean().sub(1).abs() < 1e-5
 try:
-    store_kvcache.store_kvcache(x, x, cache, cache, slots)
+    rms_norm.rms_norm(x, weight, 0.0)
 except RuntimeError as error:
     print(error)
 """

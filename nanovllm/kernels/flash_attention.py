@@ -59,18 +59,10 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
 
 
 def flash_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    block_tables: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, block_tables: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`varlen_prefill` by flash_attn: same arguments and result, fp16 and bf16 only.
 
     Slots of a sequence's blocks where nothing is stored yet must hold finite numbers, as in a cache made by
@@ -91,13 +83,9 @@ def flash_prefill(
 
 
 def flash_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
+    block_tables: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """`paged_decode` by flash_attn: same arguments, fp16 and bf16 only; the cache must be finite as above.
 
     Rows with context 0 read no block. Their output is zeros in 2.x and unspecified in flash-attn-4.

@@ -121,14 +121,9 @@ def _combine_kernel(
 
 
 def paged_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    scale: float,
-    config: DecodeConfig | None = None,
-) -> torch.Tensor:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
+    block_tables: torch.Tensor, scale: float, config: DecodeConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of one query token a sequence over all its cached keys, in Triton.
 
     The launch does not depend on what `context_lens` and `block_tables` hold: a CUDA graph of it stays right
@@ -173,13 +168,9 @@ def paged_decode(
 
 
 def paged_decode_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
+    block_tables: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """`paged_decode` in PyTorch: the reference and the CPU path. On a GPU it does not wait for the device."""
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]

@@ -135,19 +135,11 @@ def _varlen_prefill_kernel(
 
 
 def varlen_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    block_tables: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, block_tables: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Causal attention over sequences laid end to end, in Triton; the last query of each sees all its keys.
 
     Args:
@@ -190,18 +182,10 @@ def varlen_prefill(
 
 
 def varlen_prefill_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    block_tables: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, block_tables: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`varlen_prefill` in PyTorch, one sequence after the other: the reference and the CPU path."""
     total_q, heads, head_dim = q.shape
     out = torch.empty(total_q, heads, head_dim, dtype=q.dtype, device=q.device)

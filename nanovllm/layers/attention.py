@@ -39,15 +39,15 @@ def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype
     Raises:
         ValueError: when it cannot serve this device, block size, head size or dtype.
     """
-    if name == "auto":
-        return TORCH if device == "cpu" or not HAS_TRITON else TRITON
+    if device == "cpu":
+        if name not in ("auto", "torch"):
+            raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
+        return TORCH
+    if not HAS_TRITON:
+        raise ValueError("device 'cuda' needs Triton, which is not installed: pip install triton, or device='cpu'")
     if name == "torch":
         return TORCH
-    if device == "cpu":
-        raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
-    if not HAS_TRITON:
-        raise ValueError(f"attention_backend {name!r} needs Triton, which is not installed; use 'torch' or 'auto'")
-    if name == "triton":
+    if name in ("auto", "triton"):
         return TRITON
     flash_attention.check_flash_attention(block_size, head_dim, dtype)
     return FLASH_ATTN

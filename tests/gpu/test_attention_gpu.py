@@ -6,7 +6,7 @@ import torch
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.paged_decode import DecodeConfig, paged_decode, paged_decode_torch
-from nanovllm.kernels.store_kvcache import store_kvcache, store_kvcache_torch
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -262,18 +262,20 @@ def test_prefill_shapes(heads, kv_heads, head_dim, dtype, block_size):
 # --- the cache ---
 
 
-@pytest.mark.parametrize("store", [store_kvcache, store_kvcache_torch])
-def test_store(store):
+def test_norm_rope_store_equals_its_reference():
     slots = torch.randperm(4096)[:1000].int().cuda()
     slots[::7] = -1
-    qkv = randn(1000, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=BF16).unflatten(1, (-1, HEAD_DIM))
-    _, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-    caches = [randn(16, 256, KV_HEADS, HEAD_DIM, dtype=BF16) for _ in range(2)]
-    expected = [cache.clone() for cache in caches]
-    for new, cache in zip((k, v), expected):
-        cache.flatten(0, 1)[slots[slots >= 0].long()] = new[slots >= 0]
-    store(k, v, *caches, slots)
-    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+    qkv = randn(1000, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=BF16)
+    positions = torch.randint(0, 4096, (1000,), device="cuda")
+    angles = torch.rand(4096, HEAD_DIM // 2, device="cuda") * 6
+    weights = [randn(HEAD_DIM, dtype=BF16) for _ in range(2)]
+    results = []
+    for fused in (norm_rope_store, norm_rope_store_torch):
+        out, caches = qkv.clone(), [torch.zeros(16, 256, KV_HEADS, HEAD_DIM, dtype=BF16, device="cuda") for _ in "kv"]
+        fused(out, positions, angles.cos(), angles.sin(), *weights, 1e-6, *caches, slots, HEADS)
+        results.append((out, *caches))
+    for ours, reference in zip(*results):
+        assert relative_error(ours, reference) < TOLERANCE[BF16]
 
 
 def test_a_cache_of_more_than_2_to_the_31_elements():
@@ -281,7 +283,11 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     cache = Cache(lengths, 256, BF16, spare_blocks=8500)
     assert cache.k.numel() > 2**31
     new = randn(2, KV_HEADS, HEAD_DIM, dtype=BF16)
-    store_kvcache(new, new, cache.k, cache.v, ints([int(s[-1]) for s in cache.slots]))
+    kv = torch.cat((new, new), dim=1)  # no query heads, no norm, no rotation: a plain store
+    no_angle = torch.zeros(1, HEAD_DIM // 2, device="cuda")
+    slots = ints([int(s[-1]) for s in cache.slots])
+    zeros = torch.zeros(2, dtype=torch.int64, device="cuda")
+    norm_rope_store(kv, zeros, no_angle.cos(), no_angle, None, None, 0.0, cache.k, cache.v, slots, 0)
     assert torch.equal(cache.keys_and_values(1)[0][-1], new[1])
     q = randn(2, HEADS, HEAD_DIM, dtype=BF16)
     scale = HEAD_DIM**-0.5
