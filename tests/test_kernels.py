@@ -12,6 +12,7 @@ import torch
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode, paged_decode_torch
+from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
@@ -102,11 +103,22 @@ def norm64(x, weight, eps):
 @pytest.mark.parametrize("rows, size", [(1, 64), (5, 100), (3, 1024)])
 @both_dtypes
 def test_rms_norm(norm, rows, size, dtype):
-    x, residual, weight = randn(rows, size, dtype=dtype), randn(rows, size, dtype=dtype), randn(size, dtype=dtype)
+    x, weight = randn(rows, size, dtype=dtype), randn(size, dtype=dtype)
     assert_near(norm(x, weight, 1e-3), norm64(x, weight, 1e-3), dtype)
-    total = x + residual
-    assert_near(norm(x, weight, 1e-3, residual), norm64(total, weight, 1e-3), dtype)
-    assert torch.equal(residual, total)  # in place
+
+
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500)])
+@both_dtypes
+def test_gemv(num_tokens, out_size, in_size, dtype):
+    x, weight = randn(num_tokens, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
+    bias, norm, residual = (randn(*shape, dtype=dtype) for shape in ((out_size,), (in_size,), (num_tokens, out_size)))
+    assert_near(gemv(x, weight), x.double() @ weight.double().T, dtype)
+    expected = residual.double() + norm64(x, norm, 1e-3) @ weight.double().T + bias.double()
+    out = gemv(x, weight, bias, norm, 1e-3, residual)
+    assert out is residual  # in place
+    assert_near(out, expected, dtype)
 
 
 @pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])

@@ -4,8 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanovllm.layers.linear import check_shape
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import normed_linear
 from nanovllm.utils.context import get_context
+from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
@@ -45,10 +47,10 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding):
     """The projection to logits. Its weight may be the embedding's own (tied embeddings)."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """`[num_tokens, hidden]` -> this rank's logits `[num_seqs, real rows]` of each sequence's last token."""
         context = get_context()
         if context.is_prefill:
             hidden = hidden[context.cu_seqlens_q[1:] - 1]
         num_real = max(min(self.rows, self.vocab_size - self.vocab_start), 0)
-        return F.linear(hidden, self.weight[:num_real])
+        return normed_linear(hidden, norm, self.weight[:num_real])

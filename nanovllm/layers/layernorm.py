@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
-from nanovllm.layers.linear import check_shape
+from nanovllm.utils.loader import check_shape
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +21,6 @@ class RMSNorm(nn.Module):
         check_shape(loaded, tuple(param.shape))
         param.copy_(loaded[:])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The normalised x `[n, size]`. With `residual`, x is added to it in place, and the sum is normalised."""
-        norm = rms_norm if x.is_cuda else rms_norm_torch
-        return norm(x, self.weight, self.eps, residual)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[n, size]` -> the same shape and dtype."""
+        return (rms_norm if x.is_cuda else rms_norm_torch)(x, self.weight, self.eps)

@@ -12,14 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanovllm.kernels.gemv import MAX_TOKENS, gemv
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
-
-
-def check_shape(loaded, expected: tuple[int, ...]) -> None:
-    """Raise a ValueError unless a checkpoint tensor has the shape that the model's configuration asks for."""
-    shape = tuple(loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape)
-    if shape != tuple(expected):
-        raise ValueError(f"has shape {list(shape)}, and the model's configuration asks for {list(expected)}")
 
 
 def divide(what: str, num: int, parts: int) -> int:
@@ -29,8 +25,21 @@ def divide(what: str, num: int, parts: int) -> int:
     return num // parts
 
 
+def takes_gemv(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.shape[0] <= MAX_TOKENS
+
+
+def normed_linear(
+    x: torch.Tensor, norm: RMSNorm | None, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`norm(x) W^T + b`; for a few tokens in one kernel."""
+    if takes_gemv(x):
+        return gemv(x, weight, bias, *((norm.weight, norm.eps) if norm is not None else ()))
+    return F.linear(x if norm is None else norm(x), weight, bias)
+
+
 class LinearBase(nn.Module):
-    """`y = x W^T + b` with W `[output_size, input_size]` as this rank holds it."""
+    """A weight `[output_size, input_size]` and maybe a bias, as this rank holds them."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
@@ -46,8 +55,9 @@ class LinearBase(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded, shard_id=None) -> None:
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+        """x `[n, in]` -> `norm(x) W^T + b`, this rank's outputs."""
+        return normed_linear(x, norm, self.weight, self.bias)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -122,6 +132,11 @@ class RowParallelLinear(LinearBase):
             check_shape(loaded, (param.shape[0], self.input_size))
             param.copy_(loaded[:, self.tp.shard(self.input_size)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
-        return self.tp.all_reduce(F.linear(x, self.weight, bias))
+        if self.tp.size == 1 and takes_gemv(x):
+            return gemv(x, self.weight, bias, residual=residual)
+        if self.tp.size == 1 and bias is None:
+            return residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
+        return residual.add_(self.tp.all_reduce(F.linear(x, self.weight, bias)))

@@ -42,8 +42,9 @@ class Qwen3Attention(nn.Module):
             config.num_attention_heads * self.head_dim, config.hidden_size, bias=attention_bias and is_qwen3
         )
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.attn(positions, self.qkv_proj(hidden), self.q_norm, self.k_norm))
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        attended = self.attn(positions, self.qkv_proj(hidden, norm), self.q_norm, self.k_norm)
+        return self.o_proj(attended, residual=hidden)
 
 
 class Qwen3MLP(nn.Module):
@@ -53,8 +54,8 @@ class Qwen3MLP(nn.Module):
         self.act_fn = SiluAndMul()
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+    def forward(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden, norm)), residual=hidden)
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -65,10 +66,14 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Each addition to the residual stream (in place) is left to the norm that reads the sum next."""
-        hidden = self.self_attn(positions, self.input_layernorm(hidden, residual))
-        return self.mlp(self.post_attention_layernorm(hidden, residual))
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden + attention(norm(hidden))`, then `hidden + mlp(norm(hidden))`.
+
+        A norm is handed to the linear layer that reads it, and the sum to the one that writes it: they do it on the
+        way, where they can. `hidden` is updated in place.
+        """
+        hidden = self.self_attn(positions, hidden, self.input_layernorm)
+        return self.mlp(hidden, self.post_attention_layernorm)
 
 
 class Qwen3Model(nn.Module):
@@ -81,10 +86,9 @@ class Qwen3Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids)
-        residual = torch.zeros_like(hidden)
         for layer in self.layers:
-            hidden = layer(positions, hidden, residual)
-        return self.norm(hidden, residual)
+            hidden = layer(positions, hidden)
+        return hidden  # the last norm is left to the LM head, which reads far fewer tokens
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -138,4 +142,4 @@ class Qwen3ForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, hidden_size]` -> logits `[num_seqs, vocab_size / tp]` after each sequence's last token."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden, self.model.norm)

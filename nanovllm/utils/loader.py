@@ -101,6 +101,13 @@ def _is_redundant(model: nn.Module, name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
 
 
+def check_shape(loaded, expected: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a checkpoint tensor has the shape that the model's configuration asks for."""
+    shape = tuple(loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape)
+    if shape != tuple(expected):
+        raise ValueError(f"has shape {list(shape)}, and the model's configuration asks for {list(expected)}")
+
+
 @torch.no_grad()
 def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
     """Random weights of a trained model's scale: normal with deviation `std`, norms 1, biases 0."""
