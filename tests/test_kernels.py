@@ -119,6 +119,9 @@ def test_gemv(num_tokens, out_size, in_size, dtype):
     out = gemv(x, weight, bias, norm, 1e-3, residual)
     assert out is residual  # in place
     assert_near(out, expected, dtype)
+    gate_up = randn(2 * out_size, in_size, dtype=dtype) / in_size**0.5
+    gate, up = (norm64(x, norm, 1e-3) @ gate_up.double().T).chunk(2, dim=-1)
+    assert_near(gemv(x, gate_up, None, norm, 1e-3, gated=True), gate / (1 + torch.exp(-gate)) * up, dtype)
 
 
 @pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])
@@ -245,7 +248,7 @@ def test_decode_takes_a_query_that_is_a_slice(decode):
     assert torch.equal(decode(q, *args), decode(q.clone(), *args))
 
 
-@pytest.mark.parametrize("num_seqs, splits", [(1, 32), (2, 16), (4, 8), (16, 2), (24, 1), (512, 1)])
+@pytest.mark.parametrize("num_seqs, splits", [(1, 32), (4, 32), (16, 8), (24, 4), (128, 1), (512, 1)])
 def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits):
     monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"))

@@ -103,8 +103,9 @@ class LLMEngine:
                 raise ValueError(f"prompt {index} is text, and {self.config.model} has no tokenizer; pass token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            try:
-                token_ids = [operator.index(token_id) for token_id in prompt]
+            try:  # plain ints, the common case, need no conversion
+                is_plain = isinstance(prompt, list) and set(map(type, prompt)) == {int}
+                token_ids = prompt if is_plain else [operator.index(token_id) for token_id in prompt]
             except TypeError:
                 raise TypeError(
                     f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token ids "
@@ -113,7 +114,7 @@ class LLMEngine:
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         vocab_size = self.config.hf_config.vocab_size
-        for token_id in token_ids:
+        for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab_size - 1}")
         if len(token_ids) >= self.config.max_model_len:

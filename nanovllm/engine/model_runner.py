@@ -162,7 +162,8 @@ class ModelRunner:
         """
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
         self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
-        self._decode(largest)  # compiles the kernels, which a capture must not do
+        for size in (largest, 1):  # compiles the kernels, which a capture should not do
+            self._decode(size)
         torch.cuda.synchronize(self.device)
         pool = None
         for size in reversed(self.graph_sizes):
@@ -295,8 +296,8 @@ class ModelRunner:
         return slots
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return tensor.to(self.device, non_blocking=True)
+        tensor = torch.as_tensor(values, dtype=dtype)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     # --- the forward pass ------------------------------------------------------------------------------------
 

@@ -31,6 +31,25 @@ except ImportError:  # e.g. macOS: the PyTorch references must still import
     triton = tl = _MissingTriton
 
 
+try:  # griddepcontrol.wait and griddepcontrol.launch_dependents, in newer Tritons
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
+
+@lru_cache
+def pdl_options() -> dict[str, bool]:
+    """Launch options for programmatic dependent launch, from Hopper on.
+
+    A kernel launched so may start while the one before it in the stream is still finishing. It must wait (`gdc_wait`,
+    where its `PDL` is set) before it touches what an earlier kernel writes; what it does before, such as reading its
+    weights, costs no time. Between kernels of a few microseconds that is a good part of the whole.
+    """
+    if gdc_wait is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 @lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
     """The number of multiprocessors of `device` and the shared memory, in bytes, one program may use."""

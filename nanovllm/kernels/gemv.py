@@ -7,39 +7,46 @@ after it are folded in: they cost a few registers instead of a kernel each.
 
 import torch
 
-from nanovllm.kernels._triton import next_power_of_2, tl, triton
+from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
 
-MAX_TOKENS = 4  # from about here on, cuBLAS is as fast
-ROWS = 4  # of the weight, a program
-MAX_BLOCK = 1024  # columns at a time
+MAX_TOKENS = 2  # with more, cuBLAS is as fast
+TILE = 8192  # elements of the weight that a program takes
 
 
 @triton.jit
 def _gemv_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, eps, residual_ptr, out_ptr, num_tokens, out_size,
     IN_SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)
-    in_rows, in_tokens = rows < out_size, tokens < num_tokens
-    acc = tl.zeros([TOKENS, ROWS], tl.float32)
-    squares = tl.zeros([TOKENS], tl.float32)
-    for start in tl.static_range(0, IN_SIZE, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        in_columns = columns < IN_SIZE
-        offsets = rows.to(tl.int64)[:, None] * IN_SIZE + columns[None, :]
-        weight = tl.load(weight_ptr + offsets, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
-        x_offsets = tokens[:, None] * IN_SIZE + columns[None, :]
-        x = tl.load(x_ptr + x_offsets, mask=in_tokens[:, None] & in_columns[None, :], other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-        acc += tl.sum(weight.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+    columns = tl.arange(0, BLOCK)
+    in_rows, in_tokens, in_columns = rows < out_size, tokens < num_tokens, columns < IN_SIZE
+    offsets = rows.to(tl.int64)[:, None] * IN_SIZE + columns[None, :]
+    weight_mask = in_rows[:, None] & in_columns[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=weight_mask, other=0.0)
+    if GATED:
+        up_weight = tl.load(weight_ptr + out_size.to(tl.int64) * IN_SIZE + offsets, mask=weight_mask, other=0.0)
+    if PDL:  # the weight does not depend on the kernel before this one: only what follows waits for it
+        gdc_launch_dependents()
+        gdc_wait()
+    x_offsets = tokens[:, None] * IN_SIZE + columns[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=in_tokens[:, None] & in_columns[None, :], other=0.0).to(tl.float32)
     if HAS_NORM:  # the scale of a token is common to all its products
-        acc *= tl.rsqrt(squares / IN_SIZE + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / IN_SIZE + eps)
+        x *= tl.load(norm_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    acc = tl.sum(weight.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)  # [TOKENS, ROWS]
+    if HAS_NORM:
+        acc *= scale[:, None]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        up = tl.sum(up_weight.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+        if HAS_NORM:
+            up *= scale[:, None]
+        acc = acc / (1.0 + tl.exp(-acc)) * up
     out_offsets = tokens[:, None] * out_size + rows[None, :]
     mask = in_tokens[:, None] & in_rows[None, :]
     if HAS_RESIDUAL:
@@ -49,26 +56,30 @@ def _gemv_kernel(
 
 def gemv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0, residual: torch.Tensor | None = None,
+    eps: float = 0.0, residual: torch.Tensor | None = None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """`residual + rms_norm(x) W^T + bias`, each part but the product optional.
 
     Args:
-        x: `[n, in]`, contiguous, n at most MAX_TOKENS.
+        x: `[n, in]`, contiguous; n should be small.
         weight: `[out, in]`, contiguous.
         bias: `[out]`.
         norm_weight, eps: `[in]`, of the RMSNorm on x.
         residual: `[n, out]`, contiguous; overwritten with the result and returned.
+        gated: weight is `[2 * out, in]`, a gate above an up projection; the result is `silu(gate) * up`. No bias.
     """
     num_tokens, in_size = x.shape
-    out_size = weight.shape[0]
-    assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
+    out_size = weight.shape[0] // (2 if gated else 1)
+    assert not (gated and bias is not None)
+    assert x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
     out = residual if residual is not None else torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device)
-    _gemv_kernel[(triton.cdiv(out_size, ROWS),)](
+    block = next_power_of_2(in_size)
+    rows = max(1, TILE // block // (2 if gated else 1))
+    _gemv_kernel[(triton.cdiv(out_size, rows),)](
         x, weight, x if bias is None else bias, x if norm_weight is None else norm_weight, eps, out, out, num_tokens,
-        out_size, IN_SIZE=in_size, TOKENS=next_power_of_2(num_tokens), ROWS=ROWS,
-        BLOCK=min(MAX_BLOCK, next_power_of_2(in_size)), HAS_BIAS=bias is not None,
-        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, num_warps=8,
+        out_size, IN_SIZE=in_size, TOKENS=next_power_of_2(num_tokens), ROWS=rows, BLOCK=block,
+        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, GATED=gated,
+        num_warps=8, **pdl_options(),
     )  # fmt: skip
     return out

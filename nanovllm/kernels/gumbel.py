@@ -3,13 +3,13 @@
 `argmax(logits / T + g)` with independent standard Gumbel noise g draws exactly from `softmax(logits / T)`
 (Gumbel, 1954; see Huijben et al., A Review of the Gumbel-max Trick, 2022), without ever forming the softmax.
 The noise of a logit is a pure function of (request seed, position, token id): Philox4x32 (Salmon et al., Parallel
-Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as key and (token id, position) as counter. So a request's
+Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as key and (token id / 4, position) as counter. So a request's
 tokens depend neither on its neighbours in the batch nor on how often it was preempted.
 """
 
 import torch
 
-from nanovllm.kernels._triton import next_power_of_2, tl, triton
+from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096
@@ -18,26 +18,51 @@ TILE = 4096
 @triton.jit
 def _gumbel_argmax_kernel(
     logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, values_ptr, indices_ptr,
-    vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, tile = tl.program_id(0), tl.program_id(1)
-    column = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = column < vocab_size
+    # Tiles lie on multiples of 4 of the token id, whatever part of the vocabulary this is: see the noise below.
+    token_id = first_id // 4 * 4 + tile * BLOCK + tl.arange(0, BLOCK)
+    column = token_id - first_id
+    mask = (column >= 0) & (column < vocab_size)
     scores = tl.load(logits_ptr + row.to(tl.int64) * stride_logits + column, mask=mask, other=-float("inf"))
     scores = scores.to(tl.float32)
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0:
-        token_id = (column + first_id).to(tl.int32)
-        zero = token_id * 0
+        # One Philox call makes four words, for the token ids 4 c to 4 c + 3 of its counter c.
+        counter = (first_id // 4 + tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.int32)
+        zero = counter * 0
         position = zero + tl.load(positions_ptr + row).to(tl.int32)
-        bits, _, _, _ = tl.philox(tl.load(seeds_ptr + row), token_id, position, zero, zero, ROUNDS)
+        b0, b1, b2, b3 = tl.philox(tl.load(seeds_ptr + row), counter, position, zero, zero, ROUNDS)
+        bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
         uniform = ((bits >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)  # never 0 or 1
-        scores = scores / temperature - tl.log(-tl.log(uniform))
+        # The largest noise, which decides, comes of the smallest of these exponentials, where a fast logarithm is
+        # too coarse: there -log(1 - u) by its series.
+        series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
+        exponential = tl.where(uniform < 0.015625, series, -0.6931471805599453 * tl.log2(1.0 - uniform))
+        scores = scores / temperature - 0.6931471805599453 * tl.log2(exponential)
         scores = tl.where(mask, scores, -float("inf"))
     value, index = tl.max(scores, axis=0, return_indices=True)
     out = row * tl.num_programs(1) + tile
     tl.store(values_ptr + out, value)
-    tl.store(indices_ptr + out, (index + tile * BLOCK + first_id).to(tl.int64))
+    tl.store(indices_ptr + out, (first_id // 4 * 4 + tile * BLOCK + index).to(tl.int64))
+
+
+@triton.jit
+def _best_tile_kernel(
+    values_ptr, indices_ptr, value_ptr, index_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, tile = tl.program_id(0), tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf"))
+    value, best = tl.max(values, axis=0, return_indices=True)
+    tl.store(value_ptr + row, value)
+    tl.store(index_ptr + row, tl.load(indices_ptr + row * num_tiles + best))
 
 
 def gumbel_argmax(
@@ -59,15 +84,18 @@ def gumbel_argmax(
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
     block = min(TILE, max(next_power_of_2(vocab_size), 16))
-    num_tiles = triton.cdiv(vocab_size, block)
+    num_tiles = triton.cdiv(vocab_size + first_id % 4, block)
     values = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     indices = torch.empty(num_rows, num_tiles, dtype=torch.int64, device=logits.device)
     _gumbel_argmax_kernel[(num_rows, num_tiles)](
         logits, logits.stride(0), temperatures, seeds, positions, values, indices, vocab_size, first_id,
-        ROUNDS=NUM_ROUNDS, BLOCK=block,
+        ROUNDS=NUM_ROUNDS, BLOCK=block, **pdl_options(),
     )  # fmt: skip
-    best = values.argmax(dim=1, keepdim=True)
-    return values.gather(1, best).squeeze(1), indices.gather(1, best).squeeze(1)
+    value, index = values.new_empty(num_rows), indices.new_empty(num_rows)
+    _best_tile_kernel[(num_rows,)](
+        values, indices, value, index, num_tiles, BLOCK=next_power_of_2(num_tiles), **pdl_options()
+    )
+    return value, index
 
 
 def gumbel_argmax_torch(
@@ -77,10 +105,12 @@ def gumbel_argmax_torch(
     scores = logits.float()
     random_rows = temperatures.nonzero().squeeze(1)
     if len(random_rows):
-        token_ids = torch.arange(first_id, first_id + logits.shape[1], device=logits.device).unsqueeze(0)
-        bits = philox_torch(seeds[random_rows].unsqueeze(1), token_ids, positions[random_rows].unsqueeze(1))
+        end = first_id + logits.shape[1]
+        counters = torch.arange(first_id // 4, -(-end // 4), device=logits.device)
+        bits = philox_torch(seeds[random_rows, None], counters[None], positions[random_rows, None])
+        bits = bits.flatten(1)[:, first_id % 4 :][:, : logits.shape[1]]
         uniform = ((bits >> 8).float() + 0.5) * (1.0 / 16777216.0)
-        noise = -torch.log(-torch.log(uniform))
+        noise = -torch.log(-torch.log1p(-uniform))
         scores = scores.clone()
         scores[random_rows] = scores[random_rows] / temperatures[random_rows].unsqueeze(1) + noise
     values, indices = scores.max(dim=1)
@@ -88,7 +118,7 @@ def gumbel_argmax_torch(
 
 
 def philox_torch(seeds: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> torch.Tensor:
-    """First 32-bit word of Philox4x32 with key `seeds` and counter (c0, c1, 0, 0), as int64; inputs broadcast."""
+    """Philox4x32 with key `seeds` and counter (c0, c1, 0, 0), which broadcast: `[..., 4]` 32-bit words, as int64."""
     low32 = 0xFFFFFFFF
     k0, k1 = seeds & low32, (seeds >> 32) & low32
     c0, c1 = torch.broadcast_tensors(c0 & low32, c1 & low32)
@@ -99,4 +129,4 @@ def philox_torch(seeds: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> tor
         c0, c1 = (product_b >> 32) & low32 ^ c1 ^ k0, product_b & low32
         c2, c3 = (product_a >> 32) & low32 ^ c3 ^ k1, product_a & low32
         k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    return c0
+    return torch.stack((c0, c1, c2, c3), dim=-1)

@@ -6,7 +6,7 @@ token, so one program reads them once, instead of a dozen kernels each reading t
 
 import torch
 
-from nanovllm.kernels._triton import next_power_of_2, tl, triton
+from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
 
 
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
@@ -16,8 +16,11 @@ HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill o
 def _norm_rope_store_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, k_cache_ptr, v_cache_ptr, slots_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, STORE: tl.constexpr,
+    NORM: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]  # q heads, then k heads, then v heads
     half = tl.arange(0, BLOCK)[None, :]
@@ -81,6 +84,7 @@ def norm_rope_store(
         k_cache, v_cache, slot_mapping if stores else positions,
         HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim,
         BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm, STORE=stores, num_warps=2,
+        **pdl_options(),
     )  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 import torch
 
-from nanovllm.kernels._triton import next_power_of_2, tl, triton
+from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * SIZE
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -27,7 +30,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     assert x.is_contiguous()
     out = torch.empty_like(x)
     block = next_power_of_2(size)
-    _rms_norm_kernel[(num_rows,)](x, weight, out, eps, SIZE=size, BLOCK=block, num_warps=4 if block <= 2048 else 8)
+    num_warps = 4 if block <= 2048 else 8
+    _rms_norm_kernel[(num_rows,)](x, weight, out, eps, SIZE=size, BLOCK=block, num_warps=num_warps, **pdl_options())
     return out
 
 

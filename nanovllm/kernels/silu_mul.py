@@ -3,11 +3,14 @@
 import torch
 from torch.nn import functional as F
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, pdl_options, tl, triton
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -22,7 +25,7 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     num_rows, size = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous()
     out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
-    _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](x, out, SIZE=size, BLOCK=1024)
+    _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](x, out, SIZE=size, BLOCK=1024, **pdl_options())
     return out
 
 

@@ -1,13 +1,22 @@
-"""The SwiGLU activation (Shazeer, 2020)."""
+"""The gated half of a SwiGLU MLP (Shazeer, GLU Variants Improve Transformer, 2020)."""
 
 import torch
-from torch import nn
 
+from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, takes_gemv
 
 
-class SiluAndMul(nn.Module):
-    """`silu(gate) * up`, where x `[n, 2 * size]` holds gate and up side by side."""
+class SiluGateUpLinear(MergedColumnParallelLinear):
+    """`silu(x W_gate^T) * (x W_up^T)`; the two matrices are one, for one GEMM."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return silu_mul(x) if x.is_cuda else silu_mul_torch(x)
+    def __init__(self, input_size: int, output_size: int) -> None:
+        super().__init__(input_size, [output_size, output_size])
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x `[n, in]` -> `[n, out / tp]`; x is normalised first."""
+        if takes_gemv(x):
+            return gemv(x, self.weight, None, norm.weight, norm.eps, gated=True)
+        gate_up = super().forward(x, norm)
+        return silu_mul(gate_up) if x.is_cuda else silu_mul_torch(gate_up)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
 
 
@@ -50,12 +50,11 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2)
-        self.act_fn = SiluAndMul()
+        self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(hidden, norm)), residual=hidden)
+        return self.down_proj(self.gate_up_proj(hidden, norm), residual=hidden)
 
 
 class Qwen3DecoderLayer(nn.Module):
