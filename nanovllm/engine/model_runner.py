@@ -215,7 +215,7 @@ class ModelRunner:
             input_ids, positions, context,
             self._to_device(self.temperatures[rows]),
             self._to_device(self.seeds[rows]),
-            self._to_device([seq.num_computed_tokens for seq in seqs], torch.int64),
+            self._to_device([seq.num_computed_tokens - 1 for seq in seqs], torch.int64),
         )  # fmt: skip
         self.last_tokens.index_copy_(0, self._to_device(rows, torch.int64), tokens)
         return tokens
@@ -323,7 +323,7 @@ class ModelRunner:
         )
         tokens = self._forward(
             self.last_tokens[arrays["rows"]], arrays["positions"], context,
-            arrays["temperatures"], arrays["seeds"], arrays["positions"] + 1,
+            arrays["temperatures"], arrays["seeds"], arrays["positions"],
         )  # fmt: skip
         self.last_tokens.index_copy_(0, arrays["rows"], tokens)
         return tokens

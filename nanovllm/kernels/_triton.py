@@ -31,6 +31,11 @@ except ImportError:  # e.g. macOS: the PyTorch references must still import
     triton = tl = _MissingTriton
 
 
+try:
+    from triton.language.extra import libdevice
+except ImportError:
+    libdevice = None
+
 try:  # griddepcontrol.wait and griddepcontrol.launch_dependents, in newer Tritons
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:

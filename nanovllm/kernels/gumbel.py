@@ -9,16 +9,29 @@ tokens depend neither on its neighbours in the batch nor on how often it was pre
 
 import torch
 
-from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import (
+    gdc_launch_dependents,
+    gdc_wait,
+    libdevice,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+)
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096
 
 
 @triton.jit
+def _log(x, APPROX: tl.constexpr):
+    return libdevice.fast_logf(x) if APPROX else tl.log(x)  # Triton's interpreter knows only the latter
+
+
+@triton.jit
 def _gumbel_argmax_kernel(
     logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, values_ptr, indices_ptr,
-    vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, APPROX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -42,8 +55,8 @@ def _gumbel_argmax_kernel(
         # The largest noise, which decides, comes of the smallest of these exponentials, where a fast logarithm is
         # too coarse: there -log(1 - u) by its series.
         series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
-        exponential = tl.where(uniform < 0.015625, series, -0.6931471805599453 * tl.log2(1.0 - uniform))
-        scores = scores / temperature - 0.6931471805599453 * tl.log2(exponential)
+        exponential = tl.where(uniform < 0.015625, series, -_log(1.0 - uniform, APPROX))
+        scores = scores / temperature - _log(exponential, APPROX)
         scores = tl.where(mask, scores, -float("inf"))
     value, index = tl.max(scores, axis=0, return_indices=True)
     out = row * tl.num_programs(1) + tile
@@ -74,7 +87,7 @@ def gumbel_argmax(
         logits: `[n, vocab]`, bf16, fp16 or fp32, rows contiguous; a tensor-parallel rank's part of the vocabulary.
         temperatures: `[n]` float32.
         seeds: `[n]` int64, not negative.
-        positions: `[n]` int64, of the token that is drawn.
+        positions: `[n]` int64, of the token whose logits these are.
         first_id: token id of column 0.
 
     Returns:
@@ -89,7 +102,7 @@ def gumbel_argmax(
     indices = torch.empty(num_rows, num_tiles, dtype=torch.int64, device=logits.device)
     _gumbel_argmax_kernel[(num_rows, num_tiles)](
         logits, logits.stride(0), temperatures, seeds, positions, values, indices, vocab_size, first_id,
-        ROUNDS=NUM_ROUNDS, BLOCK=block, **pdl_options(),
+        ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
     )  # fmt: skip
     value, index = values.new_empty(num_rows), indices.new_empty(num_rows)
     _best_tile_kernel[(num_rows,)](

@@ -7,7 +7,6 @@ among several programs and their results are merged ("Flash-Decoding", Dao et al
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,10 +39,11 @@ def decode_config(
 ) -> DecodeConfig:
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
-    # The largest power of two with at most eight programs a multiprocessor. (Measured: from there on more do not
-    # help, and fewer leave the longest sequences running alone.)
-    splits = max(1, 8 * num_sms // max(1, num_seqs * kv_heads))
-    splits = min(MAX_SPLITS, 1 << (splits.bit_length() - 1))
+    # When there are fewer than two programs a multiprocessor, the largest power of two with at most eight. (Measured:
+    # more do not help, and fewer leave the longest sequences running alone.)
+    programs = max(1, num_seqs * kv_heads)
+    splits = 8 * num_sms // programs if programs < 2 * num_sms else 1
+    splits = min(MAX_SPLITS, 1 << (max(1, splits).bit_length() - 1))
     # Smaller tiles when splitting: they are shared out more evenly.
     block_n = 128 if splits == 1 else 64 if splits < MAX_SPLITS else 32
     token_bytes = next_power_of_2(head_dim) * dtype.itemsize
@@ -52,13 +52,21 @@ def decode_config(
     return DecodeConfig(block_n, splits)
 
 
+@triton.jit
+def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
+    """Tiles that a split takes of a sequence, and how many splits that leaves with any (at least one)."""
+    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
+    return tiles_per_split, tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
+
+
 @triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
 def _paged_decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr, context_lens_ptr, block_tables_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr,
     q_stride, table_stride, scale_log2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -77,13 +85,11 @@ def _paged_decode_kernel(
 
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
     context_len = tl.load(context_lens_ptr + seq)
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
-    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
-    num_shares = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
+    tiles_per_split, num_shares = _shares(context_len, num_splits, BLOCK_N)
     if split >= num_shares:
         return
     first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(context_len, BLOCK_N))
 
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
@@ -111,36 +117,35 @@ def _paged_decode_kernel(
     if PDL:
         gdc_launch_dependents()
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a padding row, with context 0, gives zeros
-    out = acc / row_sum[:, None]
-    out_rows = seq.to(tl.int64) * (KV_HEADS * GROUP) + heads
-    if num_shares == 1:
-        out_offsets = out_rows[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-    elif SPLIT:
-        rows = out_rows * num_splits + split
-        tl.store(partial_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
+    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
+    tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
+    if SPLIT:
         tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=group < GROUP)
-        # The last program to arrive merges: a second kernel would cost more than the merging does.
-        tl.debug_barrier()  # all threads have stored before the one that counts this program
-        counter_ptr = arrived_ptr + seq * KV_HEADS + kv_head
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_shares - 1:
-            tl.store(counter_ptr, 0)  # for the next launch
-            shares = tl.arange(0, MAX_SPLITS)
-            there = shares < num_shares
-            for member in tl.static_range(GROUP):
-                row = seq.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
-                lse = tl.load(lse_ptr + row * num_splits + shares, mask=there, other=float("-inf"))
-                weights = tl.exp2(lse - tl.max(lse, 0))
-                offsets = (row * num_splits + shares)[:, None] * HEAD_DIM + dims[None, :]
-                partial = tl.load(partial_ptr + offsets, mask=there[:, None] & in_dim[None, :], other=0.0)
-                merged = tl.sum(partial * weights[:, None], 0) / tl.sum(weights, 0)
-                tl.store(out_ptr + row * HEAD_DIM + dims, merged.to(out_ptr.dtype.element_ty), mask=in_dim)
 
 
-@lru_cache
-def _arrival_counters(device: torch.device) -> torch.Tensor:
-    """Zeros, as every launch leaves them; far more than the sequences and KV heads of a batch that is split."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+@triton.jit(do_not_specialize=["num_splits"])
+def _combine_kernel(
+    partial_ptr, lse_ptr, out_ptr, context_lens_ptr, num_splits,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)  # one sequence and query head
+    num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
+    splits = tl.arange(0, MAX_SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    there = splits < num_shares
+    lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(weights, 0)
+    offsets = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
+    partial = tl.load(partial_ptr + offsets, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    out = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def paged_decode(
@@ -171,20 +176,23 @@ def paged_decode(
     splits = config.num_splits
     block_d = max(16, next_power_of_2(head_dim))
     out = torch.empty(num_seqs, heads, head_dim, dtype=q.dtype, device=q.device)
-    partial = lse = arrived = out  # not touched when nothing is split
-    if splits > 1:
+    if splits == 1:
+        partial = lse = out  # the one share is the result; lse is not written
+    else:
         partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
-        arrived = _arrival_counters(q.device)
-        assert num_seqs * kv_heads <= arrived.numel()
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
-        q, k_cache, v_cache, out, partial, lse, arrived, context_lens, block_tables,
+        q, k_cache, v_cache, partial, lse, context_lens, block_tables,
         q.stride(0), block_tables.stride(0), scale * math.log2(math.e),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         BLOCK_G=max(16, next_power_of_2(heads // kv_heads)), BLOCK_D=block_d, BLOCK_N=config.block_n,
-        SPLIT=splits > 1, MAX_SPLITS=MAX_SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
-        **pdl_options(),
+        SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
     )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(num_seqs * heads,)](
+            partial, lse, out, context_lens, splits, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK_N=config.block_n, MAX_SPLITS=MAX_SPLITS, **pdl_options(),
+        )  # fmt: skip
     return out
 
 

@@ -22,7 +22,8 @@ class Sampler(nn.Module):
     def forward(
         self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """logits `[n, vocab / tp]`, temperatures `[n]` float32, seeds and positions `[n]` int64 -> ids `[n]` int64."""
+        """logits `[n, vocab / tp]`, temperatures `[n]` float32, seeds and positions (of the token before)
+        `[n]` int64 -> ids `[n]` int64."""
         draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
         scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
         if self.tp.size == 1:
