@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm.config import Config
 
 OURS = "nanovllm"
 MAX_MODEL_LEN = 4096
 TOKEN_IDS = 10_000  # prompts are drawn from token ids 0 to 10000, both included
 SEQUENCES_CUT, LENGTHS_CUT = 8, 4  # the small load: an eighth of the sequences, a quarter of each length
-WARMUP_SEED, WARMUP_TOKENS = 1_000_000, 8
+WARMUP_REPEAT, WARMUP_TOKENS = 5_000, 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Load:
 class Run:
     """One timed run."""
 
-    seed: int
+    repeat: int
     input_tokens: int
     output_tokens: int
     seconds: float
@@ -121,12 +122,15 @@ class Result:
         return max(self.runs, key=lambda run: run.tokens_per_second)
 
 
-def make_load(workload: Workload, seed: int, vocab_size: int) -> Load:
-    """The requests of `workload`. A fixed length is not drawn; ids wrap round in a smaller vocabulary."""
-    r = random.Random(seed)
+def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
+    """The requests of `workload`; each repeat has the same lengths and other token ids.
+
+    A fixed length is not drawn; ids wrap round in a smaller vocabulary.
+    """
+    r = random.Random(0)
 
     def tokens(n: int) -> list[int]:
-        return [r.randint(0, TOKEN_IDS) % vocab_size for _ in range(n)]
+        return [(r.randint(0, TOKEN_IDS) + repeat) % (TOKEN_IDS + 1) % vocab_size for _ in range(n)]
 
     def length(bounds: tuple[int, int]) -> int:
         return bounds[0] if bounds[0] == bounds[1] else r.randint(*bounds)
@@ -163,21 +167,23 @@ def run_transformers(model: torch.nn.Module, load: Load, batch_size: int) -> Non
 
 
 def measure(
-    engine: str, workload: Workload, seeds: list[int], vocab_size: int, run: Callable[[Load], None]
+    engine: str, workload: Workload, repeats: int, vocab_size: int, run: Callable[[Load], None]
 ) -> Result:
-    """Warm up, then time `run` once for each seed: a new seed is new prompts, which no prefix cache holds."""
-    warmup = make_load(workload, WARMUP_SEED + seeds[0], vocab_size)
+    """Warm up, then time `run` `repeats` times, each with new prompts, which no prefix cache holds."""
+    count = "1 sequence" if workload.sequences == 1 else f"{workload.sequences} sequences"
+    print(f"\n{workload.name} on {engine}: {count}, {workload.about}", flush=True)
+    warmup = make_load(workload, WARMUP_REPEAT, vocab_size)
     run(Load(warmup.prompts, [min(n, WARMUP_TOKENS) for n in warmup.output_lens]))
     runs = []
-    for seed in seeds:
-        load = make_load(workload, seed, vocab_size)
+    for repeat in range(repeats):
+        load = make_load(workload, repeat, vocab_size)
         inputs, outputs = sum(map(len, load.prompts)), sum(load.output_lens)
         counted = inputs if workload.counts_input else outputs
         start = time.perf_counter()
         run(load)
         seconds = time.perf_counter() - start
         rate = counted / seconds
-        runs.append(Run(seed, inputs, outputs, seconds, rate))
+        runs.append(Run(repeat, inputs, outputs, seconds, rate))
         print(f"Total: {counted}tok, Time: {seconds:.2f}s, Throughput: {rate:.2f}tok/s", flush=True)
     return Result(engine, workload, runs)
 
@@ -202,6 +208,7 @@ def write_shape(name: str, directory: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     about = "; ".join(f"{w.name}: {w.about}" for w in WORKLOADS.values())
     parser = argparse.ArgumentParser(description="Measure throughput.", epilog=f"workloads: {about}")
     add = parser.add_argument
@@ -246,19 +253,6 @@ def build_engine(args: argparse.Namespace, on_gpu: bool, scratch: str) -> tuple[
         sys.exit(f"bench.py: {error}")
 
 
-def load_transformers(path: str, random_weights: bool, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The same model as transformers runs it: the same weights, or as many random ones."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
-
-    logging.set_verbosity_error()  # it warns of names that changed between its versions; these work in all
-    if random_weights:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), torch_dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype)
-    return model.eval().to(device)
-
-
 def describe(llm: LLM, model: str, startup: float, args: argparse.Namespace) -> dict[str, Any]:
     """What somebody would need to know to repeat the measurement."""
     config, on_gpu = llm.config, llm.config.device == "cuda"
@@ -274,6 +268,32 @@ def describe(llm: LLM, model: str, startup: float, args: argparse.Namespace) -> 
         "python": platform.python_version(),
         "versions": {package: installed[package] for package in PACKAGES if package in installed},
     }
+
+
+def load_transformers(path: str, random_weights: bool, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The same model as transformers runs it: the same weights, or as many random ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()  # it warns of names that changed between its versions; these work in all
+    if random_weights:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), torch_dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype)
+    return model.eval().to(device)
+
+
+def compare_transformers(
+    args: argparse.Namespace, config: Config, random_weights: bool, workloads: list[Workload]
+) -> list[Result]:
+    """The same loads through transformers' `generate`, which decodes greedily and in static batches."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what the engine held
+    batch_size = args.compare_batch_size or (256 if config.device == "cuda" else 16)
+    print(f"\nNow transformers' generate: greedy, in static batches of {batch_size}")
+    model = load_transformers(config.model, random_weights, config.device, config.dtype)
+    run = partial(run_transformers, model, batch_size=batch_size)
+    return [measure("transformers", w, args.repeats, config.hf_config.vocab_size, run) for w in workloads]
 
 
 def print_table(results: list[Result]) -> None:
@@ -292,13 +312,13 @@ def print_table(results: list[Result]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure what the command line asks for; print it, and write it as JSON."""
     args = parse_args(argv)
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     small = args.small or not (on_gpu or args.full)
     workloads = list(WORKLOADS.values()) if args.workload == "all" else [WORKLOADS[args.workload]]
     if small:
         workloads = [workload.small() for workload in workloads]
-    seeds = list(range(args.repeats))
 
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
@@ -317,24 +337,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"bench.py: the load has sequences of up to {longest} tokens, the model takes "
                 f"{config.max_model_len}; give --small, or --shape or --model of a model that takes more"
             )
-
+        run = partial(run_engine, llm, temperature=args.temperature)
         results = []
         for workload in workloads:
-            llm.reset()  # the seeds are the same: one workload must not find another's prompts cached
-            print(f"\n{workload.name}: {workload.sequences} sequences, {workload.about}")
-            run = partial(run_engine, llm, temperature=args.temperature)
-            results.append(measure(OURS, workload, seeds, vocab_size, run))
+            llm.reset()  # one workload must not find another's prompts in the prefix cache
+            results.append(measure(OURS, workload, args.repeats, vocab_size, run))
         llm.exit()
         if args.compare:
             del llm, run  # nothing else holds the engine's memory
-            gc.collect()
-            torch.cuda.empty_cache()
-            theirs = load_transformers(config.model, random_weights, config.device, config.dtype)
-            batch_size = args.compare_batch_size or (256 if on_gpu else 16)
-            for workload in workloads:
-                print(f"\n{workload.name}: transformers' generate, static batches of {batch_size}, greedy")
-                run = partial(run_transformers, theirs, batch_size=batch_size)
-                results.append(measure(args.compare, workload, seeds, vocab_size, run))
+            results += compare_transformers(args, config, random_weights, workloads)
 
     if len(results) > 1:
         print_table(results)

@@ -180,6 +180,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds {str(raw)[:40]!r} and not a configuration")
     check_architecture(raw.get("architectures"), str(file))
     try:
         return AutoConfig.from_pretrained(path)

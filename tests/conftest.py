@@ -1,4 +1,4 @@
-"""Shared by all tests: small random checkpoints, what `transformers` makes of them, and checks of an engine."""
+"""Shared by all tests: small random checkpoints, their `transformers` results, and checks of an engine."""
 
 import json
 import os
@@ -64,8 +64,8 @@ class Checkpoint:
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         out = self.model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, eos_token_id=eos, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True,
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, eos_token_id=eos,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         completions = [
             tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
@@ -83,7 +83,12 @@ class Checkpoint:
 
 
 def make_checkpoint(
-    path: Path, architecture: str = QWEN3, seed: int = 0, std: float = 0.3, save: bool = True, **overrides: Any
+    path: Path,
+    architecture: str = QWEN3,
+    seed: int = 0,
+    std: float = 0.3,
+    save: bool = True,
+    **overrides: Any,
 ) -> Checkpoint:
     """A small model with large random weights, so that its greedy completions vary.
 
@@ -114,7 +119,7 @@ def make_checkpoint(
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The one that tests take when any will do: Qwen3, two query heads a KV head, heads larger than hidden/heads."""
+    """The one that tests take when any will do: Qwen3, 2 query heads a KV head, untied."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -134,7 +139,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def make_llm(path: str, **options: Any) -> LLM:
-    """An engine on the CPU with a cache of 8 x 256 tokens, in blocks of 16, unless `options` say otherwise."""
+    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing else."""
     defaults: dict[str, Any] = dict(device="cpu", max_model_len=256, kvcache_block_size=16, max_num_seqs=64)
     options = {**defaults, **options}
     blocks_per_seq = -(-options["max_model_len"] // options["kvcache_block_size"])

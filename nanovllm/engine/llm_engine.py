@@ -38,7 +38,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = config = Config.from_options(model, options)
-        MODELS[config.hf_config.architectures[0]].check_config(config.hf_config)
+        MODELS[config.hf_config.architectures[0]].check_config(config.hf_config, config.tensor_parallel_size)
         self.tokenizer = load_tokenizer(config.model)
         if config.eos == -1:
             config.eos = find_eos(config, self.tokenizer)
@@ -62,6 +62,8 @@ class LLMEngine:
         except BaseException:
             if channel is not None:
                 channel.close()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
             raise
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
@@ -103,9 +105,12 @@ class LLMEngine:
                 raise ValueError(f"prompt {index} is text, and {self.config.model} has no tokenizer; pass token ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            try:  # plain ints, the common case, need no conversion
-                is_plain = isinstance(prompt, list) and set(map(type, prompt)) == {int}
-                token_ids = prompt if is_plain else [operator.index(token_id) for token_id in prompt]
+            try:
+                types = set(map(type, prompt))
+                if isinstance(prompt, (bytes, dict)) or bool in types:
+                    raise TypeError
+                # Plain ints, the common case, need no conversion; numpy's do.
+                token_ids = prompt if types == {int} else [operator.index(token_id) for token_id in prompt]
             except TypeError:
                 raise TypeError(
                     f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token ids "
@@ -189,9 +194,12 @@ class LLMEngine:
         """
         if not self.is_finished():
             raise RuntimeError("requests of add_request are unfinished; run step() until is_finished(), or reset()")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        for name, value in (("prompts", prompts), ("sampling_params", sampling_params)):
+            if not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be one or a list of them, not {value!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
         checked = [

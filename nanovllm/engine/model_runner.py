@@ -1,5 +1,6 @@
 """One rank: its part of the model and of the KV cache, and the forward pass of a step."""
 
+import gc
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -190,10 +191,16 @@ class ModelRunner:
             self.call(method, *args)
 
     def exit(self) -> None:
-        """Release the device memory and leave the process group."""
-        self.graphs.clear()
+        """Release the memory, for the next engine to use, and leave the process group."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.graphs.clear()
+        for layer in self.attention_layers:
+            layer.k_cache = layer.v_cache = torch.empty(0)
+        del self.kv_cache, self.model, self.sampler, self.attention_layers
+        gc.collect()  # parameters and their layers refer to each other (weight_loader)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         if self.config.tensor_parallel_size > 1:
             dist.destroy_process_group()
 

@@ -41,7 +41,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self.max_tokens = sampling_params.max_tokens
         self.ignore_eos = sampling_params.ignore_eos
-        self.temperature = sampling_params.temperature
+        # Below this, dividing by it overflows, and the most likely token is as good as certain.
+        self.temperature = sampling_params.temperature if sampling_params.temperature >= 1e-5 else 0.0
         self.seed = sampling_params.seed if sampling_params.seed is not None else seed
         self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 

@@ -12,7 +12,7 @@ from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, divide
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
 
 
@@ -96,9 +96,6 @@ class Qwen3ForCausalLM(nn.Module):
     Args:
         config: of a Qwen3 or Qwen2 dense checkpoint.
         max_position: number of positions to tabulate RoPE for.
-
-    Raises:
-        ValueError: when the configuration asks for what is not implemented, or cannot be split over the ranks.
     """
 
     # checkpoint name -> (merged parameter, its shard)
@@ -112,15 +109,18 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()
-        self.check_config(config)
         self.model = Qwen3Model(config, max_position)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @staticmethod
-    def check_config(config: PretrainedConfig) -> None:
-        """Refuse a configuration that this code would run wrongly."""
+    def check_config(config: PretrainedConfig, tp_size: int) -> None:
+        """Refuse a configuration that this code would run wrongly, or that cannot be split over `tp_size` ranks.
+
+        Raises:
+            ValueError: with the offending value.
+        """
         rope_theta(config)
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; supported: 'silu'")
@@ -133,6 +133,14 @@ class Qwen3ForCausalLM(nn.Module):
             raise ValueError(
                 f"num_attention_heads ({config.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({config.num_key_value_heads})"
+            )
+        divide("num_attention_heads", config.num_attention_heads, tp_size)
+        divide("intermediate_size", config.intermediate_size, tp_size)
+        # Either a rank has several KV heads, or several ranks have the same one.
+        num_kv_heads = config.num_key_value_heads
+        if num_kv_heads % tp_size and tp_size % num_kv_heads:
+            raise ValueError(
+                f"num_key_value_heads ({num_kv_heads}) and tensor_parallel_size {tp_size}: one must divide the other"
             )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,488 @@
+"""Bad input gets a clear exception before any work is done, and the engine still works afterwards."""
+
+import gc
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Checkpoint, assert_idle, edit_json, generate_ids, greedy, make_llm, random_prompts
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Checkpoint) -> Iterator[LLM]:
+    llm = make_llm(checkpoint.path, max_model_len=64)
+    yield llm
+    llm.exit()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Checkpoint) -> list[int]:
+    return checkpoint.complete([PROMPT], 8)[0]
+
+
+@pytest.fixture(autouse=True)
+def still_works(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test that uses the shared engine, it is empty and gives the right tokens."""
+    if "llm" not in request.fixturenames:
+        yield
+        return
+    engine, expected = (request.getfixturevalue(name) for name in ("llm", "expected"))
+    yield
+    assert generate_ids(engine, [PROMPT], greedy(8)) == [expected]
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, near",
+    [
+        ("max_num_seq", "max_num_seqs"),
+        ("enforce_eagr", "enforce_eager"),
+        ("tensor_parallel", "tensor_parallel_size"),
+        ("max_num_batch_tokens", "max_num_batched_tokens"),
+        ("block_size", "kvcache_block_size"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(checkpoint: Checkpoint, option: str, near: str) -> None:
+    with pytest.raises(TypeError, match=f"{option!r}.*{near!r}"):
+        LLM(checkpoint.path, **{option: 1})
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("max_num_batched_tokens", [0, -1]),
+        ("max_num_seqs", [0, -5]),
+        ("max_model_len", [0, -1]),
+        ("gpu_memory_utilization", [0, -0.5, 1.01, float("nan"), float("inf")]),
+        ("tensor_parallel_size", [0, 9, -1]),
+        ("kvcache_block_size", [0, -16]),
+        ("num_kvcache_blocks", [0, -2]),
+        ("eos", [-2]),
+        ("device", ["tpu", "", "cuda:0"]),
+        ("dtype", ["float64", "int8", "half", "bf16"]),
+        ("attention_backend", ["flash", "sdpa"]),
+        ("load_format", ["pt", "safetensors"]),
+        ("seed", [-1, 2**63]),
+    ],
+)
+def test_an_option_out_of_range(checkpoint: Checkpoint, option: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=option) as error:
+            LLM(checkpoint.path, **{"device": "cpu", option: value})
+        assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("max_num_batched_tokens", [16.0, "16", None, True]),
+        ("max_num_seqs", [1.5, False]),
+        ("max_model_len", ["64", True]),
+        ("gpu_memory_utilization", ["0.9", None, True]),
+        ("tensor_parallel_size", [1.0, True, [0]]),
+        ("kvcache_block_size", [None, True]),
+        ("num_kvcache_blocks", [10.0, True]),
+        ("eos", [1.0, True, "</s>"]),
+        ("enforce_eager", [1, 0, "yes", None]),
+        ("enable_prefix_caching", [1, "no"]),
+        ("seed", [0.5, None, True]),
+    ],
+)
+def test_an_option_of_the_wrong_type(checkpoint: Checkpoint, option: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(TypeError, match=option) as error:
+            LLM(checkpoint.path, **{"device": "cpu", option: value})
+        assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["device", "dtype", "attention_backend", "load_format"])
+@pytest.mark.parametrize("value", [None, 3, ["cpu"]])
+def test_a_choice_of_the_wrong_type(checkpoint: Checkpoint, option: str, value: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=option):
+        LLM(checkpoint.path, **{"device": "cpu", option: value})
+
+
+def test_a_cache_too_small_for_one_sequence(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"3 blocks of 16 .*max_model_len 64, which takes 4 blocks"):
+        make_llm(checkpoint.path, max_model_len=64, num_kvcache_blocks=3)
+    make_llm(checkpoint.path, max_model_len=64, num_kvcache_blocks=4).exit()
+
+
+def test_more_ranks_than_the_heads_can_be_split_over(checkpoint: Checkpoint) -> None:
+    children = len(multiprocessing.active_children())
+    try:
+        with pytest.raises(ValueError, match=r"num_attention_heads \(4\).*tensor_parallel_size 3"):
+            make_llm(checkpoint.path, tensor_parallel_size=3)
+        # Nothing is left over that the next engine would stumble on.
+        assert len(multiprocessing.active_children()) == children
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_a_gpu_backend_on_the_cpu(checkpoint: Checkpoint) -> None:
+    for backend in ("triton", "flash_attn"):
+        with pytest.raises(ValueError, match=f"{backend}.*cpu"):
+            make_llm(checkpoint.path, attention_backend=backend)
+
+
+def test_max_model_len_never_exceeds_the_models(checkpoint: Checkpoint) -> None:
+    config = Config(checkpoint.path, max_model_len=10**6, device="cpu")
+    assert config.max_model_len == 1024
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
+    for model in (str(tmp_path / "nowhere"), "somebody/no-such-model", "no such id at all"):
+        with pytest.raises(ValueError, match="pass the path of a checkpoint"):
+            LLM(model)
+    for model in (None, 3, ["path"]):
+        with pytest.raises(TypeError, match="model must be a path or a hub id"):
+            LLM(model)  # type: ignore[arg-type]
+
+
+def test_a_directory_without_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no config.json"):
+        LLM(str(tmp_path))
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        LLM(str(tmp_path))
+    for contents in ("[]", "{}", '"Qwen3ForCausalLM"', "null"):
+        (tmp_path / "config.json").write_text(contents)
+        with pytest.raises(ValueError, match="config.json"):
+            LLM(str(tmp_path))
+
+
+@pytest.fixture
+def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be spoilt."""
+    shutil.copytree(checkpoint.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(architectures=["LlamaForCausalLM"]), "'LlamaForCausalLM'; supported: Qwen3ForCausalLM, Qwen2"),
+        (dict(architectures=[]), "supported: Qwen3ForCausalLM, Qwen2"),
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "'yarn' is not supported"),
+        (
+            dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+            "'linear' is not supported",
+        ),
+        (
+            dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
+            "'linear' is not supported",
+        ),
+        (dict(rope_parameters=None, rope_scaling=dict(rope_type="llama3", factor=8.0)), "'llama3'"),
+        (dict(hidden_act="gelu"), "'gelu' is not supported"),
+        (dict(use_sliding_window=True, sliding_window=16, max_window_layers=0), "sliding"),
+        (dict(quantization_config=dict(quant_method="fp8")), "quantised"),
+        (dict(num_key_value_heads=3), "3"),
+    ],
+)
+def test_a_configuration_that_is_not_supported(copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_json(copy / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        make_llm(str(copy))
+
+
+def test_a_tokenizer_that_cannot_be_read(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{}")
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(ValueError, match="tokenizer"):
+        make_llm(str(copy))
+
+
+# --- sampling parameters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("temperature", -0.1, ValueError),
+        ("temperature", float("nan"), ValueError),
+        ("temperature", float("inf"), ValueError),
+        ("temperature", "1", TypeError),
+        ("temperature", None, TypeError),
+        ("temperature", True, TypeError),
+        ("max_tokens", 0, ValueError),
+        ("max_tokens", -3, ValueError),
+        ("max_tokens", 2.0, TypeError),
+        ("max_tokens", None, TypeError),
+        ("max_tokens", True, TypeError),
+        ("ignore_eos", 1, TypeError),
+        ("ignore_eos", None, TypeError),
+        ("seed", -1, ValueError),
+        ("seed", 2**63, ValueError),
+        ("seed", 0.5, TypeError),
+        ("seed", False, TypeError),
+    ],
+)
+def test_sampling_parameters(name: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name) as raised:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+    assert repr(value) in str(raised.value)
+
+
+def test_an_unknown_sampling_parameter() -> None:
+    with pytest.raises(TypeError, match="max_token"):
+        SamplingParams(max_token=3)  # type: ignore[call-arg]
+
+
+def test_sampling_parameters_cannot_be_changed_past_the_checks() -> None:
+    with pytest.raises(AttributeError):
+        SamplingParams().max_tokens = -1  # type: ignore[misc]
+
+
+# --- prompts ------------------------------------------------------------------------------------------------
+
+BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
+    ([], ValueError, "is empty"),
+    ([127], ValueError, "token id 127; the vocabulary is 0 to 126"),
+    ([3, -1], ValueError, "token id -1"),
+    ([2**70], ValueError, str(2**70)),
+    ([1] * 64, ValueError, "64 tokens, and max_model_len 64"),
+    ([1] * 1000, ValueError, "1000 tokens, and max_model_len 64"),
+    ([1.0, 2.0], TypeError, "list of token ids"),
+    (["a"], TypeError, "list of token ids"),
+    ([None], TypeError, "list of token ids"),
+    ([[1, 2]], TypeError, "list of token ids"),
+    (None, TypeError, "list of token ids"),
+    (3, TypeError, "list of one list"),
+    (b"abc", TypeError, "list of token ids"),
+    ([True, False], TypeError, "list of token ids"),
+    ({"prompt": "x"}, TypeError, "list of token ids"),
+    ("text", ValueError, "no tokenizer"),
+]
+
+
+@pytest.mark.parametrize("prompt, error, message", BAD_PROMPTS, ids=[str(p)[:12] for p, _, _ in BAD_PROMPTS])
+def test_one_bad_prompt_rejects_the_call(llm: LLM, prompt: Any, error: type[Exception], message: str) -> None:
+    for index in (0, 2):
+        prompts = [PROMPT, PROMPT, PROMPT]
+        prompts[index] = prompt
+        with pytest.raises(error, match=message) as raised:
+            llm.generate(prompts, greedy(2), use_tqdm=False)
+        assert f"prompt {index} " in str(raised.value)
+        assert_idle(llm.scheduler)
+    with pytest.raises(error, match=message):
+        llm.add_request(prompt, greedy(2))
+    assert_idle(llm.scheduler)
+
+
+def test_a_flat_list_of_ids_says_what_to_pass(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="a list of one list"):
+        llm.generate([1, 2, 3], greedy(2))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("prompts", [None, 3])
+def test_prompts_that_are_no_list(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(TypeError, match="prompt"):
+        llm.generate(prompts, greedy(2))
+
+
+def test_prompts_and_parameters_of_different_lengths(llm: LLM) -> None:
+    for number in (1, 3, 0):
+        with pytest.raises(ValueError, match=f"{number} sampling_params for 2 prompts"):
+            llm.generate([PROMPT, PROMPT], [greedy(2)] * number)
+
+
+@pytest.mark.parametrize("params", [3, "greedy", {"temperature": 0}, [greedy(2), None], [greedy(2), 1.0]])
+def test_parameters_of_the_wrong_type(llm: LLM, params: Any) -> None:
+    with pytest.raises(TypeError, match="sampling_params"):
+        llm.generate([PROMPT, PROMPT], params)
+    if not isinstance(params, list):
+        with pytest.raises(TypeError, match="sampling_params"):
+            llm.add_request(PROMPT, params)
+    assert_idle(llm.scheduler)
+
+
+def test_numpy_ids_tuples_and_the_longest_prompt_are_accepted(llm: LLM, expected: list[int]) -> None:
+    prompts: list[Any] = [np.array(PROMPT), [np.int32(i) for i in PROMPT], tuple(PROMPT), [1] * 63]
+    outputs = llm.generate(prompts, greedy(8), use_tqdm=False)
+    assert [output["token_ids"] for output in outputs[:3]] == [expected] * 3
+    assert len(outputs[3]["token_ids"]) == 1 and outputs[3]["finish_reason"] == "length"
+    assert all(type(token) is int for output in outputs for token in output["token_ids"])
+
+
+def test_generate_beside_unfinished_requests(llm: LLM) -> None:
+    llm.add_request(PROMPT, greedy(2))
+    with pytest.raises(RuntimeError, match="add_request"):
+        llm.generate([PROMPT], greedy(2))
+    while not llm.is_finished():
+        llm.step()
+
+
+# --- what ends a call early ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("where", ["run", "schedule", "postprocess"])
+def test_an_interrupt_leaves_the_engine_empty_and_usable(
+    llm: LLM, error: type[BaseException], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_prompts(0, [20, 30, 5])
+    target: Any = llm.model_runner if where == "run" else type(llm.scheduler)
+    original: Callable[..., Any] = getattr(target, where)
+    calls = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args)  # the work is half accounted for
+        if calls == 4:
+            raise error("stop")
+        return result
+
+    monkeypatch.setattr(target, where, interrupted)
+    with pytest.raises(error, match="stop"):
+        llm.generate(prompts, greedy(20), use_tqdm=False)
+    assert calls == 4
+    assert_idle(llm.scheduler)
+    assert llm.is_finished() and llm.step() == ([], 0)
+    outputs = llm.generate([PROMPT], greedy(3), use_tqdm=False)
+    assert len(outputs) == 1 and len(outputs[0]["token_ids"]) == 3
+
+
+def test_an_interrupted_step_leaves_the_engine_empty(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.add_request(PROMPT, greedy(20))
+    llm.add_request(PROMPT[::-1], greedy(20))
+    llm.step()
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model_runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    assert_idle(llm.scheduler)
+    assert llm.step() == ([], 0)
+
+
+def test_an_interrupted_engine_serves_nothing_half_written(
+    llm: LLM, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefix cache must not offer blocks that the interrupted step was to fill."""
+    prompts = random_prompts(1, [50, 40])
+    wanted = checkpoint.complete(prompts, 8)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args: Any) -> Any:
+            llm.model_runner.kv_cache.fill_(float("nan"))  # type: ignore[union-attr]
+            raise KeyboardInterrupt
+
+        patch.setattr(llm.model_runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, greedy(8), use_tqdm=False)
+    llm.model_runner.kv_cache.zero_()  # type: ignore[union-attr]
+    assert generate_ids(llm, prompts, greedy(8)) == wanted
+
+
+def test_an_engine_after_exit(checkpoint: Checkpoint) -> None:
+    engine = make_llm(checkpoint.path)
+    engine.exit()
+    engine.exit()
+    with pytest.raises(RuntimeError, match="exit"):
+        engine.generate([PROMPT], greedy(2), use_tqdm=False)
+    with pytest.raises(RuntimeError, match="exit"):
+        engine.step()
+
+
+def test_exit_frees_the_memory_at_once(checkpoint: Checkpoint) -> None:
+    """Not when Python's cycle collector comes round: the next engine may need the card's memory now."""
+    engine = make_llm(checkpoint.path)
+    engine.generate([PROMPT], greedy(2), use_tqdm=False)
+    runner = engine.model_runner
+    assert runner is not None
+    held = [weakref.ref(runner.attention_layers[0].k_cache), weakref.ref(runner.model.lm_head.weight)]
+    del runner
+    gc.disable()
+    try:
+        engine.exit()
+        assert [reference() is None for reference in held] == [True, True]
+    finally:
+        gc.enable()
+
+
+def test_an_engine_that_nobody_holds_is_collected(checkpoint: Checkpoint) -> None:
+    engine = make_llm(checkpoint.path)
+    engine.generate([PROMPT], greedy(2), use_tqdm=False)
+    references = [
+        weakref.ref(engine),
+        weakref.ref(engine.model_runner),
+        weakref.ref(engine.model_runner.model),
+    ]
+    del engine
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_two_engines_do_not_disturb_each_other(llm: LLM, checkpoint: Checkpoint, expected: list[int]) -> None:
+    other = make_llm(checkpoint.path, kvcache_block_size=4)
+    llm.add_request(PROMPT, greedy(8))
+    other.add_request(PROMPT, greedy(8))
+    results: list[dict[str, Any]] = []
+    while not (llm.is_finished() and other.is_finished()):
+        for engine in (llm, other):
+            results += [result for _, result in engine.step()[0]]
+    assert [result["token_ids"] for result in results] == [expected] * 2
+    other.exit()
+
+
+UNDER_O = """
+import sys
+from nanovllm import LLM, SamplingParams
+assert False, "asserts are on"  # they are not, under -O
+llm = LLM(sys.argv[1], device="cpu", max_model_len=64, kvcache_block_size=16, num_kvcache_blocks=8)
+checks = [
+    lambda: LLM(sys.argv[1], max_num_seqs=0),
+    lambda: LLM(sys.argv[1], max_num_seqz=1),
+    lambda: LLM(sys.argv[1], device="cpu", kvcache_block_size=16, max_model_len=64, num_kvcache_blocks=1),
+    lambda: LLM("/nowhere/at/all"),
+    lambda: SamplingParams(temperature=-1),
+    lambda: SamplingParams(max_tokens=0),
+    lambda: llm.generate([[]]),
+    lambda: llm.generate([[127]]),
+    lambda: llm.generate([[1] * 64]),
+    lambda: llm.generate([1, 2]),
+    lambda: llm.generate([[1], [2]], [SamplingParams()]),
+]
+for number, check in enumerate(checks):
+    try:
+        check()
+    except (TypeError, ValueError) as error:
+        continue
+    sys.exit(f"check {number} raised nothing")
+greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+print(llm.generate([[1, 2, 3, 4, 5]], greedy, use_tqdm=False))
+"""
+
+
+def test_checks_are_not_asserts(checkpoint: Checkpoint, expected: list[int]) -> None:
+    command = [sys.executable, "-O", "-c", UNDER_O, checkpoint.path]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(expected) in done.stdout

@@ -1,0 +1,206 @@
+"""bench.py asks for exactly the published loads; it, example.py and the scheduler benchmark run."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import bench
+import example
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 151_936
+PRIMES = [n for n in range(2, 101) if all(n % d for d in range(2, n))]
+TOTAL_LINE = re.compile(r"^Total: (\d+)tok, Time: (\d+\.\d\d)s, Throughput: (\d+\.\d\d)tok/s$", re.MULTILINE)
+
+
+def run_script(*command: str) -> str:
+    """Run a script as a user does; its output."""
+    # PYTHONPATH: so that it runs uninstalled too. One thread: on a busy machine, threads that wait for one
+    # another by spinning take many times as long.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, *command]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# --- the loads ----------------------------------------------------------------------------------------------
+
+
+def test_mixed_is_the_published_load_draw_by_draw() -> None:
+    r = random.Random(0)
+    prompts = []
+    for _ in range(256):
+        n = r.randint(100, 1024)
+        prompts.append([r.randint(0, 10000) for _ in range(n)])
+    output_lens = [r.randint(100, 1024) for _ in range(256)]
+    load = bench.make_load(bench.WORKLOADS["mixed"], seed=0, vocab_size=VOCAB)
+    assert load.prompts == prompts
+    assert load.output_lens == output_lens
+    assert sum(load.output_lens) == 133_966
+
+
+def test_prefix_draws_the_shared_part_first() -> None:
+    r = random.Random(0)
+    prefix = [r.randint(0, 10000) for _ in range(2048)]
+    tails = [[r.randint(0, 10000) for _ in range(128)] for _ in range(256)]
+    load = bench.make_load(bench.WORKLOADS["prefix"], seed=0, vocab_size=VOCAB)
+    assert load.prompts == [prefix + tail for tail in tails]
+
+
+@pytest.mark.parametrize(
+    "name, sequences, shortest_in, longest_in, outputs",
+    [
+        ("mixed", 256, 100, 1024, range(100, 1025)),
+        ("single", 1, 128, 128, [512]),
+        ("prefill", 64, 2048, 2048, [1]),
+        ("prefix", 256, 2176, 2176, [64]),
+        ("queue", 2048, 16, 128, [64]),
+        ("small", 16, 128, 128, [256]),
+    ],
+)
+def test_sizes_of_every_load(
+    name: str, sequences: int, shortest_in: int, longest_in: int, outputs: range | list[int]
+) -> None:
+    load = bench.make_load(bench.WORKLOADS[name], seed=0, vocab_size=VOCAB)
+    lengths = [len(prompt) for prompt in load.prompts]
+    assert len(lengths) == len(load.output_lens) == sequences
+    assert shortest_in <= min(lengths) and max(lengths) <= longest_in
+    assert set(load.output_lens) <= set(outputs)
+    assert all(0 <= token <= 10_000 for prompt in load.prompts for token in prompt)
+    longest = max(map(sum, zip(lengths, load.output_lens)))
+    assert longest <= bench.WORKLOADS[name].longest <= bench.MAX_MODEL_LEN
+    assert bench.WORKLOADS[name].counts_input == (name == "prefill")
+
+
+def test_queue_draws_each_length_before_its_tokens() -> None:
+    r = random.Random(0)
+    prompts = [[r.randint(0, 10000) for _ in range(r.randint(16, 128))] for _ in range(2048)]
+    assert bench.make_load(bench.WORKLOADS["queue"], seed=0, vocab_size=VOCAB).prompts == prompts
+
+
+def test_repeats_and_warmup_share_no_prompt() -> None:
+    """Else a run would measure the prefix cache of the one before."""
+    workload = bench.WORKLOADS["prefix"].small()
+    seeds = [0, 1, 2, bench.WARMUP_SEED]
+    starts = {tuple(bench.make_load(workload, seed, VOCAB).prompts[0][:16]) for seed in seeds}
+    assert len(starts) == len(seeds)
+
+
+def test_tokens_stay_within_a_small_vocabulary() -> None:
+    load = bench.make_load(bench.WORKLOADS["small"], seed=0, vocab_size=100)
+    whole = bench.make_load(bench.WORKLOADS["small"], seed=0, vocab_size=VOCAB)
+    assert load.prompts == [[token % 100 for token in prompt] for prompt in whole.prompts]
+
+
+def test_the_small_load_keeps_what_the_workload_is_about() -> None:
+    for workload in bench.WORKLOADS.values():
+        small = workload.small()
+        assert small.sequences == max(1, workload.sequences // bench.SEQUENCES_CUT)
+        assert small.longest <= workload.longest / bench.LENGTHS_CUT + 1
+        assert (small.shared_len > 0) == (workload.shared_len > 0)
+
+
+@pytest.mark.parametrize("shape, parameters", [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360)])
+def test_shapes_are_those_of_the_real_models(shape: str, parameters: int, tmp_path: Path) -> None:
+    """The number of parameters that the published checkpoints hold, from the shapes of all their tensors."""
+    bench.write_shape(shape, str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    hidden, inter, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads) + 2 * head_dim
+    layer = attention + 3 * hidden * inter + 2 * hidden
+    embeddings = config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
+    assert embeddings + config["num_hidden_layers"] * layer + hidden == parameters
+
+
+# --- the scripts --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """Printed output and JSON of a short run beside transformers."""
+    file = tmp_path_factory.mktemp("bench") / "results.json"
+    printed = run_script(
+        "bench.py", "--device", "cpu", "--workload", "single", "--repeats", "2", "--json", str(file),
+        "--compare", "transformers",
+    )  # fmt: skip
+    return printed, json.loads(file.read_text())
+
+
+def test_bench_prints_the_stated_line(bench_run: tuple[str, dict]) -> None:
+    printed, _ = bench_run
+    lines = TOTAL_LINE.findall(printed)
+    assert len(lines) == 4  # two repeats, two engines
+    assert {int(total) for total, _, _ in lines} == {128}
+    assert "demo checkpoint | CPU" in printed and "Small load: 1/8 of the sequences" in printed
+    assert "single on nanovllm: 1 sequence," in printed and "single on transformers: " in printed
+    assert re.search(r"^Start-up: \d+\.\d\ds ", printed, re.MULTILINE)
+    assert re.search(r"^Ratio single: nanovllm / transformers = \d+\.\d\d$", printed, re.MULTILINE)
+
+
+def test_bench_writes_json(bench_run: tuple[str, dict]) -> None:
+    _, facts = bench_run
+    assert (facts["model"], facts["load"], facts["dtype"]) == ("demo checkpoint", "small", "float32")
+    assert facts["startup_seconds"] > 0 and facts["shape"]["num_hidden_layers"] > 0
+    assert {"torch", "transformers"} <= set(facts["versions"])
+    ours, theirs = facts["results"]
+    assert (ours["engine"], theirs["engine"]) == ("nanovllm", "transformers")
+    for result in (ours, theirs):
+        assert [run["seed"] for run in result["runs"]] == [0, 1]
+        assert result["best"] == max(result["runs"], key=lambda run: run["tokens_per_second"])
+        for run in result["runs"]:
+            assert run["tokens_per_second"] == pytest.approx(run["output_tokens"] / run["seconds"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--repeats", "0"], r"--repeats is 0; it must be at least 1"),
+        (["--compare-batch-size", "-1"], r"--compare-batch-size is -1"),
+        (["--workload", "none"], r"invalid choice: 'none'"),
+        (["--full", "--small"], r"not allowed with"),
+        (["--model", "somewhere", "--shape", "qwen3-8b"], r"not allowed with"),
+    ],
+)
+def test_bench_refuses_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse_args(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script", [bench, example])
+def test_a_missing_model_is_one_clear_line(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=re.escape(str(tmp_path))):
+        script.main(["--model", str(tmp_path), "--device", "cpu"])
+
+
+def test_example_gives_both_right_answers() -> None:
+    printed = run_script("example.py")
+    blocks = [re.sub(r"\s+", " ", block) for block in printed.strip().split("\n\n")]
+    introduction, primes = blocks[-2:]
+    assert introduction.startswith("Prompt: introduce yourself Completion: ")
+    assert "Nano-vLLM" in introduction and "finish reason: stop" in introduction
+    assert primes.startswith("Prompt: list all prime numbers within 100 Completion: ")
+    assert re.findall(r"\d+(?:, \d+)+", primes) == [", ".join(map(str, PRIMES))]
+    assert "<|im_" not in printed
+
+
+def test_example_takes_prompts_and_options() -> None:
+    args = example.parse_args(["--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--max-tokens", "3"])
+    assert (args.prompt, args.temperature, args.max_tokens) == (["a", "b"], 0.5, 3)
+
+
+def test_scheduling_does_not_cost_more_over_a_larger_cache() -> None:
+    printed = run_script("scripts/bench_scheduler.py", "--rounds", "10")
+    ratio = re.search(r"^Ratio: (\d+\.\d+)", printed, re.MULTILINE)
+    assert ratio is not None and float(ratio[1]) < 1.5

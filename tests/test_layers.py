@@ -1,0 +1,287 @@
+"""The layers: against `transformers`' modules, and cut over tensor-parallel ranks without any process."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import QWEN2, QWEN3, Checkpoint, make_checkpoint
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.loader import load_model
+from nanovllm.utils.tensor_parallel import get_tensor_parallel, tensor_parallel
+
+all_sizes = pytest.mark.parametrize("size", [1, 2, 4])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def on_ranks(size: int, make: Any) -> list[Any]:
+    """What `make()` builds on each of `size` ranks."""
+    built = []
+    for rank in range(size):
+        with tensor_parallel(rank, size):
+            built.append(make())
+    return built
+
+
+def load(param: nn.Parameter, *arguments: Any) -> None:
+    """Fill a parameter from a checkpoint tensor; what the loader forgets stays NaN."""
+    param.weight_loader(param, *arguments)
+
+
+def empty(layer: nn.Module) -> nn.Module:
+    for param in layer.parameters():
+        param.fill_(float("nan"))
+    return layer
+
+
+# --- linear layers over ranks -------------------------------------------------------------------------------
+
+
+@all_sizes
+@pytest.mark.parametrize("bias", [False, True])
+def test_column_parallel(size: int, bias: bool) -> None:
+    weight, vector, x = torch.randn(24, 10), torch.randn(24), torch.randn(5, 10)
+    layers = on_ranks(size, lambda: empty(ColumnParallelLinear(10, 24, bias)))
+    for layer in layers:
+        load(layer.weight, weight)
+        if bias:
+            load(layer.bias, vector)
+    assert torch.equal(torch.cat([layer.weight for layer in layers]), weight)
+    out = torch.cat([layer(x) for layer in layers], dim=1)
+    torch.testing.assert_close(out, x @ weight.T + (vector if bias else 0))
+
+
+@all_sizes
+def test_merged_columns(size: int) -> None:
+    """Each rank holds its part of the first matrix, then its part of the second."""
+    gate, up, x = torch.randn(16, 10), torch.randn(32, 10), torch.randn(3, 10)
+    layers = on_ranks(size, lambda: empty(MergedColumnParallelLinear(10, [16, 32])))
+    for layer in layers:
+        load(layer.weight, up, 1)  # in any order
+        load(layer.weight, gate, 0)
+    parts = [layer(x).split([16 // size, 32 // size], dim=1) for layer in layers]
+    torch.testing.assert_close(torch.cat([first for first, _ in parts], dim=1), x @ gate.T)
+    torch.testing.assert_close(torch.cat([second for _, second in parts], dim=1), x @ up.T)
+
+
+@all_sizes
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_parallel(size: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, vector, x = torch.randn(10, 24), torch.randn(10), torch.randn(5, 24)
+    layers = on_ranks(size, lambda: empty(RowParallelLinear(24, 10, bias)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: None)  # the sum is made below
+    total = torch.zeros(5, 10)
+    for rank, layer in enumerate(layers):
+        load(layer.weight, weight)
+        if bias:
+            load(layer.bias, vector)
+        total += layer(x[:, rank * 24 // size : (rank + 1) * 24 // size])
+    torch.testing.assert_close(total, x @ weight.T + (vector if bias else 0))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 4), (8, 2), (4, 1), (12, 4)])
+@all_sizes
+def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
+    """With fewer KV heads than ranks, each rank holds the KV head that its query heads use."""
+    head_dim, hidden = 6, 10
+    full = {"q": torch.randn(heads * head_dim, hidden)}
+    full |= {name: torch.randn(kv_heads * head_dim, hidden) for name in "kv"}
+    bias = {name: torch.randn(len(weight)) for name, weight in full.items()}
+    x = torch.randn(3, hidden)
+    layers = on_ranks(size, lambda: empty(QKVParallelLinear(hidden, head_dim, heads, kv_heads, bias=True)))
+    q_per_kv = heads // kv_heads
+    for rank, layer in enumerate(layers):
+        for name in "vkq":
+            load(layer.weight, full[name], name)
+            load(layer.bias, bias[name], name)
+        assert layer.num_heads == heads // size and layer.num_kv_heads == max(kv_heads // size, 1)
+        out = layer(x).unflatten(1, (-1, head_dim))
+        assert out.shape[1] == layer.num_heads + 2 * layer.num_kv_heads
+        q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        whole = {name: (x @ full[name].T + bias[name]).unflatten(1, (-1, head_dim)) for name in "qkv"}
+        for local in range(layer.num_heads):
+            head = rank * layer.num_heads + local
+            local_kv = local // (layer.num_heads // layer.num_kv_heads)
+            torch.testing.assert_close(q[:, local], whole["q"][:, head])
+            torch.testing.assert_close(k[:, local_kv], whole["k"][:, head // q_per_kv])
+            torch.testing.assert_close(v[:, local_kv], whole["v"][:, head // q_per_kv])
+
+
+@pytest.mark.parametrize(
+    "make, numbers",
+    [
+        (lambda: ColumnParallelLinear(8, 10), r"10.*tensor_parallel_size 4"),
+        (lambda: MergedColumnParallelLinear(8, [8, 6]), r"6.*tensor_parallel_size 4"),
+        (lambda: RowParallelLinear(10, 8), r"10.*tensor_parallel_size 4"),
+        (lambda: QKVParallelLinear(8, 4, 6, 2, False), r"num_attention_heads \(6\).*tensor_parallel_size 4"),
+        (lambda: QKVParallelLinear(8, 4, 12, 6, False), r"num_key_value_heads \(6\).*tensor_parallel_size 4"),
+        (lambda: QKVParallelLinear(8, 4, 12, 3, False), r"4.*3"),
+    ],
+)
+def test_what_does_not_divide_is_refused(make: Any, numbers: str) -> None:
+    with tensor_parallel(0, 4), pytest.raises(ValueError, match=numbers):
+        make()
+
+
+@all_sizes
+@pytest.mark.parametrize("vocab", [16, 13, 5, 3])
+def test_vocabulary(size: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to a multiple of the ranks; a padding row wins no token. With 3 ids, a rank has none."""
+    weight, ids = torch.randn(vocab, 6), torch.randint(vocab, (20,))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: None)
+    embeddings = on_ranks(size, lambda: empty(VocabParallelEmbedding(vocab, 6)))
+    heads = on_ranks(size, lambda: empty(ParallelLMHead(vocab, 6)))
+    for layer in (*embeddings, *heads):
+        load(layer.weight, weight)
+        assert not layer.weight.isnan().any()
+    assert len({layer.weight.shape for layer in embeddings}) == 1
+    embedded = sum(layer(ids) for layer in embeddings)
+    torch.testing.assert_close(embedded, weight[ids])
+    hidden = torch.randn(4, 6)
+    set_context(Context(is_prefill=False))
+    logits = [head(hidden) for head in heads]
+    reset_context()
+    torch.testing.assert_close(torch.cat(logits, dim=1), hidden @ weight.T)
+
+
+def test_the_head_reads_the_last_token_of_each_sequence_of_a_prefill() -> None:
+    head = ParallelLMHead(9, 6)
+    load(head.weight, torch.randn(9, 6))
+    hidden = torch.randn(10, 6)
+    set_context(Context(is_prefill=True, cu_seqlens_q=torch.tensor([0, 3, 4, 10], dtype=torch.int32)))
+    logits = head(hidden)
+    reset_context()
+    torch.testing.assert_close(logits, hidden[[2, 3, 9]] @ head.weight.T)
+
+
+def test_the_rank_is_given_back() -> None:
+    assert (get_tensor_parallel().rank, get_tensor_parallel().size) == (0, 1)
+    with pytest.raises(KeyError), tensor_parallel(1, 2):
+        assert (get_tensor_parallel().rank, get_tensor_parallel().size) == (1, 2)
+        raise KeyError
+    assert (get_tensor_parallel().rank, get_tensor_parallel().size) == (0, 1)
+
+
+@pytest.mark.parametrize("architecture", [QWEN3, QWEN2])
+def test_all_ranks_together_hold_the_checkpoint(architecture: str, tmp_path: Any) -> None:
+    """Each weight is held once; norms, and KV heads that are too few, by several ranks."""
+    checkpoint = make_checkpoint(
+        tmp_path, architecture, num_attention_heads=4, num_key_value_heads=4, vocab_size=128
+    )
+    config = checkpoint.model.config
+
+    def make() -> nn.Module:
+        model = empty(Qwen3ForCausalLM(config, 32))
+        with torch.no_grad():
+            load_model(model, checkpoint.path)
+        return model
+
+    models = on_ranks(4, make)
+    parameters = [dict(model.named_parameters()) for model in models]
+    for name, param in parameters[0].items():
+        assert not any(p[name].isnan().any() for p in parameters)
+        *_, module, kind = name.split(".")
+        is_split = param.dim() == 2 or (kind == "bias" and module == "qkv_proj")
+        assert all(torch.equal(p[name], param) for p in parameters) != is_split, name
+    num_held = sum(p.numel() for one in parameters for name, p in one.items() if "norm" not in name)
+    assert num_held == sum(p.numel() for name, p in checkpoint.model.named_parameters() if "norm" not in name)
+
+
+# --- against transformers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_rmsnorm(dtype: torch.dtype, eps: float) -> None:
+    theirs, ours = Qwen3RMSNorm(32, eps).to(dtype), RMSNorm(32, eps).to(dtype)
+    weight = torch.randn(32).to(dtype)
+    theirs.weight.data.copy_(weight)
+    load(ours.weight, weight)
+    x, residual = torch.randn(7, 32).to(dtype), torch.randn(7, 32).to(dtype)
+    torch.testing.assert_close(ours(x), theirs(x))
+    normed, total = ours(x, residual)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normed, theirs(x + residual))
+    heads = torch.randn(5, 3, 32).to(dtype)
+    torch.testing.assert_close(ours(heads), theirs(heads))
+
+
+@pytest.mark.parametrize("theta, head_dim", [(1e4, 16), (1e6, 64), (5e5, 128)])
+def test_rope(theta: float, head_dim: int) -> None:
+    checkpoint = make_checkpoint(None, head_dim=head_dim, rope_theta=theta, save=False)
+    assert rope_theta(checkpoint.model.config) == theta
+    theirs = Qwen3RotaryEmbedding(checkpoint.model.config)
+    ours = RotaryEmbedding(head_dim, 1024, theta)
+    positions = torch.tensor([0, 1, 2, 77, 500, 1023, 5])
+    q, k = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim)
+    cos, sin = theirs(q, positions.unsqueeze(0))
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    for rotated, wanted in zip(ours(positions, q, k), expected):
+        torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "'yarn'"),
+        (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)), "'linear'"),
+        (dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=4.0)), "'linear'"),
+        (dict(rope_theta=1e4, rope_scaling=dict(rope_type="dynamic", factor=4.0)), "'dynamic'"),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "0.5"),
+        (dict(), "rope_theta"),
+    ],
+)
+def test_rope_types_that_are_not_implemented(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rope_theta(SimpleNamespace(**config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(rope_theta=5e3, rope_scaling=None),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=5e3)),
+        dict(rope_theta=5e3, rope_scaling=dict(type="default")),
+    ],
+)
+def test_rope_theta_of_both_generations_of_transformers(config: dict[str, Any]) -> None:
+    assert rope_theta(SimpleNamespace(**config)) == 5e3  # type: ignore[arg-type]
+
+
+def test_silu_and_mul() -> None:
+    gate, up = torch.randn(2, 5, 8)
+    torch.testing.assert_close(SiluAndMul()(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up)
+
+
+def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
+    """One prefill of two sequences, with nothing but the model: the numbers, not only which is largest."""
+    model = Qwen3ForCausalLM(checkpoint.model.config, 64)
+    with torch.no_grad():
+        load_model(model, checkpoint.path)
+    first, second = [5, 6, 7, 8, 9], [100, 3]
+    bounds = torch.tensor([0, 5, 7], dtype=torch.int32)
+    set_context(Context(True, None, bounds, bounds, 5, 5))
+    with torch.inference_mode():
+        hidden = model(torch.tensor(first + second), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+        logits = model.compute_logits(hidden)
+    reset_context()
+    expected = torch.stack([checkpoint.logits(first)[-1], checkpoint.logits(second)[-1]])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,179 @@
+"""Several ranks: what travels between them, and that they give the tokens of one rank."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    Checkpoint,
+    generate_ids,
+    greedy,
+    make_checkpoint,
+    make_llm,
+    make_scheduler,
+    make_sequence,
+)
+from conftest import random_prompts as prompts_of
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.channel import Channel
+from nanovllm.engine.sequence import Sequence
+
+# --- sequences on their way to other ranks ------------------------------------------------------------------
+
+
+def sent(seq: Sequence) -> Sequence:
+    return pickle.loads(pickle.dumps(seq))
+
+
+def check_equal_for_a_worker(seq: Sequence) -> None:
+    copy = sent(sent(seq))  # a copy of a copy is still right
+    for name in (
+        "seq_id", "num_tokens", "num_computed_tokens", "num_scheduled_tokens", "block_table", "temperature",
+        "seed", "scheduled_token_ids", "is_sampled",
+    ):  # fmt: skip
+        assert getattr(copy, name) == getattr(seq, name), name
+    assert copy.token_ids == seq.scheduled_token_ids  # and no more than that
+    assert copy.token_ids[-1] == seq.token_ids[seq.num_computed_tokens + seq.num_scheduled_tokens - 1]
+
+
+def test_what_is_pickled_of_a_sequence() -> None:
+    """Chunks of a prompt, decoding, and the chunks of the prefill after a preemption."""
+    # 10 blocks of 4: both prompts fit, and one of them must give way while they decode.
+    scheduler = make_scheduler(10, 4, max_num_batched_tokens=6)
+    seqs = [make_sequence(list(range(start, start + 15)), max_tokens=20) for start in (100, 200)]
+    for seq in seqs:
+        scheduler.add(seq)
+    kinds: set[tuple[bool, bool]] = set()
+    while not scheduler.is_finished():
+        scheduled, is_prefill = scheduler.schedule()
+        for seq in scheduled:
+            check_equal_for_a_worker(seq)
+            if not is_prefill:
+                assert sent(seq).token_ids == [seq.token_ids[-1]]
+            kinds.add((is_prefill, seq.num_completion_tokens > 0))
+            if is_prefill and seq.num_completion_tokens > 0:
+                start = seq.num_computed_tokens
+                assert sent(seq).token_ids == seq.token_ids[start : start + seq.num_scheduled_tokens]
+        scheduler.postprocess(scheduled, [1] * len(scheduled))
+    assert scheduler.num_preemptions > 0
+    assert kinds == {(True, False), (False, True), (True, True)}
+
+
+def test_a_decoding_sequence_is_small() -> None:
+    seq = make_sequence(list(range(10_000)))
+    seq.num_computed_tokens, seq.num_scheduled_tokens = 9_999, 1
+    seq.block_table = list(range(40))
+    assert len(pickle.dumps(seq)) < 500
+
+
+# --- the channel --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_messages_of_every_size_arrive_whole_and_in_order(num_workers: int) -> None:
+    """Workers are threads here: events and memory are the same. The largest takes hundreds of frames."""
+    messages = [
+        ("run", (bytes(range(256)) * (n // 256) + b"x" * (n % 256), n)) for n in (0, 1, 150, 5000, 70_000, 3)
+    ]
+    channel = Channel(num_workers, size=256)
+    received: dict[int, list[tuple[str, tuple]]] = {rank: [] for rank in range(1, num_workers + 1)}
+
+    def work(rank: int) -> None:
+        channel.taken[rank - 1].set()
+        for _ in messages:
+            received[rank].append(channel.receive(rank))
+            time.sleep(0.002 * rank)  # some are slower
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in received]
+    try:
+        for thread in threads:
+            thread.start()
+        for method, arguments in messages:
+            channel.send(method, arguments)
+        for thread in threads:
+            thread.join(timeout=30)
+        assert all(received[rank] == messages for rank in received)
+    finally:
+        channel.close()
+
+
+def test_channels_have_names_of_their_own_and_leave_nothing() -> None:
+    channels = [Channel(1, size=4096) for _ in range(3)]
+    names = [channel.memory.name for channel in channels]
+    assert len(set(names)) == 3
+    for channel in channels:
+        channel.close()
+    assert not any((Path("/dev/shm") / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_worker_that_raised_or_died_makes_the_call_raise(raised: bool) -> None:
+    channel = Channel(1, size=4096)
+    dead = SimpleNamespace(is_alive=lambda: False, exitcode=-9, join=lambda timeout=None: None)
+    channel.processes = [dead]  # type: ignore[list-item]
+    if raised:
+        channel.errors.put((1, "Traceback: the worker's own words"))
+        time.sleep(0.1)
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match="own words" if raised else "rank 1 died with exit code -9"):
+        channel.send("run", ())
+    assert time.perf_counter() - start < 5
+    channel.close()
+
+
+# --- two ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """One KV head, which both ranks hold, and a vocabulary that two ranks cannot share evenly."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("parallel"), num_key_value_heads=1, attention_bias=True, seed=1
+    )
+
+
+def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
+    lengths = [3, 20, 33, 16, 50, 7, 40]
+    prompts = prompts_of(0, lengths)
+    seeded = SamplingParams(temperature=0.7, max_tokens=16, ignore_eos=True, seed=3)
+    params = [seeded if i % 3 == 2 else greedy(16) for i in range(len(prompts))]
+    single = make_llm(awkward.path)
+    expected = generate_ids(single, prompts, params)
+    single.exit()
+    assert [expected[i] for i in (0, 1, 3)] == awkward.complete([prompts[i] for i in (0, 1, 3)], 16)
+
+    before = {process.pid for process in multiprocessing.active_children()}
+    llm = make_llm(
+        awkward.path, tensor_parallel_size=2, kvcache_block_size=4, max_model_len=68, num_kvcache_blocks=17,
+        max_num_batched_tokens=30,
+    )  # fmt: skip
+    memory = Path("/dev/shm") / llm.model_runner.channel.memory.name  # type: ignore[union-attr]
+    workers = [process for process in multiprocessing.active_children() if process.pid not in before]
+    assert len(workers) == 1 and memory.exists()
+    assert generate_ids(llm, prompts, params) == expected
+    assert llm.scheduler.num_preemptions > 0
+    assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
+    check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
+    llm.exit()
+    assert not any(process.is_alive() for process in workers)
+    assert not {process.pid for process in multiprocessing.active_children()} - before
+    assert not memory.exists()
+    assert not torch.distributed.is_initialized()
+    assert workers[0].exitcode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(workers[0].pid or 0, 0)
+
+
+def check_bad_input_leaves_the_ranks_in_step(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams], expected: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match="token id"):
+        llm.generate([prompts[0], [10_000]], greedy(3))
+    assert generate_ids(llm, prompts[:2], params[:2]) == expected[:2]
