@@ -36,7 +36,7 @@ class DecodeBuffers:
             named["block_tables"] = named["block_tables"].view(max_num_seqs, blocks_per_seq)
             return named
 
-        self._host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(1 + is_cuda)]
+        self._host = [torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=is_cuda) for _ in range(1 + is_cuda)]
         self._host_arrays = [{name: x.numpy() for name, x in views(memory).items()} for memory in self._host]
         self._copied = [torch.cuda.Event() for _ in self._host] if is_cuda else []
         self._turn = 0

@@ -31,18 +31,17 @@ class PendingTokens:
     """The tokens of a launched step, on their way to the host."""
 
     def __init__(self, token_ids: torch.Tensor) -> None:
-        self.event = None
-        if token_ids.is_cuda:
-            self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-            self.token_ids.copy_(token_ids, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.token_ids = token_ids.clone()
+        self.token_ids = torch.empty(
+            token_ids.shape, dtype=token_ids.dtype, device="cpu", pin_memory=token_ids.is_cuda
+        )
+        self.token_ids.copy_(token_ids, non_blocking=True)
+        self.copied = torch.cuda.Event() if token_ids.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
 
     def wait(self) -> list[int]:
-        if self.event is not None:
-            self.event.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         return self.token_ids.tolist()
 
 
@@ -74,6 +73,7 @@ class ModelRunner:
         self.backend = select_backend(
             config.attention_backend, config.device, config.kvcache_block_size, head_size(hf_config), config.dtype
         )
+        config.attention_backend = self.backend.name
         with tensor_parallel(rank, config.tensor_parallel_size), _defaults(self.device, config.dtype):
             self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
             self.sampler = Sampler(self.model.lm_head.vocab_start)
@@ -303,7 +303,7 @@ class ModelRunner:
         return slots
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.as_tensor(values, dtype=dtype)
+        tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     # --- the forward pass ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`triton` and `tl` for the kernel files, also where Triton cannot be installed, and a GPU's limits."""
+"""What the kernel files share: Triton itself, programmatic dependent launch, and the limits of the GPU."""
 
 from functools import lru_cache
 
@@ -7,38 +7,23 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
+except ImportError:  # macOS, Windows: the kernels are only defined, the PyTorch references run
 
-    HAS_TRITON = True
-except ImportError:  # e.g. macOS: the PyTorch references must still import
-    HAS_TRITON = False
+    class _Absent:
+        def __getattr__(self, name):
+            return self
 
-    class _MissingKernel:
-        def __init__(self, function):
-            self.name = function.__name__
+        def __call__(self, function=None, **options):
+            return function or self
 
-        def __getitem__(self, grid):
-            raise RuntimeError(f"{self.name} needs Triton; pip install triton, or attention_backend='torch'")
+    triton = tl = libdevice = _Absent()
 
-    class _MissingTriton:
-        """Just enough of `triton` and `triton.language` for the `@triton.jit` functions to be defined."""
-
-        constexpr = object
-
-        @staticmethod
-        def jit(function=None, **options):
-            return _MissingTriton.jit if function is None else _MissingKernel(function)
-
-    triton = tl = _MissingTriton
-
+HAS_TRITON = hasattr(triton, "__version__") and isinstance(triton.__version__, str)
 
 try:
-    from triton.language.extra import libdevice
-except ImportError:
-    libdevice = None
-
-try:  # griddepcontrol.wait and griddepcontrol.launch_dependents, in newer Tritons
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
+except ImportError:  # an older Triton, or none
     gdc_launch_dependents = gdc_wait = None
 
 
@@ -46,13 +31,27 @@ except ImportError:
 def pdl_options() -> dict[str, bool]:
     """Launch options for programmatic dependent launch, from Hopper on.
 
-    A kernel launched so may start while the one before it in the stream is still finishing. It must wait (`gdc_wait`,
-    where its `PDL` is set) before it touches what an earlier kernel writes; what it does before, such as reading its
-    weights, costs no time. Between kernels of a few microseconds that is a good part of the whole.
+    A kernel launched so may start while the one before it in the stream is still finishing. It must wait before it
+    touches what an earlier kernel writes; what it does until then, such as reading its weights, costs no time.
+    Between kernels of a few microseconds that is a good part of the whole.
     """
     if gdc_wait is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    """Let the next kernel start, as far as there is room beside this one."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until all that earlier kernels write can be read."""
+    if PDL:
+        gdc_wait()
 
 
 @lru_cache

@@ -7,10 +7,10 @@ after it are folded in: they cost a few registers instead of a kernel each.
 
 import torch
 
-from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
 MAX_TOKENS = 2  # with more, cuBLAS is as fast
-TILE = 8192  # elements of the weight that a program takes
+TILE = 16384  # elements of the weight that a program takes
 
 
 @triton.jit
@@ -29,9 +29,8 @@ def _gemv_kernel(
     weight = tl.load(weight_ptr + offsets, mask=weight_mask, other=0.0)
     if GATED:
         up_weight = tl.load(weight_ptr + out_size.to(tl.int64) * IN_SIZE + offsets, mask=weight_mask, other=0.0)
-    if PDL:  # the weight does not depend on the kernel before this one: only what follows waits for it
-        gdc_launch_dependents()
-        gdc_wait()
+    launch_next(PDL)
+    wait_for_previous(PDL)  # the weight above does not depend on the kernel before; x does
     x_offsets = tokens[:, None] * IN_SIZE + columns[None, :]
     x = tl.load(x_ptr + x_offsets, mask=in_tokens[:, None] & in_columns[None, :], other=0.0).to(tl.float32)
     if HAS_NORM:  # the scale of a token is common to all its products

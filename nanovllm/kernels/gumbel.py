@@ -10,14 +10,8 @@ tokens depend neither on its neighbours in the batch nor on how often it was pre
 import torch
 
 from nanovllm.kernels._triton import (
-    gdc_launch_dependents,
-    gdc_wait,
-    libdevice,
-    next_power_of_2,
-    pdl_options,
-    tl,
-    triton,
-)
+    launch_next, libdevice, next_power_of_2, pdl_options, tl, triton, wait_for_previous,
+)  # fmt: skip
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096
@@ -33,9 +27,8 @@ def _gumbel_argmax_kernel(
     logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, values_ptr, indices_ptr,
     vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, APPROX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row, tile = tl.program_id(0), tl.program_id(1)
     # Tiles lie on multiples of 4 of the token id, whatever part of the vocabulary this is: see the noise below.
     token_id = first_id // 4 * 4 + tile * BLOCK + tl.arange(0, BLOCK)
@@ -68,9 +61,8 @@ def _gumbel_argmax_kernel(
 def _best_tile_kernel(
     values_ptr, indices_ptr, value_ptr, index_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row, tile = tl.program_id(0), tl.arange(0, BLOCK)
     values = tl.load(values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf"))
     value, best = tl.max(values, axis=0, return_indices=True)

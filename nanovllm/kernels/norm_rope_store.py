@@ -6,7 +6,7 @@ token, so one program reads them once, instead of a dozen kernels each reading t
 
 import torch
 
-from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
 
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
@@ -18,9 +18,8 @@ def _norm_rope_store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
     NORM: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    launch_next(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]  # q heads, then k heads, then v heads
     half = tl.arange(0, BLOCK)[None, :]
@@ -83,8 +82,8 @@ def norm_rope_store(
         qkv, positions, cos, sin, q_weight if has_norm else cos, k_weight if has_norm else cos, eps,
         k_cache, v_cache, slot_mapping if stores else positions,
         HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim,
-        BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm, STORE=stores, num_warps=2,
-        **pdl_options(),
+        BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm, STORE=stores,
+        num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
     )  # fmt: skip
 
 
@@ -110,15 +109,11 @@ def norm_rope_store_torch(
 def store_kvcache_torch(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """`store_kvcache` in PyTorch: the reference and the CPU path. It never makes the host wait for a GPU."""
-    num_tokens = slot_mapping.numel()
-    if num_tokens == 0:
-        return
+    """The last part of it alone. It never makes the host wait for a GPU, so that a CUDA graph can record it."""
     # Selecting the rows to store would need their number on the host. So a row that goes nowhere repeats the
     # first one that is stored, and when there is none at all, slot 0 is overwritten with what it holds.
     stored = slot_mapping >= 0
-    first = stored.int().argmax()
-    rows = torch.where(stored, torch.arange(num_tokens, device=slot_mapping.device), first)
+    rows = torch.where(stored, torch.arange(len(stored), device=stored.device), stored.int().argmax())
     slots = slot_mapping[rows].clamp(min=0).long()
     for x, cache in ((k, k_cache), (v, v_cache)):
         flat = cache.view(-1, *cache.shape[2:])

@@ -2,14 +2,13 @@
 
 import torch
 
-from nanovllm.kernels._triton import gdc_launch_dependents, gdc_wait, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
 
 @triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * SIZE
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE

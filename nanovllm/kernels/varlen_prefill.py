@@ -24,20 +24,15 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-# Best first. fp32 runs without tensor cores, which would cost precision; larger tiles would spill registers.
-CONFIGS_16_BIT = [PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 2)]
-CONFIGS_32_BIT = [PrefillConfig(32, 64, 8, 2), PrefillConfig(16, 32, 4, 2)]
-
-
 def prefill_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
-    """The first configuration whose query tile and staged key and value tiles fit the shared memory."""
-    row_bytes = next_power_of_2(head_dim) * dtype.itemsize
-    configs = CONFIGS_16_BIT if dtype.itemsize == 2 else CONFIGS_32_BIT
-    for config in configs:
-        rows = config.block_m + 2 * config.block_n * config.num_stages
-        if rows * row_bytes <= device_limits(device)[1]:
-            return config
-    return configs[-1]
+    """The best measured configuration whose query tile and staged key and value tiles fit the shared memory."""
+    # fp32 runs without tensor cores, which would cost precision; larger tiles would spill registers.
+    configs = [(128, 128, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)] if dtype.itemsize == 2 else [(32, 64, 8, 2)]
+    for config in (*configs, (16, 32, 4, 2)):
+        rows = config[0] + 2 * config[1] * config[3]
+        if rows * next_power_of_2(head_dim) * dtype.itemsize <= device_limits(device)[1]:
+            break
+    return PrefillConfig(*config)
 
 
 @triton.jit

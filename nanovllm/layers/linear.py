@@ -52,9 +52,6 @@ class LinearBase(nn.Module):
         else:
             self.register_parameter("bias", None)
 
-    def weight_loader(self, param: nn.Parameter, loaded, shard_id=None) -> None:
-        raise NotImplementedError
-
     def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
         """x `[n, in]` -> `norm(x) W^T + b`, this rank's outputs."""
         return normed_linear(x, norm, self.weight, self.bias)
