@@ -45,9 +45,9 @@ def prefill(scheduler: Scheduler, prompts: list[list[int]], output_len: int) -> 
     for prompt in prompts:
         scheduler.add(Sequence(prompt, SamplingParams(max_tokens=output_len, ignore_eos=True)))
     while scheduler.waiting:
-        seqs, is_prefill = scheduler.schedule()
-        assert is_prefill
-        scheduler.postprocess(seqs, [0] * len(seqs))
+        step = scheduler.schedule()
+        assert step is not None and step.is_prefill
+        scheduler.postprocess(step, [0] * len(step.seqs))
 
 
 def fill(scheduler: Scheduler, num_blocks: int, r: random.Random) -> None:
@@ -62,10 +62,13 @@ def fill(scheduler: Scheduler, num_blocks: int, r: random.Random) -> None:
 def decode_step(scheduler: Scheduler, tokens: list[int]) -> float:
     """Seconds that one decode step costs the host."""
     start = time.perf_counter()
-    seqs, _ = scheduler.schedule()
-    scheduler.postprocess(seqs, tokens)
+    step = scheduler.schedule()
+    assert step is not None
+    scheduler.postprocess(step, tokens)
     elapsed = time.perf_counter() - start
-    assert len(seqs) == NUM_SEQS, f"{len(seqs)} sequences ran, not {NUM_SEQS}: the caches' work differs"
+    assert len(step.seqs) == NUM_SEQS, (
+        f"{len(step.seqs)} sequences ran, not {NUM_SEQS}: the caches' work differs"
+    )
     return elapsed
 
 

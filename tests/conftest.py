@@ -138,13 +138,20 @@ def edit_json(file: Path, **changes: Any) -> None:
 # --- engines ------------------------------------------------------------------------------------------------
 
 
-def make_llm(path: str, **options: Any) -> LLM:
-    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing else."""
+def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
+    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing else.
+
+    `depth` is how many steps are launched before the tokens of the oldest are read; None leaves
+    the device's own.
+    """
     defaults: dict[str, Any] = dict(device="cpu", max_model_len=256, kvcache_block_size=16, max_num_seqs=64)
     options = {**defaults, **options}
     blocks_per_seq = -(-options["max_model_len"] // options["kvcache_block_size"])
     options.setdefault("num_kvcache_blocks", 8 * blocks_per_seq)
-    return LLM(path, **options)
+    llm = LLM(path, **options)
+    if depth is not None:
+        llm._max_pending = depth
+    return llm
 
 
 def greedy(max_tokens: int, ignore_eos: bool = True) -> SamplingParams:
@@ -155,15 +162,20 @@ def generate_ids(
     llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
 ) -> list[list[int]]:
     """Completions as token ids; the engine must be idle, its cache free, before and after."""
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
     return [output["token_ids"] for output in outputs]
 
 
-def assert_idle(scheduler: Scheduler) -> None:
-    """Nothing queued, and every block free."""
+def assert_idle(engine: LLM | Scheduler) -> None:
+    """Nothing queued or under way, and every block and row free."""
+    scheduler = engine if isinstance(engine, Scheduler) else engine.scheduler
+    if engine is not scheduler:
+        assert engine.is_finished() and not engine._pending
     assert scheduler.is_finished() and not scheduler.waiting and not scheduler.running
+    assert scheduler.num_pending == 0
+    assert sorted(scheduler.free_rows) == list(range(scheduler.max_num_seqs))
     manager = scheduler.block_manager
     assert sorted(manager.free_block_ids) == list(range(len(manager.blocks)))
     assert all(block.ref_count == 0 for block in manager.blocks)

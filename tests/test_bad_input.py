@@ -18,6 +18,8 @@ from conftest import Checkpoint, assert_idle, edit_json, generate_ids, greedy, m
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
+from nanovllm.engine.model_runner import PendingTokens
+from nanovllm.engine.scheduler import Scheduler
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -125,11 +127,17 @@ def test_a_cache_too_small_for_one_sequence(checkpoint: Checkpoint) -> None:
     make_llm(checkpoint.path, max_model_len=64, num_kvcache_blocks=4).exit()
 
 
-def test_more_ranks_than_the_heads_can_be_split_over(checkpoint: Checkpoint) -> None:
+def test_more_ranks_than_the_heads_can_be_split_over(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before any process is started: one of them would only wait for the others."""
+    started: list[object] = []
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", started.append)
     children = len(multiprocessing.active_children())
     try:
         with pytest.raises(ValueError, match=r"num_attention_heads \(4\).*tensor_parallel_size 3"):
             make_llm(checkpoint.path, tensor_parallel_size=3)
+        assert not started
         # Nothing is left over that the next engine would stumble on.
         assert len(multiprocessing.active_children()) == children
         assert not torch.distributed.is_initialized()
@@ -285,10 +293,10 @@ def test_one_bad_prompt_rejects_the_call(llm: LLM, prompt: Any, error: type[Exce
         with pytest.raises(error, match=message) as raised:
             llm.generate(prompts, greedy(2), use_tqdm=False)
         assert f"prompt {index} " in str(raised.value)
-        assert_idle(llm.scheduler)
+        assert_idle(llm)
     with pytest.raises(error, match=message):
         llm.add_request(prompt, greedy(2))
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
 
 
 def test_a_flat_list_of_ids_says_what_to_pass(llm: LLM) -> None:
@@ -315,7 +323,7 @@ def test_parameters_of_the_wrong_type(llm: LLM, params: Any) -> None:
     if not isinstance(params, list):
         with pytest.raises(TypeError, match="sampling_params"):
             llm.add_request(PROMPT, params)
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
 
 
 def test_numpy_ids_tuples_and_the_longest_prompt_are_accepted(llm: LLM, expected: list[int]) -> None:
@@ -337,19 +345,35 @@ def test_generate_beside_unfinished_requests(llm: LLM) -> None:
 # --- what ends a call early ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[0, 1], ids=["depth-0", "depth-1"])
+def deep(request: pytest.FixtureRequest, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """The shared engine, reading tokens at once or, as on a GPU, one step late."""
+    monkeypatch.setattr(llm, "_max_pending", request.param)
+    return llm
+
+
+def owner(llm: LLM, name: str) -> Any:
+    """The object on which a part of a step can be replaced."""
+    owners = {"launch": llm.model_runner, "wait": PendingTokens}
+    return owners.get(name, Scheduler)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-@pytest.mark.parametrize("where", ["run", "schedule", "postprocess"])
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("where", ["launch", "wait", "schedule", "postprocess"])
 def test_an_interrupt_leaves_the_engine_empty_and_usable(
-    llm: LLM, error: type[BaseException], where: str, monkeypatch: pytest.MonkeyPatch
+    deep: LLM, error: type[BaseException], where: str, done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = random_prompts(0, [20, 30, 5])
-    target: Any = llm.model_runner if where == "run" else type(llm.scheduler)
+    target = owner(deep, where)
     original: Callable[..., Any] = getattr(target, where)
     calls = 0
 
     def interrupted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == 4 and not done:
+            raise error("stop")
         result = original(*args)  # the work is half accounted for
         if calls == 4:
             raise error("stop")
@@ -357,32 +381,37 @@ def test_an_interrupt_leaves_the_engine_empty_and_usable(
 
     monkeypatch.setattr(target, where, interrupted)
     with pytest.raises(error, match="stop"):
-        llm.generate(prompts, greedy(20), use_tqdm=False)
+        deep.generate(prompts, greedy(20), use_tqdm=False)
     assert calls == 4
-    assert_idle(llm.scheduler)
-    assert llm.is_finished() and llm.step() == ([], 0)
-    outputs = llm.generate([PROMPT], greedy(3), use_tqdm=False)
+    assert_idle(deep)
+    assert deep.step() == ([], 0)
+    outputs = deep.generate([PROMPT], greedy(3), use_tqdm=False)
     assert len(outputs) == 1 and len(outputs[0]["token_ids"]) == 3
 
 
-def test_an_interrupted_step_leaves_the_engine_empty(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm.add_request(PROMPT, greedy(20))
-    llm.add_request(PROMPT[::-1], greedy(20))
-    llm.step()
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_an_interrupted_step_leaves_the_engine_empty(
+    deep: LLM, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep.add_request(PROMPT, greedy(20))
+    deep.add_request(PROMPT[::-1], greedy(20))
+    deep.step()
+    assert len(deep._pending) == deep._max_pending and not deep.is_finished()
 
     def interrupted(*args: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.model_runner, "run", interrupted)
+        patch.setattr(owner(deep, where), where, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.step()
-    assert_idle(llm.scheduler)
-    assert llm.step() == ([], 0)
+            deep.step()
+    assert_idle(deep)
+    assert deep.step() == ([], 0)
 
 
+@pytest.mark.parametrize("where", ["launch", "wait"])
 def test_an_interrupted_engine_serves_nothing_half_written(
-    llm: LLM, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    deep: LLM, where: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prefix cache must not offer blocks that the interrupted step was to fill."""
     prompts = random_prompts(1, [50, 40])
@@ -390,14 +419,27 @@ def test_an_interrupted_engine_serves_nothing_half_written(
     with monkeypatch.context() as patch:
 
         def interrupted(*args: Any) -> Any:
-            llm.model_runner.kv_cache.fill_(float("nan"))  # type: ignore[union-attr]
+            deep.model_runner.kv_cache.fill_(float("nan"))  # type: ignore[union-attr]
             raise KeyboardInterrupt
 
-        patch.setattr(llm.model_runner, "run", interrupted)
+        patch.setattr(owner(deep, where), where, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.generate(prompts, greedy(8), use_tqdm=False)
-    llm.model_runner.kv_cache.zero_()  # type: ignore[union-attr]
-    assert generate_ids(llm, prompts, greedy(8)) == wanted
+            deep.generate(prompts, greedy(8), use_tqdm=False)
+    assert_idle(deep)
+    deep.model_runner.kv_cache.zero_()  # type: ignore[union-attr]
+    assert generate_ids(deep, prompts, greedy(8)) == wanted
+
+
+def test_reset_drops_what_is_queued_running_and_under_way(deep: LLM, expected: list[int]) -> None:
+    for prompt in random_prompts(2, [20, 30, 5]):
+        deep.add_request(prompt, greedy(20))
+    for _ in range(3):
+        deep.step()
+    deep.add_request(PROMPT, greedy(20))
+    deep.reset()
+    assert_idle(deep)
+    assert deep.step() == ([], 0)
+    assert generate_ids(deep, [PROMPT], greedy(8)) == [expected]
 
 
 def test_an_engine_after_exit(checkpoint: Checkpoint) -> None:
@@ -440,7 +482,7 @@ def test_an_engine_that_nobody_holds_is_collected(checkpoint: Checkpoint) -> Non
 
 
 def test_two_engines_do_not_disturb_each_other(llm: LLM, checkpoint: Checkpoint, expected: list[int]) -> None:
-    other = make_llm(checkpoint.path, kvcache_block_size=4)
+    other = make_llm(checkpoint.path, depth=1, kvcache_block_size=4)
     llm.add_request(PROMPT, greedy(8))
     other.add_request(PROMPT, greedy(8))
     results: list[dict[str, Any]] = []

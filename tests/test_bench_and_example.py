@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -41,17 +42,26 @@ def test_mixed_is_the_published_load_draw_by_draw() -> None:
         n = r.randint(100, 1024)
         prompts.append([r.randint(0, 10000) for _ in range(n)])
     output_lens = [r.randint(100, 1024) for _ in range(256)]
-    load = bench.make_load(bench.WORKLOADS["mixed"], seed=0, vocab_size=VOCAB)
+    load = bench.make_load(bench.WORKLOADS["mixed"], repeat=0, vocab_size=VOCAB)
     assert load.prompts == prompts
     assert load.output_lens == output_lens
     assert sum(load.output_lens) == 133_966
+
+
+@pytest.mark.parametrize("name", bench.WORKLOADS)
+@pytest.mark.parametrize("repeat", [1, 2, bench.WARMUP_REPEAT, 10_000])
+def test_a_repeat_has_the_same_lengths_and_every_token_id_shifted(name: str, repeat: int) -> None:
+    first = bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
+    other = bench.make_load(bench.WORKLOADS[name], repeat=repeat, vocab_size=VOCAB)
+    assert other.output_lens == first.output_lens
+    assert other.prompts == [[(token + repeat) % 10_001 for token in prompt] for prompt in first.prompts]
 
 
 def test_prefix_draws_the_shared_part_first() -> None:
     r = random.Random(0)
     prefix = [r.randint(0, 10000) for _ in range(2048)]
     tails = [[r.randint(0, 10000) for _ in range(128)] for _ in range(256)]
-    load = bench.make_load(bench.WORKLOADS["prefix"], seed=0, vocab_size=VOCAB)
+    load = bench.make_load(bench.WORKLOADS["prefix"], repeat=0, vocab_size=VOCAB)
     assert load.prompts == [prefix + tail for tail in tails]
 
 
@@ -69,7 +79,7 @@ def test_prefix_draws_the_shared_part_first() -> None:
 def test_sizes_of_every_load(
     name: str, sequences: int, shortest_in: int, longest_in: int, outputs: range | list[int]
 ) -> None:
-    load = bench.make_load(bench.WORKLOADS[name], seed=0, vocab_size=VOCAB)
+    load = bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
     lengths = [len(prompt) for prompt in load.prompts]
     assert len(lengths) == len(load.output_lens) == sequences
     assert shortest_in <= min(lengths) and max(lengths) <= longest_in
@@ -83,20 +93,20 @@ def test_sizes_of_every_load(
 def test_queue_draws_each_length_before_its_tokens() -> None:
     r = random.Random(0)
     prompts = [[r.randint(0, 10000) for _ in range(r.randint(16, 128))] for _ in range(2048)]
-    assert bench.make_load(bench.WORKLOADS["queue"], seed=0, vocab_size=VOCAB).prompts == prompts
+    assert bench.make_load(bench.WORKLOADS["queue"], repeat=0, vocab_size=VOCAB).prompts == prompts
 
 
 def test_repeats_and_warmup_share_no_prompt() -> None:
     """Else a run would measure the prefix cache of the one before."""
     workload = bench.WORKLOADS["prefix"].small()
-    seeds = [0, 1, 2, bench.WARMUP_SEED]
-    starts = {tuple(bench.make_load(workload, seed, VOCAB).prompts[0][:16]) for seed in seeds}
-    assert len(starts) == len(seeds)
+    repeats = [0, 1, 2, bench.WARMUP_REPEAT]
+    starts = {tuple(bench.make_load(workload, repeat, VOCAB).prompts[0][:16]) for repeat in repeats}
+    assert len(starts) == len(repeats)
 
 
 def test_tokens_stay_within_a_small_vocabulary() -> None:
-    load = bench.make_load(bench.WORKLOADS["small"], seed=0, vocab_size=100)
-    whole = bench.make_load(bench.WORKLOADS["small"], seed=0, vocab_size=VOCAB)
+    load = bench.make_load(bench.WORKLOADS["small"], repeat=0, vocab_size=100)
+    whole = bench.make_load(bench.WORKLOADS["small"], repeat=0, vocab_size=VOCAB)
     assert load.prompts == [[token % 100 for token in prompt] for prompt in whole.prompts]
 
 
@@ -154,10 +164,30 @@ def test_bench_writes_json(bench_run: tuple[str, dict]) -> None:
     ours, theirs = facts["results"]
     assert (ours["engine"], theirs["engine"]) == ("nanovllm", "transformers")
     for result in (ours, theirs):
-        assert [run["seed"] for run in result["runs"]] == [0, 1]
+        assert [run["repeat"] for run in result["runs"]] == [0, 1]
+        assert len({(run["input_tokens"], run["output_tokens"]) for run in result["runs"]}) == 1
         assert result["best"] == max(result["runs"], key=lambda run: run["tokens_per_second"])
         for run in result["runs"]:
             assert run["tokens_per_second"] == pytest.approx(run["output_tokens"] / run["seconds"])
+
+
+def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workloads' token ids come from the same generator: one's prompts may begin like another's."""
+    tiny = [bench.Workload(name, "tiny", 3, (300, 300), (2, 2)) for name in ("first", "second")]
+    monkeypatch.setattr(bench, "WORKLOADS", {workload.name: workload for workload in tiny})
+    measure, num_cached = bench.measure, []
+
+    def watching(engine: str, workload: bench.Workload, *args: Any) -> bench.Result:
+        manager = args[-1].args[0].scheduler.block_manager  # of the engine that `run` is bound to
+        num_cached.append(len(manager.cached_blocks))
+        result = measure(engine, workload, *args)
+        num_cached.append(len(manager.cached_blocks))
+        return result
+
+    monkeypatch.setattr(bench, "measure", watching)
+    bench.main(["--device", "cpu", "--full", "--workload", "all"])
+    before_first, after_first, before_second, after_second = num_cached
+    assert before_first == before_second == 0 and after_first > 0 and after_second > 0
 
 
 @pytest.mark.parametrize(

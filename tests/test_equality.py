@@ -74,12 +74,13 @@ def reference(
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("cut", CUTS)
 def test_same_tokens_however_the_work_is_cut(
-    reference: tuple[Checkpoint, list[list[int]], list[list[int]]], cut: str
+    reference: tuple[Checkpoint, list[list[int]], list[list[int]]], cut: str, depth: int
 ) -> None:
     checkpoint, prompts, expected = reference
-    llm = make_llm(checkpoint.path, **CUTS[cut])
+    llm = make_llm(checkpoint.path, depth, **CUTS[cut])
     assert generate_ids(llm, prompts, greedy(NUM_TOKENS)) == expected
     if "tiny" in cut:
         assert llm.scheduler.num_preemptions > 15, llm.scheduler.num_preemptions
@@ -113,26 +114,30 @@ def prefix_reference(
     return block_size, prompts, checkpoint.complete(prompts, 8), hits
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 def test_shared_prefixes_in_one_call(
     prefix_reference: tuple[int, list[list[int]], list[list[int]], list[int]],
     checkpoint: Checkpoint,
     record_hits: Any,
+    depth: int,
 ) -> None:
     block_size, prompts, expected, hits = prefix_reference
-    llm = make_llm(checkpoint.path, kvcache_block_size=block_size, max_model_len=600)
+    llm = make_llm(checkpoint.path, depth, kvcache_block_size=block_size, max_model_len=600)
     assert generate_ids(llm, prompts, greedy(8)) == expected
     assert record_hits() == hits
     llm.exit()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 def test_shared_prefixes_in_successive_calls(
     prefix_reference: tuple[int, list[list[int]], list[list[int]], list[int]],
     checkpoint: Checkpoint,
     record_hits: Any,
+    depth: int,
 ) -> None:
     block_size, prompts, expected, hits = prefix_reference
     llm = make_llm(
-        checkpoint.path, kvcache_block_size=block_size, max_model_len=600, max_num_batched_tokens=200
+        checkpoint.path, depth, kvcache_block_size=block_size, max_model_len=600, max_num_batched_tokens=200
     )
     for prompt, tokens in zip(prompts, expected):
         assert generate_ids(llm, [prompt], greedy(8)) == [tokens]
@@ -151,11 +156,12 @@ def test_prefix_caching_off_finds_nothing(checkpoint: Checkpoint, record_hits: A
     llm.exit()
 
 
-def test_completions_are_shared_too(checkpoint: Checkpoint, record_hits: Any) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_completions_are_shared_too(checkpoint: Checkpoint, record_hits: Any, depth: int) -> None:
     """A second turn of a chat: the prompt holds the first turn's completion, computed while decoding."""
     (prompt,) = random_prompts(5, [20])
     (expected,) = checkpoint.complete([prompt], 50)
-    llm = make_llm(checkpoint.path)
+    llm = make_llm(checkpoint.path, depth)
     (first,) = generate_ids(llm, [prompt], greedy(30))
     (second,) = generate_ids(llm, [prompt + first], greedy(20))
     assert first + second == expected
@@ -172,14 +178,17 @@ def many(checkpoint: Checkpoint) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, checkpoint.complete(prompts, 40)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
 def test_eos_stops_and_ignore_eos_does_not(
-    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
+    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]], depth: int
 ) -> None:
     prompts, expected = many
     eos = expected[0][7]
     stopped = checkpoint.complete(prompts, 40, eos=eos)
     assert len(stopped[0]) <= 8 and any(len(tokens) == 40 for tokens in stopped)
-    llm = make_llm(checkpoint.path, eos=eos, kvcache_block_size=4, max_model_len=104, num_kvcache_blocks=26)
+    llm = make_llm(
+        checkpoint.path, depth, eos=eos, kvcache_block_size=4, max_model_len=104, num_kvcache_blocks=26
+    )
     outputs = llm.generate(prompts, greedy(40, ignore_eos=False), use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == stopped
     assert [output["finish_reason"] for output in outputs] == [
@@ -207,24 +216,28 @@ def test_eos_of_the_model_is_taken_when_there_is_no_tokenizer(
     llm.exit()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("block_size", [5, 16])
 def test_a_completion_is_cut_at_max_model_len(
-    block_size: int, checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
+    block_size: int, depth: int, checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
 ) -> None:
     prompts, expected = many
-    llm = make_llm(checkpoint.path, max_model_len=65, kvcache_block_size=block_size)
+    llm = make_llm(checkpoint.path, depth, max_model_len=65, kvcache_block_size=block_size)
     outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
     lengths = [min(40, 65 - len(prompt)) for prompt in prompts]
     assert 1 in lengths
     assert [output["token_ids"] for output in outputs] == [t[:n] for t, n in zip(expected, lengths)]
     assert {output["finish_reason"] for output in outputs} == {"length"}
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
     llm.exit()
 
 
-def test_one_token_each(checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_one_token_each(
+    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]], depth: int
+) -> None:
     prompts, expected = many
-    llm = make_llm(checkpoint.path, max_num_batched_tokens=10)
+    llm = make_llm(checkpoint.path, depth, max_num_batched_tokens=10)
     assert generate_ids(llm, prompts, greedy(1)) == [tokens[:1] for tokens in expected]
     assert llm.generate([], greedy(1)) == []
     llm.exit()
@@ -233,11 +246,12 @@ def test_one_token_each(checkpoint: Checkpoint, many: tuple[list[list[int]], lis
 # --- driving the loop oneself -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 def test_step_loop_and_the_sign_of_num_tokens(
-    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
+    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]], depth: int
 ) -> None:
     prompts, expected = many
-    llm = make_llm(checkpoint.path)
+    llm = make_llm(checkpoint.path, depth)
     assert llm.is_finished() and llm.step() == ([], 0)
     max_tokens = [1, 5, 10, 15, 20, 25]
     ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
@@ -249,17 +263,44 @@ def test_step_loop_and_the_sign_of_num_tokens(
         results.update(outputs)
         counts.append(num_tokens)
     assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
-    # One prefill step, then a decode step for each token after the first of those that still run.
+    # One prefill step, then a decode step for each token after the first of those that still run: ends by
+    # max_tokens are foreseen, so the depth makes no difference.
     assert counts == [sum(map(len, prompts))] + [-sum(n > step for n in max_tokens) for step in range(1, 25)]
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
     llm.exit()
 
 
-def test_requests_may_arrive_while_others_run(
+def test_steps_launched_before_an_eos_was_known(
     checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
 ) -> None:
+    """At depth 1 an EOS is found after one more step is launched. It counts as a step, its token does not."""
     prompts, expected = many
-    llm = make_llm(checkpoint.path, max_num_batched_tokens=16, kvcache_block_size=4, num_kvcache_blocks=64)
+    prompt, tokens = prompts[0], expected[0]
+    end = next(n for n in range(5, 40) if tokens[n] not in tokens[:n])
+    for depth in (0, 1, 2):
+        llm = make_llm(checkpoint.path, depth, eos=tokens[end])
+        request = llm.add_request(prompt, greedy(40, ignore_eos=False))
+        steps = []
+        while not llm.is_finished():
+            steps.append(llm.step())
+        assert llm.step() == ([], 0)
+        assert [num_tokens for _, num_tokens in steps] == [len(prompt)] + [-1] * (end + depth)
+        (result,) = [result for outputs, _ in steps for result in outputs]
+        assert steps[end][0] == [result]  # reported by the step that found it, not by the last
+        text = {"text": "", "token_ids": tokens[: end + 1], "finish_reason": "stop"}
+        assert result == (request, text)
+        assert_idle(llm)
+        llm.exit()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_requests_may_arrive_while_others_run(
+    checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]], depth: int
+) -> None:
+    prompts, expected = many
+    llm = make_llm(
+        checkpoint.path, depth, max_num_batched_tokens=16, kvcache_block_size=4, num_kvcache_blocks=64
+    )
     waiting = list(prompts)
     ids: list[int] = []
     results: dict[int, dict[str, Any]] = {}
@@ -270,7 +311,7 @@ def test_requests_may_arrive_while_others_run(
         results.update(llm.step()[0])
         num_steps += 1
     assert [results[i]["token_ids"] for i in ids] == expected
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
     llm.exit()
 
 
@@ -297,7 +338,7 @@ def test_demo_answers_its_questions(demo: tuple[LLM, list[dict[str, str]], list[
     outputs = llm.generate(prompts, greedy(1600, ignore_eos=False), use_tqdm=False)
     assert [output["text"] for output in outputs] == [item["answer"] for item in questions]
     assert {output["finish_reason"] for output in outputs} == {"stop"}
-    assert_idle(llm.scheduler)
+    assert_idle(llm)
 
 
 def test_demo_equals_transformers(demo: tuple[LLM, list[dict[str, str]], list[str]]) -> None:

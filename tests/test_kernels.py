@@ -415,12 +415,15 @@ sys.modules["triton"] = None
 package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
-from nanovllm.kernels import flash_attention, norm_rope_store, paged_decode, rms_norm, silu_mul, varlen_prefill
+from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.layers.attention import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)
 assert rms_norm.rms_norm_torch(x, weight, 0.0).square().mean().sub(1).abs() < 1e-5
+assert not HAS_TRITON and select_backend("auto", "cpu", 256, 64, torch.float32).name == "torch"
 try:
-    rms_norm.rms_norm(x, weight, 0.0)
-except RuntimeError as error:
+    select_backend("auto", "cuda", 256, 64, torch.float32)
+except ValueError as error:
     print(error)
 """
 
@@ -429,4 +432,4 @@ def test_references_work_where_triton_is_not_installed(pytestconfig):
     command = [sys.executable, "-c", WITHOUT_TRITON]
     result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "attention_backend='torch'" in result.stdout
+    assert "needs Triton" in result.stdout and "device='cpu'" in result.stdout

@@ -1,5 +1,6 @@
 """The layers: against `transformers`' modules, and cut over tensor-parallel ranks without any process."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ from conftest import QWEN2, QWEN3, Checkpoint, make_checkpoint
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from nanovllm.layers.activation import SiluAndMul
+from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
+from nanovllm.kernels.silu_mul import silu_mul_torch
+from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
@@ -52,6 +55,15 @@ def empty(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def make_norm(size: int) -> tuple[RMSNorm, Callable[[torch.Tensor], torch.Tensor]]:
+    """A norm with random weights, and the same by `transformers`."""
+    ours, theirs = RMSNorm(size, 1e-3), Qwen3RMSNorm(size, 1e-3)
+    weight = torch.randn(size)
+    load(ours.weight, weight)
+    theirs.weight.data.copy_(weight)
+    return ours, theirs.requires_grad_(False)
+
+
 # --- linear layers over ranks -------------------------------------------------------------------------------
 
 
@@ -67,6 +79,9 @@ def test_column_parallel(size: int, bias: bool) -> None:
     assert torch.equal(torch.cat([layer.weight for layer in layers]), weight)
     out = torch.cat([layer(x) for layer in layers], dim=1)
     torch.testing.assert_close(out, x @ weight.T + (vector if bias else 0))
+    norm, normed = make_norm(10)
+    out = torch.cat([layer(x, norm) for layer in layers], dim=1)
+    torch.testing.assert_close(out, normed(x) @ weight.T + (vector if bias else 0))
 
 
 @all_sizes
@@ -83,6 +98,20 @@ def test_merged_columns(size: int) -> None:
 
 
 @all_sizes
+def test_silu_gate_up(size: int) -> None:
+    """Each rank has the same columns of the gate and of the up projection, and normalises all of x."""
+    gate, up, x = torch.randn(16, 10), torch.randn(16, 10), torch.randn(3, 10)
+    norm, normed = make_norm(10)
+    layers = on_ranks(size, lambda: empty(SiluGateUpLinear(10, 16)))
+    for layer in layers:
+        load(layer.weight, up, 1)
+        load(layer.weight, gate, 0)
+    gated = normed(x) @ gate.T
+    expected = gated * torch.sigmoid(gated) * (normed(x) @ up.T)
+    torch.testing.assert_close(torch.cat([layer(x, norm) for layer in layers], dim=1), expected)
+
+
+@all_sizes
 @pytest.mark.parametrize("bias", [False, True])
 def test_row_parallel(size: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, vector, x = torch.randn(10, 24), torch.randn(10), torch.randn(5, 24)
@@ -93,8 +122,16 @@ def test_row_parallel(size: int, bias: bool, monkeypatch: pytest.MonkeyPatch) ->
         load(layer.weight, weight)
         if bias:
             load(layer.bias, vector)
-        total += layer(x[:, rank * 24 // size : (rank + 1) * 24 // size])
+        total += layer(x[:, rank * 24 // size : (rank + 1) * 24 // size], torch.zeros(5, 10))
     torch.testing.assert_close(total, x @ weight.T + (vector if bias else 0))
+    # Now with the sum, as every rank sees it: the residual is added to it once, in place.
+    residual = torch.randn(5, 10)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.copy_(total))
+    for rank, layer in enumerate(layers):
+        given = residual.clone()
+        out = layer(x[:, rank * 24 // size : (rank + 1) * 24 // size], given)
+        assert out is given
+        torch.testing.assert_close(out, residual + x @ weight.T + (vector if bias else 0))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 4), (8, 2), (4, 1), (12, 4)])
@@ -106,6 +143,7 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
     full |= {name: torch.randn(kv_heads * head_dim, hidden) for name in "kv"}
     bias = {name: torch.randn(len(weight)) for name, weight in full.items()}
     x = torch.randn(3, hidden)
+    norm, normed = make_norm(hidden)
     layers = on_ranks(size, lambda: empty(QKVParallelLinear(hidden, head_dim, heads, kv_heads, bias=True)))
     q_per_kv = heads // kv_heads
     for rank, layer in enumerate(layers):
@@ -116,6 +154,7 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
         out = layer(x).unflatten(1, (-1, head_dim))
         assert out.shape[1] == layer.num_heads + 2 * layer.num_kv_heads
         q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        torch.testing.assert_close(layer(x, norm), layer(normed(x)))
         whole = {name: (x @ full[name].T + bias[name]).unflatten(1, (-1, head_dim)) for name in "qkv"}
         for local in range(layer.num_heads):
             head = rank * layer.num_heads + local
@@ -156,10 +195,11 @@ def test_vocabulary(size: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> N
     embedded = sum(layer(ids) for layer in embeddings)
     torch.testing.assert_close(embedded, weight[ids])
     hidden = torch.randn(4, 6)
+    norm, normed = make_norm(6)
     set_context(Context(is_prefill=False))
-    logits = [head(hidden) for head in heads]
+    logits = [head(hidden, norm) for head in heads]
     reset_context()
-    torch.testing.assert_close(torch.cat(logits, dim=1), hidden @ weight.T)
+    torch.testing.assert_close(torch.cat(logits, dim=1), normed(hidden) @ weight.T)
 
 
 def test_the_head_reads_the_last_token_of_each_sequence_of_a_prefill() -> None:
@@ -167,9 +207,10 @@ def test_the_head_reads_the_last_token_of_each_sequence_of_a_prefill() -> None:
     load(head.weight, torch.randn(9, 6))
     hidden = torch.randn(10, 6)
     set_context(Context(is_prefill=True, cu_seqlens_q=torch.tensor([0, 3, 4, 10], dtype=torch.int32)))
-    logits = head(hidden)
+    norm, normed = make_norm(6)
+    logits = head(hidden, norm)
     reset_context()
-    torch.testing.assert_close(logits, hidden[[2, 3, 9]] @ head.weight.T)
+    torch.testing.assert_close(logits, normed(hidden[[2, 3, 9]]) @ head.weight.T)
 
 
 def test_the_rank_is_given_back() -> None:
@@ -215,11 +256,10 @@ def test_rmsnorm(dtype: torch.dtype, eps: float) -> None:
     weight = torch.randn(32).to(dtype)
     theirs.weight.data.copy_(weight)
     load(ours.weight, weight)
-    x, residual = torch.randn(7, 32).to(dtype), torch.randn(7, 32).to(dtype)
+    x = torch.randn(7, 32).to(dtype)
+    before = x.clone()
     torch.testing.assert_close(ours(x), theirs(x))
-    normed, total = ours(x, residual)
-    assert torch.equal(total, x + residual)
-    torch.testing.assert_close(normed, theirs(x + residual))
+    assert ours(x).dtype == dtype and torch.equal(x, before)
     heads = torch.randn(5, 3, 32).to(dtype)
     torch.testing.assert_close(ours(heads), theirs(heads))
 
@@ -234,8 +274,49 @@ def test_rope(theta: float, head_dim: int) -> None:
     q, k = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim)
     cos, sin = theirs(q, positions.unsqueeze(0))
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    for rotated, wanted in zip(ours(positions, q, k), expected):
+    assert ours.cos.shape == ours.sin.shape == (1024, head_dim // 2)
+    assert ours.cos.dtype == ours.sin.dtype == torch.float32
+    # The tables' two halves are the same in `transformers`.
+    torch.testing.assert_close(ours.cos[positions].repeat(1, 2), cos[0], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours.sin[positions].repeat(1, 2), sin[0], rtol=1e-5, atol=2e-5)
+    v = torch.randn(7, 2, head_dim)
+    qkv = torch.cat((q, k, v), dim=1)
+    none = torch.empty(0)
+    norm_rope_store_torch(qkv, positions, ours.cos, ours.sin, None, None, 0.0, none, none, None, 4)
+    for rotated, wanted in zip(qkv.split((4, 2, 2), dim=1), expected):
         torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=1e-5, atol=2e-5)
+    assert torch.equal(qkv[:, 6:], v)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_rope_store(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """q and k normalised head by head, then rotated; k and v in the slots, and nowhere else."""
+    config = make_checkpoint(None, save=False).model.config
+    theirs, ours = Qwen3RotaryEmbedding(config), RotaryEmbedding(16, 1024, rope_theta(config))
+    q_norm, q_normed = make_norm(16)
+    k_norm, k_normed = make_norm(16)
+    positions = torch.tensor([0, 1, 600, 3, 1023])
+    qkv = torch.randn(5, heads + 2 * kv_heads, 16).to(dtype)
+    q, k, v = qkv.float().split((heads, kv_heads, kv_heads), dim=1)
+    wanted = apply_rotary_pos_emb(
+        q_normed(q).transpose(0, 1)[None], k_normed(k).transpose(0, 1)[None], *theirs(q, positions[None])
+    )
+    wanted_q, wanted_k = (x[0].transpose(0, 1).to(dtype) for x in wanted)
+    k_cache, v_cache = torch.full((2, 4, 8, kv_heads, 16), 7.0, dtype=dtype)
+    slots = torch.tensor([9, 0, -1, 31, 8], dtype=torch.int32)
+    norm_rope_store_torch(
+        qkv, positions, ours.cos, ours.sin, q_norm.weight, k_norm.weight, 1e-3, k_cache, v_cache, slots, heads
+    )
+    tolerance = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else {}
+    torch.testing.assert_close(qkv[:, :heads], wanted_q, **tolerance)
+    torch.testing.assert_close(qkv[:, heads : heads + kv_heads], wanted_k, **tolerance)
+    assert torch.equal(qkv[:, heads + kv_heads :], v.to(dtype))
+    stored = [0, 1, 3, 4]
+    for cache, x in ((k_cache, qkv[:, heads : heads + kv_heads]), (v_cache, v.to(dtype))):
+        expected = torch.full((32, kv_heads, 16), 7.0, dtype=dtype)
+        expected[slots[stored].long()] = x[stored]
+        assert torch.equal(cache.flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +349,7 @@ def test_rope_theta_of_both_generations_of_transformers(config: dict[str, Any]) 
 
 def test_silu_and_mul() -> None:
     gate, up = torch.randn(2, 5, 8)
-    torch.testing.assert_close(SiluAndMul()(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up)
+    torch.testing.assert_close(silu_mul_torch(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up)
 
 
 def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
@@ -285,3 +366,36 @@ def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
     reset_context()
     expected = torch.stack([checkpoint.logits(first)[-1], checkpoint.logits(second)[-1]])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, size, message",
+    [
+        (dict(), 3, r"num_attention_heads \(8\).*tensor_parallel_size 3"),
+        (dict(intermediate_size=82), 4, r"intermediate_size \(82\).*tensor_parallel_size 4"),
+        (
+            dict(num_attention_heads=12, num_key_value_heads=3),
+            4,
+            r"num_key_value_heads \(3\).*tensor_parallel_size 4",
+        ),
+        (dict(num_key_value_heads=3), 1, r"num_attention_heads \(8\).*num_key_value_heads \(3\)"),
+    ],
+)
+def test_a_configuration_that_cannot_be_split(changes: dict[str, Any], size: int, message: str) -> None:
+    options = dict(num_attention_heads=8, num_key_value_heads=2, intermediate_size=96) | changes
+    config = make_checkpoint(None, save=False).model.config
+    for name, value in options.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        Qwen3ForCausalLM.check_config(config, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_a_configuration_that_is_accepted_can_be_built(size: int, kv_heads: int) -> None:
+    """Also a vocabulary that does not divide; every rank's layers exist."""
+    options = dict(num_attention_heads=8, num_key_value_heads=kv_heads, intermediate_size=96)
+    config = make_checkpoint(None, save=False, **options).model.config
+    Qwen3ForCausalLM.check_config(config, size)
+    for model in on_ranks(size, lambda: Qwen3ForCausalLM(config, 16)):
+        assert model.model.layers[0].self_attn.qkv_proj.num_heads == 8 // size

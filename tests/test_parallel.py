@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from conftest import random_prompts as prompts_of
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.channel import Channel
+from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 
 # --- sequences on their way to other ranks ------------------------------------------------------------------
@@ -35,35 +37,50 @@ def sent(seq: Sequence) -> Sequence:
 def check_equal_for_a_worker(seq: Sequence) -> None:
     copy = sent(sent(seq))  # a copy of a copy is still right
     for name in (
-        "seq_id", "num_tokens", "num_computed_tokens", "num_scheduled_tokens", "block_table", "temperature",
-        "seed", "scheduled_token_ids", "is_sampled",
+        "num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed",
+        "scheduled_token_ids",
     ):  # fmt: skip
         assert getattr(copy, name) == getattr(seq, name), name
     assert copy.token_ids == seq.scheduled_token_ids  # and no more than that
-    assert copy.token_ids[-1] == seq.token_ids[seq.num_computed_tokens + seq.num_scheduled_tokens - 1]
+    assert copy.token_ids[-1:] == seq.token_ids[seq.num_computed_tokens - 1 : seq.num_computed_tokens]
 
 
-def test_what_is_pickled_of_a_sequence() -> None:
-    """Chunks of a prompt, decoding, and the chunks of the prefill after a preemption."""
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_pickled_of_a_sequence(lag: int) -> None:
+    """Chunks of a prompt, decoding, and the chunks of the prefill after a preemption.
+
+    With a lag, a decoding sequence's token is not known: the ranks take it from their own devices.
+    """
     # 10 blocks of 4: both prompts fit, and one of them must give way while they decode.
     scheduler = make_scheduler(10, 4, max_num_batched_tokens=6)
     seqs = [make_sequence(list(range(start, start + 15)), max_tokens=20) for start in (100, 200)]
     for seq in seqs:
         scheduler.add(seq)
     kinds: set[tuple[bool, bool]] = set()
+    num_unknown = 0
+    pending: deque[Step] = deque()
     while not scheduler.is_finished():
-        scheduled, is_prefill = scheduler.schedule()
-        for seq in scheduled:
-            check_equal_for_a_worker(seq)
-            if not is_prefill:
-                assert sent(seq).token_ids == [seq.token_ids[-1]]
-            kinds.add((is_prefill, seq.num_completion_tokens > 0))
-            if is_prefill and seq.num_completion_tokens > 0:
-                start = seq.num_computed_tokens
-                assert sent(seq).token_ids == seq.token_ids[start : start + seq.num_scheduled_tokens]
-        scheduler.postprocess(scheduled, [1] * len(scheduled))
+        while len(pending) <= lag and (step := scheduler.schedule()) is not None:
+            pending.append(step)
+            for seq in step.seqs:
+                check_equal_for_a_worker(seq)
+                end = seq.num_computed_tokens
+                has_completion = end - seq.num_scheduled_tokens >= seq.num_prompt_tokens
+                if step.is_prefill:  # all of it is known, of a preempted sequence too
+                    assert sent(seq).token_ids == seq.token_ids[end - seq.num_scheduled_tokens : end]
+                    assert len(sent(seq).token_ids) == seq.num_scheduled_tokens
+                    has_completion = bool(seq.completion_token_ids)
+                elif len(seq.token_ids) == end:
+                    assert sent(seq).token_ids == [seq.token_ids[-1]]
+                else:
+                    assert sent(seq).token_ids == []
+                    num_unknown += 1
+                kinds.add((step.is_prefill, has_completion))
+        step = pending.popleft()
+        scheduler.postprocess(step, [1] * len(step.seqs))
     assert scheduler.num_preemptions > 0
     assert kinds == {(True, False), (False, True), (True, True)}
+    assert (num_unknown > 10) == (lag > 0) and (num_unknown > 0) == (lag > 0)
 
 
 def test_a_decoding_sequence_is_small() -> None:
@@ -80,7 +97,8 @@ def test_a_decoding_sequence_is_small() -> None:
 def test_messages_of_every_size_arrive_whole_and_in_order(num_workers: int) -> None:
     """Workers are threads here: events and memory are the same. The largest takes hundreds of frames."""
     messages = [
-        ("run", (bytes(range(256)) * (n // 256) + b"x" * (n % 256), n)) for n in (0, 1, 150, 5000, 70_000, 3)
+        ("launch", (bytes(range(256)) * (n // 256) + b"x" * (n % 256), n))
+        for n in (0, 1, 150, 5000, 70_000, 3)
     ]
     channel = Channel(num_workers, size=256)
     received: dict[int, list[tuple[str, tuple]]] = {rank: [] for rank in range(1, num_workers + 1)}
@@ -123,7 +141,7 @@ def test_a_worker_that_raised_or_died_makes_the_call_raise(raised: bool) -> None
         time.sleep(0.1)
     start = time.perf_counter()
     with pytest.raises(RuntimeError, match="own words" if raised else "rank 1 died with exit code -9"):
-        channel.send("run", ())
+        channel.send("launch", ())
     assert time.perf_counter() - start < 5
     channel.close()
 
@@ -160,6 +178,11 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     assert generate_ids(llm, prompts, params) == expected
     assert llm.scheduler.num_preemptions > 0
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
+    check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
+    llm._max_pending = 1  # as on GPUs: each rank has the tokens that its next step needs, the host does not
+    num_preemptions = llm.scheduler.num_preemptions
+    assert generate_ids(llm, prompts, params) == expected
+    assert llm.scheduler.num_preemptions > num_preemptions
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm.exit()
     assert not any(process.is_alive() for process in workers)

@@ -21,17 +21,23 @@ def admit(manager: BlockManager, token_ids: list[int]) -> Sequence:
     seq = make_sequence(token_ids)
     assert manager.can_allocate(seq)
     manager.allocate(seq)
-    manager.register(seq, seq.num_computed_tokens, seq.num_tokens)
+    assert seq.schedule(seq.num_tokens - seq.num_computed_tokens)
+    manager.register(seq)
     return seq
 
 
-def append(manager: BlockManager, seq: Sequence, token_id: int) -> None:
-    """Sample a token, then schedule the decode step that computes it."""
-    seq.num_computed_tokens = seq.num_tokens
-    seq.append_token(token_id)
+def decode(manager: BlockManager, seq: Sequence) -> None:
+    """Schedule the step that computes the newest token, be it known or not."""
     assert manager.can_append(seq)
     manager.may_append(seq)
-    manager.register(seq, seq.num_computed_tokens, seq.num_tokens)
+    assert seq.schedule(1)
+    manager.register(seq)
+
+
+def append(manager: BlockManager, seq: Sequence, token_id: int) -> None:
+    """Learn the sampled token, then schedule the decode step that computes it."""
+    seq.token_ids.append(token_id)
+    decode(manager, seq)
 
 
 def prompt(first: int, num_blocks: int, rest: int = 1) -> list[int]:
@@ -76,11 +82,13 @@ def test_nothing_is_shared_before_it_is_registered() -> None:
     tokens = prompt(1, 3)
     first = make_sequence(tokens)
     manager.allocate(first)
-    manager.register(first, 0, 6)  # a chunk: one full block, and half of the second
+    assert not first.schedule(6)  # a chunk: one full block, and half of the second
+    manager.register(first)
     second = make_sequence(tokens)
     manager.allocate(second)
     assert second.num_cached_tokens == 4
-    manager.register(first, 6, 13)
+    assert first.schedule(7)
+    manager.register(first)
     third = make_sequence(tokens)
     manager.allocate(third)
     assert third.num_cached_tokens == 12 and third.block_table[:3] == first.block_table[:3]
@@ -98,6 +106,35 @@ def test_blocks_filled_by_decoding_are_shared() -> None:
     manager.deallocate(other)
     manager.allocate(other)
     assert other.num_cached_tokens == 8
+
+
+def test_blocks_are_shared_when_their_tokens_are_known_and_their_computation_is_launched() -> None:
+    """Steps run ahead of the tokens: neither alone is enough, in whichever order they come."""
+    manager = BlockManager(20, BLOCK_SIZE)
+    other = make_sequence([1, 2, 3, 4, 5, 6, 7, 8, 9])
+
+    def num_shared() -> int:
+        manager.allocate(other)
+        shared = other.num_cached_tokens
+        manager.deallocate(other)
+        return shared
+
+    seq = admit(manager, [1, 2, 3])
+    decode(manager, seq)  # computes position 3, whose token is not known yet
+    decode(manager, seq)  # and position 4
+    assert (seq.num_computed_tokens, seq.num_tokens, len(seq.token_ids)) == (5, 6, 3)
+    assert num_shared() == 0
+    seq.token_ids.append(4)
+    manager.register(seq)
+    assert num_shared() == 4
+    seq.token_ids += [5, 6, 7, 8]  # known, but position 7 is not computed
+    seq.num_tokens = 8
+    seq.schedule(2)
+    manager.register(seq)
+    assert seq.num_computed_tokens == 7 and num_shared() == 4
+    seq.schedule(1)
+    manager.register(seq)
+    assert num_shared() == 8
 
 
 def test_least_recently_freed_goes_first_and_the_tail_before_the_head() -> None:
@@ -165,7 +202,8 @@ def test_can_append_needs_a_block_only_at_a_border() -> None:
     seq = admit(manager, [1, 2, 3])
     other = admit(manager, [9])
     append(manager, seq, 4)
-    seq.append_token(5)
+    assert not manager.can_append(seq)  # the next token counts before it is known
+    seq.token_ids.append(5)
     assert not manager.can_append(seq)
     manager.deallocate(other)
     assert manager.can_append(seq)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Checkpoint, generate_ids, greedy, make_llm, random_prompts
+from conftest import Checkpoint, generate_ids, greedy, make_llm, make_sequence, random_prompts
 
 from nanovllm import SamplingParams
+from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch, philox_torch
 
@@ -76,7 +77,29 @@ def test_philox_torch_equals_the_plain_integers() -> None:
     words = [0, 1, 2**31, 2**32 - 1, 2**32 - 1, *torch.randint(2**32, (300,), generator=generator).tolist()]
     c0, c1 = words, words[::-1]
     result = philox_torch(torch.tensor(seeds), torch.tensor(c0), torch.tensor(c1)).tolist()
-    assert result == [philox([a, b, 0, 0], [s % 2**32, s >> 32], 7)[0] for s, a, b in zip(seeds, c0, c1)]
+    assert result == [philox([a, b, 0, 0], [s % 2**32, s >> 32], 7) for s, a, b in zip(seeds, c0, c1)]
+
+
+@pytest.mark.parametrize("draw", BACKENDS)
+@pytest.mark.parametrize("first_id", [0, 5, 75_970])
+def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, first_id: int) -> None:
+    """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank holds."""
+    seeds, positions = [0, 7, 2**40 + 3, 2**63 - 1], [0, 1, 39_999, 12]
+    words = {
+        (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[token_id % 4]
+        for row, (seed, position) in enumerate(zip(seeds, positions))
+        for token_id in range(first_id, first_id + 21)
+    }
+    noise = {key: -math.log(-math.log1p(-((word >> 8) + 0.5) / 2**24)) for key, word in words.items()}
+    tensors = torch.ones(4), torch.tensor(seeds), torch.tensor(positions)
+    # One column at a time: the value is that column's noise.
+    for column in range(21):
+        logits = torch.full((4, 21), -1e9)
+        logits[:, column] = 0
+        values, ids = draw(logits.to(DEVICE), *(tensor.to(DEVICE) for tensor in tensors), first_id)
+        assert ids.tolist() == [first_id + column] * 4
+        expected = torch.tensor([noise[row, first_id + column] for row in range(4)])
+        torch.testing.assert_close(values.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- one draw -----------------------------------------------------------------------------------------------
@@ -217,6 +240,10 @@ def test_a_seeded_request_does_not_depend_on_how_it_was_served(checkpoint: Check
         dict(max_num_batched_tokens=7),
         dict(kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18),
         dict(enable_prefix_caching=False, max_num_seqs=2),
+        dict(depth=1),
+        dict(
+            depth=1, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18, max_num_batched_tokens=30
+        ),
     ):
         llm = make_llm(checkpoint.path, seed=12345, **options)
         assert generate_ids(llm, PROMPTS, params) == alone
@@ -246,6 +273,9 @@ def test_a_temperature_near_zero_is_greedy(checkpoint: Checkpoint) -> None:
     """Also one so small that the logits overflow when they are divided by it."""
     llm = make_llm(checkpoint.path)
     expected = checkpoint.complete(PROMPTS, 20)
+    assert make_sequence([1]).temperature == 0
+    for temperature, kept in ((1e-5, 1e-5), (0.99e-5, 0.0), (1e-300, 0.0)):
+        assert Sequence([1], sampled(1, temperature)).temperature == kept
     for temperature in (1e-5, 1e-20, 1e-37, 1e-40, 1e-300):
         assert generate_ids(llm, PROMPTS, sampled(1, temperature)) == expected, temperature
     llm.exit()

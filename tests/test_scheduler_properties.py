@@ -1,11 +1,16 @@
 """Scheduler and BlockManager, with no model, through random loads: the invariants hold after every step.
 
-What the model would do is simulated by a store that holds, for each cache slot, which prefix's K and V were
-written there last. Whatever a sequence is about to attend to must be its own prefix, token for token.
+What the device would do is simulated by a store that holds, for each cache slot, which prefix's K and V were
+written there last, and by each row's newest token. Whatever a sequence is about to attend to must be its own
+prefix, token for token. A device executes steps in the order in which they are launched, so all this is done
+as soon as a step is scheduled; the scheduler learns the sampled tokens `lag` steps later, as LLMEngine.step
+tells it. The simulation knows them in advance: the token at each position of a request is fixed by its load,
+so every lag must give the same results.
 """
 
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from unittest import mock
@@ -16,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 
 EOS = 0
+MAX_LAG = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,25 @@ class Load:
     enable_prefix_caching: bool
     requests: list[Request]
     sampled: list[int]
+
+    def tokens(self, index: int) -> list[int]:
+        """What request `index` would come to if nothing ended it; steps launched too late draw from its end.
+
+        Requests take `sampled` from one of three places, so that equal prompts may complete alike.
+        """
+        prompt = self.requests[index].prompt
+        sampled = [
+            self.sampled[(i + index % 3) % len(self.sampled)] for i in range(self.max_model_len + MAX_LAG + 1)
+        ]
+        return prompt + sampled[len(prompt) :]
+
+    def result(self, index: int) -> tuple[list[int], str]:
+        """The completion that request `index` must get, and why it ends."""
+        request = self.requests[index]
+        completion = self.tokens(index)[len(request.prompt) :][: request.max_tokens]
+        if EOS in completion and not request.ignore_eos:
+            return completion[: completion.index(EOS) + 1], "stop"
+        return completion, "length"
 
 
 @st.composite
@@ -83,10 +108,10 @@ def loads(draw: st.DrawFn) -> Load:
 
 
 class Simulation:
-    """Runs a load and checks every step."""
+    """Runs a load, reading tokens `lag` steps late, and checks every step."""
 
-    def __init__(self, load: Load) -> None:
-        self.load = load
+    def __init__(self, load: Load, lag: int) -> None:
+        self.load, self.lag = load, lag
         self.scheduler: Scheduler = make_scheduler(
             load.num_blocks,
             load.block_size,
@@ -96,51 +121,74 @@ class Simulation:
             enable_prefix_caching=load.enable_prefix_caching,
         )
         self.live: list[Sequence] = []  # in order of arrival
-        self.requests: dict[int, Request] = {}
+        self.index: dict[int, int] = {}  # sequence id -> its request's place in the load
+        self.tokens: dict[int, list[int]] = {}  # sequence id -> the tokens it has and would get
         self.admitted: list[int] = []  # ids, in order of the first admission
         self.finished: list[Sequence] = []
-        self.prefixes: dict[
-            tuple[int, int], int
-        ] = {}  # (prefix, next token) -> prefix; equal exactly if equal
+        # Steps that were scheduled and not postprocessed, oldest first, with what each draws.
+        self.pending: deque[tuple[Step, list[int]]] = deque()
+        # (prefix, next token) -> prefix; equal exactly if equal
+        self.prefixes: dict[tuple[int, int], int] = {}
         self.prefix_of: dict[int, list[int]] = {}  # sequence id -> prefix that ends at each position
         self.store: dict[int, int] = {}  # slot -> prefix whose K and V it holds
-        self.num_hits = 0
+        self.newest: dict[int, int] = {}  # row -> the token that was drawn for it last
+        self.num_hits = self.num_dropped = self.num_waits = 0
 
     def run(self) -> None:
         load = self.load
-        arrivals, sampled = deque(load.requests), 0
+        arrivals = deque(range(len(load.requests)))
         # A step either samples a token or computes a whole budget of the prompt at the head of the queue, and
         # nothing is preempted before that prompt is done.
         total = sum(request.max_tokens for request in load.requests)
         bound = 61 + total * (1 + -(-load.max_model_len // load.budget))
         for step in count():
             assert step <= bound, f"{bound} steps, and {len(self.live)} sequences are not finished"
-            while arrivals and arrivals[0].arrival <= step:
+            while arrivals and load.requests[arrivals[0]].arrival <= step:
                 self.add(arrivals.popleft())
-            if self.scheduler.is_finished():
+            while len(self.pending) <= self.lag and self.schedule():
+                pass
+            if self.pending:
+                self.postprocess()
+            else:
+                assert self.scheduler.is_finished()
                 if not arrivals:
                     break
-                continue
-            sampled = self.step(sampled)
-        assert len(self.finished) == len(load.requests)
         assert not self.live
         assert_idle(self.scheduler)
+        results = {
+            self.index[seq.seq_id]: (seq.completion_token_ids, seq.finish_reason) for seq in self.finished
+        }
+        assert results == {index: load.result(index) for index in range(len(load.requests))}
+        assert len(self.finished) == len(results)
 
-    def add(self, request: Request) -> None:
+    def add(self, index: int) -> None:
+        request = self.load.requests[index]
         seq = make_sequence(request.prompt, request.max_tokens, request.ignore_eos)
         self.live.append(seq)
-        self.requests[seq.seq_id] = request
+        self.index[seq.seq_id], self.tokens[seq.seq_id] = index, self.load.tokens(index)
         self.scheduler.add(seq)
 
-    def step(self, sampled: int) -> int:
+    def schedule(self) -> bool:
+        """Schedule one step, and do what the device would; False when there is none."""
+        scheduler = self.scheduler
         held = {seq.seq_id: list(seq.block_table) for seq in self.live if seq.block_table}
         computed = {seq.seq_id: seq.num_computed_tokens for seq in self.live}
-        seqs, is_prefill = self.scheduler.schedule()
-        self.check_limits(seqs, is_prefill)
+        totals = {seq.seq_id: seq.num_tokens for seq in self.live}
+        num_preemptions = scheduler.num_preemptions
+        step = scheduler.schedule()
         self.check_blocks()
-        for seq in seqs:
+        if self.pending:  # which sequence could start again is not known before the tokens are
+            assert scheduler.num_preemptions == num_preemptions
+        if step is None:
+            assert self.pending or not self.live
+            assert {seq.seq_id: seq.num_tokens for seq in self.live} == totals
+            assert {seq.seq_id: seq.num_computed_tokens for seq in self.live} == computed
+            self.num_waits += any(not seq.is_exhausted for seq in self.live)
+            return False
+        self.check_limits(step, totals)
+        for seq in step.seqs:
             if seq.seq_id not in held:
-                self.num_hits += seq.num_computed_tokens // self.load.block_size
+                self.num_hits += (seq.num_computed_tokens - seq.num_scheduled_tokens) // self.load.block_size
             if seq.seq_id not in self.admitted:
                 self.admitted.append(seq.seq_id)
         # Slots whose contents a sequence has computed (or found) in an earlier step, and will still read.
@@ -150,12 +198,18 @@ class Simulation:
             if seq.seq_id in held and seq.block_table[: len(held[seq.seq_id])] == held[seq.seq_id]
             for position in range(computed[seq.seq_id])
         }
-        self.write(seqs, kept)
-        self.check_reads(seqs)
-        drawn = [self.load.sampled[(sampled + i) % len(self.load.sampled)] for i in range(len(seqs))]
-        self.postprocess(seqs, drawn)
-        self.check_blocks()
-        return sampled + len(seqs)
+        self.check_inputs(step)
+        self.write(step.seqs, kept)
+        self.check_reads(step.seqs)
+        # The token after the last computed one; after a chunk, one that must be ignored.
+        drawn = [
+            self.tokens[seq.seq_id][seq.num_computed_tokens] if yields else -1
+            for seq, yields in zip(step.seqs, step.yields, strict=True)
+        ]
+        self.newest.update({seq.row: token for seq, token in zip(step.seqs, drawn)})
+        self.pending.append((step, drawn))
+        assert scheduler.num_pending == len(self.pending)
+        return True
 
     def slot(self, block_table: list[int], position: int) -> int:
         block_size = self.load.block_size
@@ -164,16 +218,29 @@ class Simulation:
     def prefix(self, seq: Sequence, position: int) -> int:
         known = self.prefix_of.setdefault(seq.seq_id, [])
         while len(known) <= position:
-            key = (known[-1] if known else -1, seq.token_ids[len(known)])
+            key = (known[-1] if known else -1, self.tokens[seq.seq_id][len(known)])
             known.append(self.prefixes.setdefault(key, len(self.prefixes)))
         return known[position]
+
+    def check_inputs(self, step: Step) -> None:
+        """The host knows all tokens of a prefill; in a decode step the device has the one that it needs."""
+        for seq in step.seqs:
+            end = seq.num_computed_tokens
+            tokens = self.tokens[seq.seq_id][end - seq.num_scheduled_tokens : end]
+            if step.is_prefill:
+                assert seq.scheduled_token_ids == tokens
+            else:
+                assert [self.newest[seq.row]] == tokens
+                assert seq.scheduled_token_ids in ([], tokens)
+                assert self.lag > 0 or seq.scheduled_token_ids
 
     def write(self, seqs: list[Sequence], kept: set[int]) -> None:
         """What every layer does first: store the K and V of all scheduled tokens."""
         written: dict[int, int] = {}
         for seq in seqs:
-            start = seq.num_computed_tokens
-            for position in range(start, start + seq.num_scheduled_tokens):
+            for position in range(
+                seq.num_computed_tokens - seq.num_scheduled_tokens, seq.num_computed_tokens
+            ):
                 slot = self.slot(seq.block_table, position)
                 assert slot not in written, f"two tokens write slot {slot} in one step"
                 assert slot not in kept, f"slot {slot}, which somebody reads, is written again"
@@ -182,26 +249,30 @@ class Simulation:
 
     def check_reads(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
-            for position in range(seq.num_computed_tokens + seq.num_scheduled_tokens):
+            for position in range(seq.num_computed_tokens):
                 slot = self.slot(seq.block_table, position)
                 assert self.store.get(slot) == self.prefix(seq, position), (
                     f"position {position} reads slot {slot}"
                 )
 
-    def check_limits(self, seqs: list[Sequence], is_prefill: bool) -> None:
-        load, scheduler = self.load, self.scheduler
-        assert seqs and len(set(map(id, seqs))) == len(seqs)
-        for seq in seqs:
-            assert seq.num_scheduled_tokens >= 1
-            assert seq.num_computed_tokens + seq.num_scheduled_tokens <= seq.num_tokens
-            assert (
-                len(seq.block_table) * load.block_size >= seq.num_tokens
-            )  # all of the prompt, chunked or not
-            if not is_prefill:
-                assert seq.num_scheduled_tokens == 1 and seq.is_sampled
-        if is_prefill:
-            assert sum(seq.num_scheduled_tokens for seq in seqs) <= load.budget
-            assert all(seq.is_sampled for seq in seqs[:-1])  # one chunk at most, and it comes last
+    def check_limits(self, step: Step, totals: dict[int, int]) -> None:
+        """`totals`: the `num_tokens` of every sequence before the step was scheduled."""
+        load, scheduler, seqs = self.load, self.scheduler, step.seqs
+        assert seqs and len(set(map(id, seqs))) == len(seqs) == len(step.yields)
+        for seq, yields in zip(seqs, step.yields):
+            total = totals[seq.seq_id]
+            assert seq.num_scheduled_tokens >= 1 and not seq.is_finished
+            assert seq.num_computed_tokens <= total
+            assert yields == (seq.num_computed_tokens == total)  # it samples after the last token there is
+            assert seq.num_tokens == total + yields
+            assert seq.num_tokens - seq.num_prompt_tokens <= seq.max_tokens  # no more than can be used
+            assert len(seq.block_table) * load.block_size >= total  # all of the prompt, chunked or not
+            if not step.is_prefill:
+                assert seq.num_scheduled_tokens == 1 and yields
+        assert step.num_tokens == sum(seq.num_scheduled_tokens for seq in seqs)
+        if step.is_prefill:
+            assert step.num_tokens <= load.budget
+            assert all(step.yields[:-1])  # one chunk at most, and it comes last
         assert len(scheduler.running) <= load.max_num_seqs and len(seqs) <= load.max_num_seqs
         if not load.enable_prefix_caching:
             assert all(seq.num_cached_tokens == 0 for seq in seqs)
@@ -217,23 +288,31 @@ class Simulation:
         free = list(manager.free_block_ids)
         assert sorted(free) == [i for i in range(len(manager.blocks)) if not holders[i]]
         assert len(manager.cached_blocks) <= len(manager.blocks)  # nothing is left of what was evicted
+        # Each admitted sequence has a row of its own, and no row is lost.
+        rows = [seq.row for seq in self.live if seq.block_table]
+        assert sorted(rows + self.scheduler.free_rows) == list(range(self.load.max_num_seqs))
         # First come, first served; a preempted sequence goes back to where it was.
         queued = [seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)]
         assert queued == [seq.seq_id for seq in self.live]
         assert self.admitted == sorted(self.admitted)
 
-    def postprocess(self, seqs: list[Sequence], drawn: list[int]) -> None:
-        before = {seq.seq_id: list(seq.token_ids) for seq in seqs}
-        takes = {
-            seq.seq_id: seq.num_computed_tokens + seq.num_scheduled_tokens == seq.num_tokens for seq in seqs
-        }
-        finished = self.scheduler.postprocess(seqs, drawn)
+    def postprocess(self) -> None:
+        step, drawn = self.pending.popleft()
+        before = {seq.seq_id: list(seq.token_ids) for seq in step.seqs}
+        has_ended = {seq.seq_id for seq in step.seqs if seq.is_finished}
+        finished = self.scheduler.postprocess(step, drawn)
+        under_way = Counter(
+            seq.seq_id for later, _ in self.pending for seq, yields in zip(later.seqs, later.yields) if yields
+        )
         expected = []
-        for seq, token in zip(seqs, drawn):
-            request = self.requests[seq.seq_id]
-            assert seq.token_ids == before[seq.seq_id] + [token] * takes[seq.seq_id]
-            assert seq.num_tokens == len(seq.token_ids) and seq.num_prompt_tokens == len(request.prompt)
-            if not takes[seq.seq_id]:
+        for seq, yields, token in zip(step.seqs, step.yields, drawn):
+            request = self.load.requests[self.index[seq.seq_id]]
+            takes = yields and seq.seq_id not in has_ended
+            self.num_dropped += yields and not takes
+            assert seq.token_ids == before[seq.seq_id] + [token] * takes
+            assert seq.num_prompt_tokens == len(request.prompt)
+            assert seq.num_tokens == len(seq.token_ids) + (0 if seq.is_finished else under_way[seq.seq_id])
+            if not takes:
                 continue
             assert seq.completion_token_ids == seq.token_ids[len(request.prompt) :]
             if token == EOS and not request.ignore_eos:
@@ -243,7 +322,18 @@ class Simulation:
         assert [(seq, seq.finish_reason) for seq in finished] == expected
         assert all(seq.is_finished and not seq.block_table for seq in finished)
         self.finished += finished
-        self.live = [seq for seq in self.live if seq not in finished]
+        ended = {seq.seq_id for seq in finished}
+        self.live = [seq for seq in self.live if seq.seq_id not in ended]
+        assert self.scheduler.num_pending == len(self.pending)
+        self.check_blocks()
+
+
+def run_at_every_lag(load: Load) -> list[Simulation]:
+    simulations = [Simulation(load, lag) for lag in range(MAX_LAG + 1)]
+    for simulation in simulations:
+        simulation.run()
+    assert simulations[0].num_dropped == 0
+    return simulations
 
 
 property_test = settings(
@@ -254,7 +344,7 @@ property_test = settings(
 @property_test
 @given(loads())
 def test_invariants_hold_after_every_step(load: Load) -> None:
-    Simulation(load).run()
+    run_at_every_lag(load)
 
 
 @pytest.mark.parametrize(
@@ -270,26 +360,30 @@ def test_invariants_hold_after_every_step(load: Load) -> None:
 @given(load=loads())
 def test_a_hash_collision_never_returns_another_prompts_cache(weak_hash: object, load: Load) -> None:
     with mock.patch.object(BlockManager, "compute_hash", staticmethod(weak_hash)):
-        Simulation(load).run()
+        run_at_every_lag(load)
 
 
 def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
     """Else the properties above could hold because nothing happens."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, int]] = Counter()
 
-    @settings(parent=property_test, max_examples=60)
+    @settings(parent=property_test, max_examples=150)
     @given(loads())
     def explore(load: Load) -> None:
-        simulation = Simulation(load)
-        simulation.run()
-        seen["preemptions"] += simulation.scheduler.num_preemptions > 2
-        seen["hits"] += simulation.num_hits > 2
-        seen["chunks"] += load.budget < max(len(request.prompt) for request in load.requests)
-        seen["eos"] += any(seq.finish_reason == "stop" for seq in simulation.finished)
-        seen["shared"] += simulation.num_hits > 2 and simulation.scheduler.num_preemptions > 2
+        for lag, simulation in enumerate(run_at_every_lag(load)):
+            seen["preemptions", lag] += simulation.scheduler.num_preemptions > 2
+            seen["hits", lag] += simulation.num_hits > 2
+            seen["chunks", lag] += load.budget < max(len(request.prompt) for request in load.requests)
+            seen["eos", lag] += any(seq.finish_reason == "stop" for seq in simulation.finished)
+            seen["shared", lag] += simulation.num_hits > 2 and simulation.scheduler.num_preemptions > 2
+            seen["dropped", lag] += simulation.num_dropped > 0
+            seen["waits", lag] += simulation.num_waits > 2
 
     explore()
-    assert all(seen[event] >= 5 for event in ("preemptions", "hits", "chunks", "eos", "shared")), seen
+    for lag in range(MAX_LAG + 1):
+        events = ["preemptions", "hits", "chunks", "eos", "shared"] + ["dropped", "waits"] * (lag > 0)
+        assert all(seen[event, lag] >= 10 for event in events), seen
+    assert seen["dropped", 0] == seen["waits", 0] == 0
 
 
 def test_the_only_running_sequence_is_not_preempted() -> None:
@@ -298,7 +392,42 @@ def test_the_only_running_sequence_is_not_preempted() -> None:
         block_size=2, num_blocks=6, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
         requests=[Request(0, [1, 2, i], 9, True) for i in range(4)], sampled=[1, 2, 3],
     )  # fmt: skip
-    simulation = Simulation(load)
-    simulation.run()
-    assert simulation.scheduler.num_preemptions >= 3
-    assert [seq.seq_id for seq in simulation.finished] == simulation.admitted
+    for simulation in run_at_every_lag(load):
+        assert simulation.scheduler.num_preemptions >= 3
+        assert [seq.seq_id for seq in simulation.finished] == simulation.admitted
+
+
+def test_an_end_that_is_found_late_costs_a_dropped_token_each_step() -> None:
+    """Two requests; the first ends at its third token, by which time `lag` more steps have been launched."""
+    load = Load(
+        block_size=2, num_blocks=20, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
+        requests=[Request(0, [1, 2], 9, False), Request(0, [1, 3], 9, True)],
+        sampled=[1, 2, 3, 2, EOS, 3, 1, 1],
+    )  # fmt: skip
+    for lag, simulation in enumerate(run_at_every_lag(load)):
+        first, second = simulation.finished
+        assert (first.completion_token_ids, first.finish_reason) == ([3, 2, EOS], "stop")
+        assert len(second.completion_token_ids) == 9 and second.finish_reason == "length"
+        assert simulation.num_dropped == lag
+
+
+def test_no_step_is_launched_beyond_max_tokens() -> None:
+    """Unlike an EOS, that end is known in advance: nothing is computed in vain, and the rest goes on."""
+    load = Load(
+        block_size=2, num_blocks=20, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
+        requests=[Request(0, [1, 2], n, True) for n in (1, 2, 5)], sampled=[1, 2, 3],
+    )  # fmt: skip
+    for lag in range(MAX_LAG + 1):
+        simulation = Simulation(load, lag)
+        sizes: list[int] = []
+        schedule = simulation.scheduler.schedule
+
+        def counting(schedule: Callable[[], Step | None] = schedule, sizes: list[int] = sizes) -> Step | None:
+            step = schedule()
+            sizes.extend([len(step.seqs)] if step is not None else [])
+            return step
+
+        simulation.scheduler.schedule = counting  # type: ignore[method-assign]
+        simulation.run()
+        assert sizes == [3, 2, 1, 1, 1]
+        assert simulation.num_dropped == 0

@@ -4,7 +4,10 @@ In float32 the tokens are equal. In bfloat16 a choice between two close logits m
 that follows differs then, so tokens cannot be compared with another run's. Instead every chosen token is
 checked, given the tokens before it: `transformers`, in float32 and on the same weights (they are all bfloat16
 numbers), computes the logits of prompt and completion, and the chosen token's logit must be within a
-tolerance of the largest.
+tolerance of the largest. Sampled tokens are checked likewise, with the noise of their seeds and positions.
+
+Unless a test says otherwise the engine is as users have it: each step launched before the tokens of the last
+one are read, CUDA graphs, fused kernels, and a matrix-vector kernel for steps of very few tokens.
 """
 
 import gc
@@ -26,7 +29,10 @@ from conftest import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import PendingTokens
 from nanovllm.kernels import flash_attention
+from nanovllm.kernels.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
+from nanovllm.kernels.gumbel import gumbel_argmax_torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -37,6 +43,8 @@ VOCAB, NUM_TOKENS = 1000, 32
 # was 0.04 on a CPU, and a GPU rounds a few results more. A token chosen by a wrong mask, position or slot is
 # off by 2 to 4.
 TOLERANCE = 0.2
+# Around the gemv kernel's limit, the graph sizes and the tiles of the GEMMs.
+BATCH_SIZES = [1, 2, 3, 4, 5, 16, 17, 33]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 700]
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-128": dict(architecture=QWEN3, num_attention_heads=8, num_key_value_heads=2, head_dim=128),
@@ -66,9 +74,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
 
 
-def make(checkpoint: Checkpoint, **options: Any) -> LLM:
+def make(checkpoint: Checkpoint, depth: int | None = None, **options: Any) -> LLM:
     defaults = dict(device=DEVICE, max_model_len=1024, kvcache_block_size=256, num_kvcache_blocks=200)
-    return make_llm(checkpoint.path, **{**defaults, **options})
+    return make_llm(checkpoint.path, depth, **{**defaults, **options})
 
 
 def backend_options(backend: str, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
@@ -91,6 +99,30 @@ def check_choices(checkpoint: Checkpoint, prompts: list[list[int]], completions:
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
         worst = max(worst, ((logits.max(dim=1).values - chosen) / logits.std(dim=1)).max().item())
     assert worst < TOLERANCE, f"a chosen token's logit is {worst:.2f} standard deviations below the largest"
+
+
+def check_draws(
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    completions: list[list[int]],
+    tolerance: float,
+) -> None:
+    """As `check_choices`, for sampled tokens: the scores are logits plus noise times temperature."""
+    worst = 0.0
+    for prompt, param, tokens in zip(prompts, params, completions):
+        logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
+        chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+        only_chosen = torch.full_like(logits, -float("inf")).scatter(1, chosen, logits.gather(1, chosen))
+        noise_of = (
+            torch.full((len(tokens),), param.temperature, device=logits.device),
+            torch.full((len(tokens),), param.seed, device=logits.device),
+            torch.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1, device=logits.device),
+        )
+        best, _ = gumbel_argmax_torch(logits, *noise_of)
+        score, _ = gumbel_argmax_torch(only_chosen, *noise_of)
+        worst = max(worst, ((best - score) * param.temperature / logits.std(dim=1)).max().item())
+    assert worst < tolerance, f"a drawn token's score is {worst:.4f} standard deviations below the largest"
 
 
 def check(case: Case, dtype: str, completions: list[list[int]]) -> None:
@@ -120,6 +152,7 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
     checkpoint, prompts, _ = case
     llm = make(checkpoint, **backend_options(backend, checkpoint, dtype), enforce_eager=eager)
     try:
+        assert llm._max_pending == 1 and bool(llm.model_runner.graphs) != eager  # type: ignore[union-attr]
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))  # now with prefix hits
         assert llm.scheduler.num_preemptions == 0
@@ -140,8 +173,19 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
             enable_prefix_caching=False,
         ),
         dict(kvcache_block_size=48, max_num_seqs=3),
+        dict(depth=0, kvcache_block_size=16, num_kvcache_blocks=64),
+        dict(depth=3, kvcache_block_size=16, num_kvcache_blocks=64),
+        dict(enforce_eager=True, kvcache_block_size=16, num_kvcache_blocks=64),
     ],
-    ids=["chunks", "tiny-cache", "tiny-cache-chunks-no-sharing", "block-48"],
+    ids=[
+        "chunks",
+        "tiny-cache",
+        "tiny-cache-chunks-no-sharing",
+        "block-48",
+        "depth-0",
+        "depth-3",
+        "eager",
+    ],
 )
 def test_however_the_work_is_cut(case: Case, options: dict[str, Any], dtype: str, record_hits: Any) -> None:
     checkpoint, prompts, _ = case
@@ -180,6 +224,116 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
         graphs.exit()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
+    """Few tokens take another path through the linear layers than many; prompts of one or two tokens too."""
+    assert min(BATCH_SIZES) <= MAX_GEMV_TOKENS < max(BATCH_SIZES)
+    prompts = random_prompts(6, [1 + i % 7 for i in range(33)], VOCAB)
+    expected = small.complete(prompts, 12, min_margin=2e-5)
+    llm = make(small, dtype=dtype, enforce_eager=eager, max_num_seqs=33)
+    try:
+        for n in BATCH_SIZES:
+            # Ones that end early leave every smaller batch behind them, too.
+            for params in ([greedy(12)] * n, [greedy(12 - i % 10) for i in range(n)]):
+                completions = generate_ids(llm, prompts[:n], params)
+                if dtype == "float32":
+                    assert completions == [t[: p.max_tokens] for t, p in zip(expected, params)], n
+                else:
+                    assert [len(tokens) for tokens in completions] == [p.max_tokens for p in params]
+                    check_choices(small, prompts, completions)
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_eos_is_the_last_token(small: Checkpoint, depth: int) -> None:
+    """The steps that were launched before it was known leave no trace, in the results or in the cache."""
+    prompts = random_prompts(7, [5 + 9 * i for i in range(20)], VOCAB)
+    full = small.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+    eos = full[0][9]
+    stopped = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in full]
+    llm = make(
+        small, depth, dtype="float32", eos=eos, kvcache_block_size=4, max_model_len=256, max_num_seqs=7
+    )
+    try:
+        for _ in range(2):
+            outputs = llm.generate(prompts, greedy(NUM_TOKENS, ignore_eos=False), use_tqdm=False)
+            assert [output["token_ids"] for output in outputs] == stopped
+            reasons = ["stop" if tokens[-1] == eos else "length" for tokens in stopped]
+            assert [output["finish_reason"] for output in outputs] == reasons
+            assert_idle(llm)
+    finally:
+        llm.exit()
+
+
+def test_step_loop_and_the_sign_of_num_tokens(small: Checkpoint) -> None:
+    prompts = random_prompts(8, [5, 40, 17, 100], VOCAB)
+    expected = small.complete(prompts, 20, min_margin=2e-5)
+    max_tokens = [1, 5, 10, 20]
+    llm = make(small, dtype="float32")
+    try:
+        ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
+        results: dict[int, dict[str, Any]] = {}
+        counts: list[int] = []
+        while not llm.is_finished():
+            outputs, num_tokens = llm.step()
+            results.update(outputs)
+            counts.append(num_tokens)
+        assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
+        assert counts == [sum(map(len, prompts))] + [-sum(n > i for n in max_tokens) for i in range(1, 20)]
+        assert llm.step() == ([], 0)
+        assert_idle(llm)
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+@pytest.mark.parametrize("call", [1, 4])
+def test_an_interrupt_leaves_the_engine_empty_and_usable(
+    small: Checkpoint, where: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps may be running on the device at that moment; what they still write must not be seen."""
+    prompts = random_prompts(9, [600, 300, 5], VOCAB)
+    expected = small.complete(prompts, 12, min_margin=2e-5)
+    llm = make(small, dtype="float32", max_num_batched_tokens=512)
+    try:
+        for _ in range(3):
+            calls = 0
+            target: Any = llm.model_runner if where == "launch" else PendingTokens
+            original = getattr(target, where)
+
+            def interrupted(*args: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(target, where, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    llm.generate(prompts[::-1], greedy(12), use_tqdm=False)
+            assert calls == call
+            assert generate_ids(llm, prompts, greedy(12)) == expected
+    finally:
+        llm.exit()
+
+
+def test_two_thousand_requests_leave_no_memory_behind(small: Checkpoint) -> None:
+    llm = make(small, dtype="bfloat16", max_num_seqs=256)
+    try:
+        for seed in (10, 11):  # the first call makes the libraries allocate their workspaces
+            prompts = random_prompts(seed, [1 + i % 13 for i in range(2000)], VOCAB)
+            params = [SamplingParams(temperature=0.6 * (i % 2), max_tokens=1 + i % 5) for i in range(2000)]
+            before = torch.cuda.memory_allocated()
+            llm.generate(prompts, params, use_tqdm=False)
+            assert_idle(llm)
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        llm.exit()
+
+
 def test_seeds_repeat_with_graphs_and_without(small: Checkpoint) -> None:
     prompts = random_prompts(3, [5, 40, 17, 100, 64, 9], VOCAB)
     params = [SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=seed) for seed in range(5)]
@@ -200,16 +354,50 @@ def test_seeds_repeat_with_graphs_and_without(small: Checkpoint) -> None:
     assert len({tuple(tokens) for tokens in results[0]}) == 6
 
 
-def test_seeds_give_the_tokens_of_the_cpu(small: Checkpoint) -> None:
+def seeded(num: int) -> list[SamplingParams]:
+    temperatures = (0.8, 0.3, 1.5)
+    return [
+        SamplingParams(temperature=temperatures[i % 3], max_tokens=24, ignore_eos=True, seed=i)
+        for i in range(num)
+    ]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(small: Checkpoint, eager: bool) -> None:
     """The same noise, from another implementation of the sampler and of everything before it."""
-    prompts = random_prompts(4, [5, 40, 17], VOCAB)
-    params = [SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=seed) for seed in range(3)]
-    results = []
-    for device in (DEVICE, "cpu"):
-        llm = make(small, dtype="float32", device=device)
-        results.append(generate_ids(llm, prompts, params))
+    prompts, params = random_prompts(4, [5, 40, 17, 1, 2, *range(20, 48)], VOCAB), seeded(33)
+    cpu = make(small, dtype="float32", device="cpu")
+    expected = generate_ids(cpu, prompts, params)
+    cpu.exit()
+    # What the comparison needs: no draw so close that the rounding of float32 could turn it.
+    with pytest.raises(AssertionError, match="below the largest"):
+        check_draws(small, prompts, params[1:] + params[:1], expected, tolerance=TOLERANCE)
+    check_draws(small, prompts, params, expected, tolerance=1e-4)
+    llm = make(small, dtype="float32", enforce_eager=eager)
+    try:
+        for n in BATCH_SIZES:
+            assert generate_ids(llm, prompts[:n], params[:n]) == expected[:n], n
+        assert [generate_ids(llm, [p], one)[0] for p, one in zip(prompts[:5], params)] == expected[:5]
+        # Neighbours that come, go and differ.
+        neighbours = [greedy(1 + i % 9) if i % 3 else params[i] for i in range(33)]
+        mixed = generate_ids(llm, prompts[::-1], neighbours[::-1])[::-1]
+        assert mixed[::3] == expected[::3]
+    finally:
         llm.exit()
-    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_draws_in_bfloat16(small: Checkpoint, eager: bool) -> None:
+    """Rounding turns some draws, so each is checked given the tokens before it."""
+    prompts, params = random_prompts(4, [5, 40, 17, 1, 2, *range(20, 48)], VOCAB), seeded(33)
+    llm = make(small, dtype="bfloat16", enforce_eager=eager)
+    try:
+        for n in BATCH_SIZES:
+            check_draws(
+                small, prompts, params, generate_ids(llm, prompts[:n], params[:n]), tolerance=TOLERANCE
+            )
+    finally:
+        llm.exit()
 
 
 @pytest.mark.parametrize("utilization", [0.3, 0.6])
@@ -227,7 +415,7 @@ def test_gpu_memory_utilization(small: Checkpoint, utilization: float) -> None:
         prompts = random_prompts(5, [900] * 20, VOCAB)
         torch.cuda.reset_peak_memory_stats()
         llm.generate(prompts, greedy(8), use_tqdm=False)
-        assert_idle(llm.scheduler)
+        assert_idle(llm)
         free, _ = torch.cuda.mem_get_info()
         # Graphs and libraries' workspaces come after the cache is sized: some slack, 2% of the card.
         assert total - free < (utilization + 0.02) * total
