@@ -15,49 +15,28 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(slots=True)
 class Config:
-    """Options of an engine. After construction nothing is "auto": every field holds what the engine uses.
+    """Options of an engine; what is not right is a TypeError or ValueError that names the value and the remedy.
 
-    Attributes:
-        model: a directory in Hugging Face format, or a hub id (the local cache is tried first).
-        max_num_batched_tokens: most tokens computed in one prefill step; longer prompts are cut in chunks.
-        max_num_seqs: most sequences that run at once.
-        max_model_len: most tokens, prompt and completion together, of a sequence; never above the model's
-            `max_position_embeddings`.
-        gpu_memory_utilization: share of the GPU's memory that the engine may use, above 0 and at most 1.
-        tensor_parallel_size: number of ranks the model is split over, 1 to 8.
-        enforce_eager: run decode without CUDA graphs.
-        kvcache_block_size: token slots of a KV-cache block.
-        num_kvcache_blocks: blocks in the cache; -1 works it out from the memory that is left.
-        hf_config: the model's configuration, when it is not to be read from `model`.
-        eos: id of the end-of-sequence token; -1 takes the tokenizer's.
-        device: "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu".
-        dtype: "auto" (the checkpoint's; float32 on a CPU), "bfloat16", "float16" or "float32".
-        attention_backend: "auto" (the fastest that is there), "triton", "flash_attn" or "torch".
-        load_format: "auto" reads safetensors files; "dummy" makes random weights and reads none.
-        enable_prefix_caching: share the cache blocks of equal prompt beginnings.
-        seed: seed of the requests that bring none, and of dummy weights.
-
-    Raises:
-        TypeError, ValueError: with the offending value and what would be right.
+    After construction nothing is "auto": every field holds what the engine uses.
     """
 
-    model: str
-    max_num_batched_tokens: int = 16384
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int = -1
-    hf_config: PretrainedConfig | None = None
-    eos: int = -1
-    device: str = "auto"
-    dtype: str | torch.dtype = "auto"
-    attention_backend: str = "auto"
-    load_format: str = "auto"
-    enable_prefix_caching: bool = True
-    seed: int = 0
+    model: str  # a directory in Hugging Face format, or a hub id (the local cache is tried first)
+    max_num_batched_tokens: int = 16384  # most tokens computed in one prefill step; longer prompts are cut in chunks
+    max_num_seqs: int = 512  # most sequences that run at once
+    max_model_len: int = 4096  # most tokens of a sequence, prompt and completion; at most max_position_embeddings
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that the engine may use, above 0 and at most 1
+    tensor_parallel_size: int = 1  # number of ranks the model is split over, 1 to 8
+    enforce_eager: bool = False  # run decode without CUDA graphs
+    kvcache_block_size: int = 256  # token slots of a KV-cache block
+    num_kvcache_blocks: int = -1  # blocks in the cache; -1 works it out from the memory that is left
+    hf_config: PretrainedConfig | None = None  # the model's configuration, when it is not to be read from `model`
+    eos: int = -1  # id of the end-of-sequence token; -1 takes the tokenizer's
+    device: str = "auto"  # "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu"
+    dtype: str | torch.dtype = "auto"  # "auto" (the checkpoint's; on a CPU float32) or a name in DTYPES
+    attention_backend: str = "auto"  # "auto" (the fastest that is there), "triton", "flash_attn" or "torch"
+    load_format: str = "auto"  # "auto" reads safetensors files; "dummy" makes random weights and reads none
+    enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
+    seed: int = 0  # of the requests that bring none, and of dummy weights
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
@@ -90,11 +69,9 @@ class Config:
         self._check_choice("dtype", ("auto", *DTYPES, *DTYPES.values()))
         self._check_choice("attention_backend", ("auto", "triton", "flash_attn", "torch"))
         self._check_choice("load_format", ("auto", "dummy"))
-
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        num_gpus = torch.cuda.device_count() if self.device == "cuda" else 0
-        if self.device == "cuda" and num_gpus < self.tensor_parallel_size:
+        if self.device == "cuda" and (num_gpus := torch.cuda.device_count()) < self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as many GPUs, and "
                 f"{num_gpus} can be seen; lower it or pass device='cpu'"
@@ -114,9 +91,9 @@ class Config:
         needed = -(-self.max_model_len // self.kvcache_block_size)
         if num_blocks < needed:
             raise ValueError(
-                f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens cannot hold one sequence "
-                f"of max_model_len {self.max_model_len}, which takes {needed} blocks; lower max_model_len, or raise "
-                "num_kvcache_blocks or gpu_memory_utilization"
+                f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens cannot hold one "
+                f"sequence of max_model_len {self.max_model_len}, which takes {needed} blocks; lower max_model_len, "
+                "or raise num_kvcache_blocks or gpu_memory_utilization"
             )
 
     def _check_int(self, name: str, low: int, high: int | None = None) -> None:
@@ -142,11 +119,7 @@ class Config:
 
 
 def resolve_model(model: str) -> str:
-    """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id.
-
-    Raises:
-        TypeError, ValueError: when there is no such directory and no such hub id.
-    """
+    """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id; or an error."""
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a path or a hub id, not {model!r}")
     if Path(model).expanduser().is_dir():
@@ -168,11 +141,7 @@ def resolve_model(model: str) -> str:
 
 
 def read_hf_config(path: Path) -> PretrainedConfig:
-    """Read config.json, refusing what the engine cannot run before anything is built from it.
-
-    Raises:
-        ValueError: no config.json, not JSON, or an architecture that is not supported.
-    """
+    """Read config.json; a ValueError if there is none, or none that this engine can run."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format")
@@ -192,6 +161,4 @@ def read_hf_config(path: Path) -> PretrainedConfig:
 def check_architecture(architectures: list[str] | None, source: str) -> None:
     name = (architectures or [None])[0]
     if name not in SUPPORTED_ARCHITECTURES:
-        raise ValueError(
-            f"{source} names the architecture {name!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+        raise ValueError(f"{source} names the architecture {name!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")

@@ -6,23 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Options of one request.
+    """Options of one request; ValueError or TypeError when one is out of range or of the wrong type."""
 
-    Attributes:
-        temperature: divisor of the logits before sampling; 0 picks the most likely token (greedy decoding).
-        max_tokens: most tokens to generate, at least 1.
-        ignore_eos: keep generating after the end-of-sequence token (for benchmarks).
-        seed: makes this request's tokens repeatable, whatever runs beside it; None draws one from the
-            engine's own seed.
-
-    Raises:
-        ValueError, TypeError: when a value is out of range or of the wrong type.
-    """
-
-    temperature: float = 1.0
-    max_tokens: int = 64
-    ignore_eos: bool = False
-    seed: int | None = None
+    temperature: float = 1.0  # divisor of the logits before sampling; 0 picks the most likely token (greedy decoding)
+    max_tokens: int = 64  # most tokens to generate, at least 1
+    ignore_eos: bool = False  # keep generating after the end-of-sequence token (for benchmarks)
+    seed: int | None = None  # makes the tokens repeatable, whatever runs beside; None draws from the engine's seed
 
     def __post_init__(self) -> None:
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):

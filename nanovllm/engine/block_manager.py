@@ -2,6 +2,7 @@
 
 from array import array
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from itertools import count
 
 import xxhash
@@ -11,46 +12,33 @@ from nanovllm.engine.sequence import Sequence
 NO_CONTENT = 0  # content id of a block that is not (yet) full, and of the empty prefix
 
 
+@dataclass(slots=True, eq=False)
 class Block:
-    """One block of `block_size` token slots.
+    """One block of `block_size` token slots. Its contents are known once it is full and computed."""
 
-    `content_id` names the whole prefix that ends with this block: two blocks have the same id exactly when
-    their tokens and all tokens before them are equal. `parent_id` is the id of the prefix before it.
-    """
-
-    __slots__ = ("block_id", "ref_count", "key", "token_ids", "parent_id", "content_id")
-
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_count = 0
-        self.forget()
-
-    def forget(self) -> None:
-        self.key = -1
-        self.token_ids: list[int] = []
-        self.parent_id = self.content_id = NO_CONTENT
+    block_id: int
+    ref_count: int = 0
+    key: int = -1
+    token_ids: list[int] = field(default_factory=list)
+    parent_id: int = NO_CONTENT  # content_id of the block before it
+    content_id: int = NO_CONTENT  # equal for two blocks exactly when their tokens and all tokens before are equal
 
 
 class BlockManager:
-    """Hands out cache blocks, counts their holders, and finds prefixes that are in the cache already.
-
-    Every operation costs time proportional to the blocks it touches, never to the size of the cache.
-    """
+    """Hands out blocks, counts their holders, finds cached prefixes, in time independent of the cache's size."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        # Ids of the blocks nobody holds, least recently freed first. An OrderedDict is a queue from whose middle
-        # a block can be taken in constant time, which is what a prefix hit on a freed block does.
+        # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of the middle of this
+        # queue, which an OrderedDict does in constant time.
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[int, Block] = {}  # key -> a full block, held or free
         self._content_ids = count(NO_CONTENT + 1)  # never reused, so a stale parent_id matches nothing
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    # --- admission -------------------------------------------------------------------------------------------
 
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
@@ -75,8 +63,6 @@ class BlockManager:
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
         """The longest run of cached blocks that `seq` begins with, always leaving a token to compute."""
         hits: list[Block] = []
-        if not self.enable_prefix_caching:
-            return hits
         parent_id = NO_CONTENT
         for index in range((seq.num_tokens - 1) // self.block_size):
             block = self.cached_blocks.get(self._block_key(seq, index))
@@ -87,8 +73,6 @@ class BlockManager:
             parent_id = block.content_id
         return hits
 
-    # --- decoding --------------------------------------------------------------------------------------------
-
     def can_append(self, seq: Sequence) -> bool:
         """Whether the last token of a running sequence has a slot, or can be given one."""
         return self.num_blocks_for(seq.num_tokens) <= len(seq.block_table) or bool(self.free_block_ids)
@@ -97,8 +81,6 @@ class BlockManager:
         """Give a running sequence a new block if its last token is the first of one."""
         if self.num_blocks_for(seq.num_tokens) > len(seq.block_table):
             seq.block_table.append(self._take_free_block())
-
-    # --- sharing and release -----------------------------------------------------------------------------------
 
     def register(self, seq: Sequence) -> None:
         """Make shareable those full blocks of `seq` whose tokens are known and whose computation is launched."""
@@ -132,11 +114,8 @@ class BlockManager:
         block = self.blocks[block_id]
         if self.cached_blocks.get(block.key) is block:
             del self.cached_blocks[block.key]
-        block.forget()
-        block.ref_count = 1
+        self.blocks[block_id] = Block(block_id, ref_count=1)  # with nothing known of its contents
         return block_id
-
-    # --- keys ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def compute_hash(token_ids: list[int], previous_key: int | None = None) -> int:

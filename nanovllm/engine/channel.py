@@ -10,11 +10,10 @@ HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this
 
 
 class Channel:
-    """One shared-memory block that rank 0 writes and every worker reads.
+    """One shared-memory block, of a fresh name, that rank 0 writes and every worker reads.
 
     Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and the last frame copied
-    out). Rank 0 waits for all `taken` before it writes again, so a message longer than the block simply goes in
-    several frames. The block's name is chosen fresh, so that two engines never meet.
+    out). Rank 0 waits for all `taken` before it writes again, so a long message takes several frames.
     """
 
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
@@ -29,11 +28,7 @@ class Channel:
         return {**self.__dict__, "processes": []}  # a worker's copy needs no handles of its siblings
 
     def send(self, method: str, args: tuple) -> None:
-        """Rank 0: have every worker call `method(*args)`.
-
-        Raises:
-            RuntimeError: when a worker has died.
-        """
+        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died."""
         message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
         capacity = self.memory.size - HEADER.size
         for start in range(0, len(message), capacity):
@@ -53,20 +48,17 @@ class Channel:
 
     def receive(self, rank: int) -> tuple[str, tuple]:
         """Worker: wait for the next command."""
+        ready, parent = self.ready[rank - 1], multiprocessing.parent_process()
         message, length = b"", 1
         while len(message) < length:
-            self._wait_ready(rank)
+            while not ready.wait(timeout=1.0):
+                if parent is not None and not parent.is_alive():
+                    raise SystemExit(1)  # nobody is left to send anything
             length, frame_length = HEADER.unpack_from(self.memory.buf, 0)
             message += bytes(self.memory.buf[HEADER.size : HEADER.size + frame_length])
-            self.ready[rank - 1].clear()
+            ready.clear()
             self.taken[rank - 1].set()
         return pickle.loads(message)
-
-    def _wait_ready(self, rank: int) -> None:
-        parent = multiprocessing.parent_process()
-        while not self.ready[rank - 1].wait(timeout=1.0):
-            if parent is not None and not parent.is_alive():
-                raise SystemExit(1)  # nobody is left to send anything
 
     def check_workers(self) -> None:
         """Rank 0: raise a RuntimeError with the worker's traceback if one has failed."""

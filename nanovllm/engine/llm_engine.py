@@ -28,12 +28,8 @@ Prompt = str | list[int]
 class LLMEngine:
     """Drives a Scheduler and a rank-0 ModelRunner.
 
-    Args:
-        model: a checkpoint directory in Hugging Face format, or a hub id.
-        options: the fields of `Config`.
-
-    Raises:
-        TypeError, ValueError: when an option or the checkpoint is not right.
+    `model` is a checkpoint directory in Hugging Face format or a hub id; `options` are the fields of `Config`.
+    What is not right about them is a TypeError or ValueError.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -43,16 +39,15 @@ class LLMEngine:
         if config.eos == -1:
             config.eos = find_eos(config, self.tokenizer)
         self._seeds = random.Random(config.seed)  # of the requests that bring none
-
         channel = store = None
-        if config.tensor_parallel_size > 1:
-            channel = Channel(config.tensor_parallel_size - 1)
-            # Port 0: the system picks one that is free.
-            store = dist.TCPStore("127.0.0.1", 0, config.tensor_parallel_size, is_master=True, wait_for_workers=False)
         try:
-            if channel is not None:
+            if config.tensor_parallel_size > 1:
+                size = config.tensor_parallel_size
+                channel = Channel(size - 1)
+                # Port 0: the system picks one that is free.
+                store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
                 context = multiprocessing.get_context("spawn")
-                for rank in range(1, config.tensor_parallel_size):
+                for rank in range(1, size):
                     args = (config, rank, channel, store.port)
                     process = context.Process(target=run_worker, args=args, daemon=True)
                     process.start()
@@ -76,17 +71,8 @@ class LLMEngine:
         self._finalizer()
         self.model_runner = None
 
-    # --- requests --------------------------------------------------------------------------------------------
-
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one prompt for `step`.
-
-        Returns:
-            The request's id, by which `step` reports its result.
-
-        Raises:
-            TypeError, ValueError: as `generate`.
-        """
+        """Queue one prompt; returns the id by which `step` reports its result. Raises as `generate` does."""
         params = sampling_params if sampling_params is not None else SamplingParams()
         return self._queue(self._checked(prompt, params, 0), params)
 
@@ -113,23 +99,21 @@ class LLMEngine:
                 token_ids = prompt if types == {int} else [operator.index(token_id) for token_id in prompt]
             except TypeError:
                 raise TypeError(
-                    f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token ids "
-                    "is passed as a list of one list)"
+                    f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token "
+                    "ids is passed as a list of one list)"
                 ) from None
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
-        vocab_size = self.config.hf_config.vocab_size
+        vocab = self.config.hf_config.vocab_size
         for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab_size - 1}")
+            if not 0 <= token_id < vocab:
+                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
         if len(token_ids) >= self.config.max_model_len:
             raise ValueError(
-                f"prompt {index} has {len(token_ids)} tokens, and max_model_len {self.config.max_model_len} must hold "
-                "it and at least one new token; shorten the prompt or raise max_model_len"
+                f"prompt {index} has {len(token_ids)} tokens, and max_model_len {self.config.max_model_len} must "
+                "hold it and at least one new token; shorten the prompt or raise max_model_len"
             )
         return token_ids
-
-    # --- the loop --------------------------------------------------------------------------------------------
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running."""
@@ -158,10 +142,7 @@ class LLMEngine:
         return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens
 
     def reset(self) -> None:
-        """Drop all requests and everything cached.
-
-        A step that was cut short leaves blocks half written and queues half updated, so nothing of them is kept.
-        """
+        """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
         self.scheduler = Scheduler(self.config)
         self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
 
@@ -171,11 +152,9 @@ class LLMEngine:
         return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
 
     def generate(
-        self,
-        prompts: str | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
+        self, prompts: str | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None, use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Complete prompts, batched as the cache allows.
 
         Args:
@@ -195,17 +174,15 @@ class LLMEngine:
         if not self.is_finished():
             raise RuntimeError("requests of add_request are unfinished; run step() until is_finished(), or reset()")
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        for name, value in (("prompts", prompts), ("sampling_params", sampling_params)):
-            if not isinstance(value, (list, tuple)):
-                raise TypeError(f"{name} must be one or a list of them, not {value!r}")
+        if not isinstance(sampling_params, (list, tuple)):
+            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
-        checked = [
-            self._checked(prompt, params, index)
-            for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
-        ]
+        checked = list(map(self._checked, prompts, sampling_params, range(len(prompts))))
         results: dict[int, dict[str, Any]] = {}
         rates = {"prefill": "-", "decode": "-"}
         try:
@@ -246,7 +223,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 def find_eos(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The end-of-sequence id: the tokenizer's, else the model's; -1 when neither names one."""
-    eos = tokenizer.eos_token_id if tokenizer is not None else getattr(config.hf_config, "eos_token_id", None)
-    if isinstance(eos, (list, tuple)):
-        eos = eos[0]
+    eos = getattr(tokenizer, "eos_token_id", None)
+    eos = getattr(config.hf_config, "eos_token_id", None) if eos is None else eos
+    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
     return -1 if eos is None else eos

@@ -15,39 +15,29 @@ if TYPE_CHECKING:  # Config imports torch; the scheduler can be read, tested and
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass.
-
-    Attributes:
-        seqs: its sequences.
-        yields: for each, whether the step computes its last token and so samples the next one.
-        num_tokens: tokens that it computes.
-        is_prefill: prompts (or chunks of them), or one token of each sequence.
-    """
+    """One forward pass."""
 
     seqs: list[Sequence]
-    yields: list[bool]
-    num_tokens: int
-    is_prefill: bool
+    yields: list[bool]  # for each, whether the step computes its last token and so samples the next one
+    num_tokens: int  # that it computes
+    is_prefill: bool  # of prompts (or chunks of them), not one token of each sequence
 
 
 class Scheduler:
     """Two queues and a block manager.
 
-    `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose prompt is
-    computed in chunks stays there, with its blocks, until its last chunk. `running` holds those that decode,
-    oldest first.
+    `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose prompt is computed
+    in chunks stays there, with its blocks, until its last chunk. `running` holds those that decode, oldest first.
 
     `schedule` can run ahead of `postprocess`: a step may be scheduled before the tokens of the step before it are
     known, since everything it needs of them on the host is their number.
     """
 
     def __init__(self, config: Config) -> None:
-        self.max_num_seqs = config.max_num_seqs
-        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self.eos = config.eos
-        self.block_manager = BlockManager(
-            config.num_kvcache_blocks, config.kvcache_block_size, config.enable_prefix_caching
-        )
+        num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
+        self.block_manager = BlockManager(num_blocks, block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
         self.free_rows = list(reversed(range(self.max_num_seqs)))
@@ -61,12 +51,9 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Step | None:
-        """Pick the sequences of the next step and give them their blocks.
+        """Pick the sequences of the next step and give them their blocks; None if a pending step must end first.
 
         Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
-
-        Returns:
-            None when there is nothing to schedule before a pending step has been postprocessed.
         """
         step = self._schedule_prefill() or self._schedule_decode()
         if step is not None:
@@ -90,8 +77,7 @@ class Scheduler:
             budget -= num_new
             seqs.append(seq)
             yields.append(seq.schedule(num_new))
-            # From now on its full blocks can be shared, in this very step too: every layer stores the K and V of
-            # the whole batch before it reads any.
+            # Its full blocks can be shared from now on, in this step too: a layer stores all K and V, then reads.
             self.block_manager.register(seq)
             if not yields[-1]:
                 break  # the budget is spent; the rest of this prompt comes first in the next step
@@ -100,8 +86,7 @@ class Scheduler:
         return Step(seqs, yields, self.max_num_batched_tokens - budget, True) if seqs else None
 
     def _schedule_decode(self) -> Step | None:
-        block_manager, seqs = self.block_manager, []
-        queue = self.running.copy()
+        block_manager, seqs, queue = self.block_manager, [], self.running.copy()
         while queue:
             seq = queue.popleft()
             if seq.is_exhausted:
@@ -134,14 +119,9 @@ class Scheduler:
         self.free_rows.append(seq.row)
 
     def postprocess(self, step: Step, token_ids: list[int]) -> list[Sequence]:
-        """Account for a step that has run.
+        """Account for the oldest pending step, given one sampled token for each of its sequences.
 
-        Args:
-            step: the oldest that `schedule` returned and that has not been postprocessed.
-            token_ids: one sampled token for each sequence; that of an unfinished chunk is ignored.
-
-        Returns:
-            The sequences that finished. Their blocks are free again.
+        Returns the sequences that finished; their blocks are free again. An unfinished chunk's token is ignored.
         """
         self.num_pending -= 1
         finished: list[Sequence] = []

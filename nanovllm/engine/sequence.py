@@ -19,8 +19,7 @@ class Sequence:
     the token ids. `num_tokens` counts prompt, completion and tokens that launched steps will yield; `token_ids`
     holds those that are known. `num_computed_tokens` have their K and V in the cache once the launched steps have
     run; `num_scheduled_tokens` of them are the last step's. A step yields a token for the sequence exactly when it
-    computes the last one there is: that holds for prompts, chunks, decoding and preempted sequences alike, and
-    nothing depends on a test like "has completion tokens".
+    computes the last one there is: that holds for prompts, chunks, decoding and preempted sequences alike.
     """
 
     _ids = count()
@@ -29,11 +28,9 @@ class Sequence:
         self.seq_id = next(Sequence._ids)
         self.status = SequenceStatus.WAITING
         self.token_ids = list(token_ids)
-        self.num_prompt_tokens = len(token_ids)
-        self.num_tokens = len(token_ids)
+        self.num_prompt_tokens = self.num_tokens = len(token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
-        self.num_computed_tokens = 0
-        self.num_scheduled_tokens = 0
+        self.num_computed_tokens = self.num_scheduled_tokens = 0
         self.row = -1  # in the model runner's arrays of admitted sequences
         self.block_table: list[int] = []
         self.num_registered_blocks = 0  # the leading blocks that others can share
@@ -86,8 +83,6 @@ class Sequence:
         )  # fmt: skip
 
     def __setstate__(self, state: tuple) -> None:
-        (
-            self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
-            self.temperature, self.seed, self.token_ids,
-        ) = state  # fmt: skip
+        self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table, *rest = state
+        self.temperature, self.seed, self.token_ids = rest
         self._token_offset = self.num_computed_tokens - self.num_scheduled_tokens

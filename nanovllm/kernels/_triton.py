@@ -33,7 +33,6 @@ def pdl_options() -> dict[str, bool]:
 
     A kernel launched so may start while the one before it in the stream is still finishing. It must wait before it
     touches what an earlier kernel writes; what it does until then, such as reading its weights, costs no time.
-    Between kernels of a few microseconds that is a good part of the whole.
     """
     if gdc_wait is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return {"PDL": False}

@@ -1,7 +1,6 @@
-"""The two attentions through the `flash_attn` package, where it is installed and chosen.
+"""The two attentions through the `flash_attn` package, imported when it is first needed.
 
-It comes in two forms: 2.x (`flash-attn`, a source build) and 4 (`flash-attn-4`, a pure wheel that compiles at
-first use, under `flash_attn.cute`). Either is imported when it is first needed and not before.
+It comes in two forms: 2.x (`flash-attn`, a source build) and 4 (`flash-attn-4`, a wheel that compiles at first use).
 """
 
 import importlib.metadata
@@ -26,18 +25,14 @@ def flash_attention_version() -> str | None:
 def _functions() -> tuple[Callable, Callable | None]:
     """The package's function for many queries a sequence and, in 2.x, the one for decode."""
     if flash_attention_version() == "4":
-        from flash_attn.cute import flash_attn_varlen_func
-
-        return flash_attn_varlen_func, None
-    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-
-    return flash_attn_varlen_func, flash_attn_with_kvcache
+        return importlib.import_module("flash_attn.cute").flash_attn_varlen_func, None
+    package = importlib.import_module("flash_attn")
+    return package.flash_attn_varlen_func, package.flash_attn_with_kvcache
 
 
 def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
     """Raise ValueError, with the value and the remedy, if `flash_prefill` and `flash_decode` cannot serve."""
-    version = flash_attention_version()
-    remedy = "or use attention_backend='triton'"
+    version, remedy = flash_attention_version(), "or use attention_backend='triton'"
     if version is None:
         raise ValueError(f"flash_attn is not installed: pip install flash-attn-4, {remedy}")
     if dtype not in (torch.float16, torch.bfloat16):
@@ -48,37 +43,34 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
             f"change it, install flash-attn-4, {remedy}"
         )
     # Builds of 2.x may leave out the rarer head sizes, and do not say so.
-    served = head_dim in (64, 128) if version == "2" else head_dim % 8 == 0 and head_dim <= 128
-    if not served:
-        sizes = "64 and 128" if version == "2" else "multiples of 8 up to 128"
+    sizes = "64 and 128" if version == "2" else "multiples of 8 up to 128"
+    if head_dim > 128 or head_dim % (64 if version == "2" else 8) != 0:
         raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy[3:]}")
     try:
         _functions()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"flash_attn does not import ({error}): install it again, {remedy}") from error
 
 
 def flash_prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, scale: float, block_tables: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None, v_cache: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    block_tables: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`varlen_prefill` by flash_attn: same arguments and result, fp16 and bf16 only.
 
-    Slots of a sequence's blocks where nothing is stored yet must hold finite numbers, as in a cache made by
-    `torch.zeros`: flash-attn-4 may load them, and zero times NaN is NaN.
+    Slots where nothing is stored yet must hold finite numbers, as in a cache made by `torch.zeros`: flash-attn-4 may
+    load them, and zero times NaN is NaN.
     """
-    prefill, _ = _functions()
-    if block_tables is not None:
-        k, v = k_cache, v_cache
-    if flash_attention_version() == "2":
-        options = dict(cu_seqlens_k=cu_seqlens_k, block_table=block_tables)
-    elif block_tables is None:
-        options = dict(cu_seqlens_k=cu_seqlens_k)
+    options = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    if block_tables is None:
+        options |= dict(cu_seqlens_k=cu_seqlens_k)
+    elif flash_attention_version() == "2":
+        options |= dict(cu_seqlens_k=cu_seqlens_k, block_table=block_tables)
     else:
-        options = dict(seqused_k=cu_seqlens_k.diff(), page_table=block_tables)
-    options |= dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    out = prefill(q, k, v, softmax_scale=scale, causal=True, **options)
+        options |= dict(seqused_k=cu_seqlens_k.diff(), page_table=block_tables)
+    keys = (k, v) if block_tables is None else (k_cache, v_cache)
+    out = _functions()[0](q, *keys, softmax_scale=scale, causal=True, **options)
     return out[0] if isinstance(out, tuple) else out  # 4 adds the log-sum-exp
 
 
@@ -92,9 +84,8 @@ def flash_decode(
     """
     prefill, decode = _functions()
     options = dict(softmax_scale=scale, causal=True)
-    q = q[:, None]
     if decode is not None:
-        out = decode(q, k_cache, v_cache, cache_seqlens=context_lens, block_table=block_tables, **options)
+        out = decode(q[:, None], k_cache, v_cache, cache_seqlens=context_lens, block_table=block_tables, **options)
     else:
-        out, _ = prefill(q, k_cache, v_cache, seqused_k=context_lens, page_table=block_tables, **options)
+        out, _ = prefill(q[:, None], k_cache, v_cache, seqused_k=context_lens, page_table=block_tables, **options)
     return out[:, 0]

@@ -1,8 +1,7 @@
 """A linear layer for a few tokens: what is left of the matrix product is reading the weight.
 
-cuBLAS is made for tall matrices and reaches a quarter of the memory's speed here. One program takes a few rows of
-the weight, whole, so that all programs together read it in one sweep. The norm before the layer and the addition
-after it are folded in: they cost a few registers instead of a kernel each.
+cuBLAS reaches a quarter of the memory's speed here. One program takes a few whole rows of the weight, so that all
+together read it in one sweep. The norm before and the addition after cost a few registers instead of a kernel each.
 """
 
 import torch
@@ -16,13 +15,11 @@ TILE = 16384  # elements of the weight that a program takes
 @triton.jit
 def _gemv_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, eps, residual_ptr, out_ptr, num_tokens, out_size,
-    IN_SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    IN_SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tokens = tl.arange(0, TOKENS)
-    columns = tl.arange(0, BLOCK)
+    tokens, columns = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
     in_rows, in_tokens, in_columns = rows < out_size, tokens < num_tokens, columns < IN_SIZE
     offsets = rows.to(tl.int64)[:, None] * IN_SIZE + columns[None, :]
     weight_mask = in_rows[:, None] & in_columns[None, :]
@@ -60,9 +57,7 @@ def gemv(
     """`residual + rms_norm(x) W^T + bias`, each part but the product optional.
 
     Args:
-        x: `[n, in]`, contiguous; n should be small.
-        weight: `[out, in]`, contiguous.
-        bias: `[out]`.
+        x, weight, bias: `[n, in]` with a small n, `[out, in]`, `[out]`; contiguous.
         norm_weight, eps: `[in]`, of the RMSNorm on x.
         residual: `[n, out]`, contiguous; overwritten with the result and returned.
         gated: weight is `[2 * out, in]`, a gate above an up projection; the result is `silu(gate) * up`. No bias.
@@ -70,8 +65,7 @@ def gemv(
     num_tokens, in_size = x.shape
     out_size = weight.shape[0] // (2 if gated else 1)
     assert not (gated and bias is not None)
-    assert x.is_contiguous() and weight.is_contiguous()
-    assert residual is None or residual.is_contiguous()
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (x, weight, residual))
     out = residual if residual is not None else torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device)
     block = next_power_of_2(in_size)
     rows = max(1, TILE // block // (2 if gated else 1))

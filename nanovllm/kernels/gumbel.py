@@ -1,17 +1,15 @@
 """Sampling a token from logits in one pass: the Gumbel-max trick with counter-based noise.
 
-`argmax(logits / T + g)` with independent standard Gumbel noise g draws exactly from `softmax(logits / T)`
-(Gumbel, 1954; see Huijben et al., A Review of the Gumbel-max Trick, 2022), without ever forming the softmax.
-The noise of a logit is a pure function of (request seed, position, token id): Philox4x32 (Salmon et al., Parallel
-Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as key and (token id / 4, position) as counter. So a request's
-tokens depend neither on its neighbours in the batch nor on how often it was preempted.
+`argmax(logits / T + g)` with independent standard Gumbel noise g draws exactly from `softmax(logits / T)` (Huijben
+et al., A Review of the Gumbel-max Trick, 2022). The noise is a pure function of (request seed, position, token id):
+Philox4x32 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as key and (token
+id / 4, position) as counter. So a request's tokens depend neither on its neighbours nor on its preemptions.
 """
 
 import torch
 
-from nanovllm.kernels._triton import (
-    launch_next, libdevice, next_power_of_2, pdl_options, tl, triton, wait_for_previous,
-)  # fmt: skip
+from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
+from nanovllm.kernels._triton import libdevice, next_power_of_2, tl, triton
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096
@@ -45,8 +43,7 @@ def _gumbel_argmax_kernel(
         b0, b1, b2, b3 = tl.philox(tl.load(seeds_ptr + row), counter, position, zero, zero, ROUNDS)
         bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
         uniform = ((bits >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)  # never 0 or 1
-        # The largest noise, which decides, comes of the smallest of these exponentials, where a fast logarithm is
-        # too coarse: there -log(1 - u) by its series.
+        # The largest noise, which decides, comes of the smallest exponentials; there a fast logarithm is too coarse.
         series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
         exponential = tl.where(uniform < 0.015625, series, -_log(1.0 - uniform, APPROX))
         scores = scores / temperature - _log(exponential, APPROX)
@@ -77,14 +74,11 @@ def gumbel_argmax(
 
     Args:
         logits: `[n, vocab]`, bf16, fp16 or fp32, rows contiguous; a tensor-parallel rank's part of the vocabulary.
-        temperatures: `[n]` float32.
-        seeds: `[n]` int64, not negative.
-        positions: `[n]` int64, of the token whose logits these are.
+        temperatures, seeds, positions: `[n]` float32; int64, not negative; int64, of the token before the one drawn.
         first_id: token id of column 0.
 
     Returns:
-        The winning score `[n]` float32 (comparable across ranks) and its token id `[n]` int64. Of equal scores the
-        lowest id wins.
+        The best score `[n]` float32 (comparable across ranks) and its token id `[n]` int64, the lowest among equals.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
@@ -97,9 +91,8 @@ def gumbel_argmax(
         ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
     )  # fmt: skip
     value, index = values.new_empty(num_rows), indices.new_empty(num_rows)
-    _best_tile_kernel[(num_rows,)](
-        values, indices, value, index, num_tiles, BLOCK=next_power_of_2(num_tiles), **pdl_options()
-    )
+    block = next_power_of_2(num_tiles)
+    _best_tile_kernel[(num_rows,)](values, indices, value, index, num_tiles, BLOCK=block, **pdl_options())
     return value, index
 
 
@@ -110,8 +103,7 @@ def gumbel_argmax_torch(
     scores = logits.float()
     random_rows = temperatures.nonzero().squeeze(1)
     if len(random_rows):
-        end = first_id + logits.shape[1]
-        counters = torch.arange(first_id // 4, -(-end // 4), device=logits.device)
+        counters = torch.arange(first_id // 4, -(-(first_id + logits.shape[1]) // 4), device=logits.device)
         bits = philox_torch(seeds[random_rows, None], counters[None], positions[random_rows, None])
         bits = bits.flatten(1)[:, first_id % 4 :][:, : logits.shape[1]]
         uniform = ((bits >> 8).float() + 0.5) * (1.0 / 16777216.0)

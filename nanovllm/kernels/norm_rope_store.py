@@ -8,7 +8,6 @@ import torch
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
-
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
 
 
@@ -27,8 +26,7 @@ def _norm_rope_store_kernel(
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     mask = (head < HEADS + 2 * KV_HEADS) & (half < HALF)
     x_ptr = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + half
-    first_in = tl.load(x_ptr, mask=mask, other=0.0)
-    second_in = tl.load(x_ptr + HALF, mask=mask, other=0.0)
+    first_in, second_in = tl.load(x_ptr, mask=mask, other=0.0), tl.load(x_ptr + HALF, mask=mask, other=0.0)
     first, second = first_in.to(tl.float32), second_in.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_DIM + eps)[:, None]
@@ -60,30 +58,28 @@ def _norm_rope_store_kernel(
 
 
 def norm_rope_store(
-    qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
-    k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor | None, num_heads: int,
+    qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None, eps: float, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor | None, num_heads: int,
 ) -> None:  # fmt: skip
     """Normalise and rotate q and k **in place**, and store k and v in the cache.
 
     Args:
         qkv: `[n, heads + 2 * kv_heads, head_dim]`, contiguous: the projection's output.
-        positions: `[n]` int64.
-        cos, sin: `[max_position, head_dim / 2]` float32.
+        positions, cos, sin: `[n]` int64; the tables, `[max_position, head_dim / 2]` float32.
         q_weight, k_weight: `[head_dim]` of the norms on q and k; None for a model without them.
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous.
         slot_mapping: `[n]` int32, -1 writes nowhere; None: nothing is stored.
-        num_heads: number of query heads.
+        num_heads: of the query.
     """
     num_tokens, total_heads, head_dim = qkv.shape
     assert qkv.is_contiguous() and head_dim % 2 == 0
     has_norm, stores = q_weight is not None, slot_mapping is not None
     _norm_rope_store_kernel[(num_tokens, triton.cdiv(total_heads, HEADS_PER_PROGRAM))](
-        qkv, positions, cos, sin, q_weight if has_norm else cos, k_weight if has_norm else cos, eps,
-        k_cache, v_cache, slot_mapping if stores else positions,
-        HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim,
-        BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm, STORE=stores,
-        num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
+        qkv, positions, cos, sin, q_weight if has_norm else cos, k_weight if has_norm else cos, eps, k_cache, v_cache,
+        slot_mapping if stores else positions, HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2,
+        HEAD_DIM=head_dim, BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm,
+        STORE=stores, num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
     )  # fmt: skip
 
 
@@ -102,16 +98,10 @@ def norm_rope_store_torch(
             x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()
         first, second = x32.chunk(2, dim=-1)
         x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
-    if slot_mapping is not None:
-        store_kvcache_torch(k, v, k_cache, v_cache, slot_mapping)
-
-
-def store_kvcache_torch(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """The last part of it alone. It never makes the host wait for a GPU, so that a CUDA graph can record it."""
-    # Selecting the rows to store would need their number on the host. So a row that goes nowhere repeats the
-    # first one that is stored, and when there is none at all, slot 0 is overwritten with what it holds.
+    if slot_mapping is None:
+        return
+    # A CUDA graph can record this: the number of rows to store stays unknown to the host. A row that goes nowhere
+    # repeats the first one that is stored; when there is none at all, slot 0 is overwritten with what it holds.
     stored = slot_mapping >= 0
     rows = torch.where(stored, torch.arange(len(stored), device=stored.device), stored.int().argmax())
     slots = slot_mapping[rows].clamp(min=0).long()

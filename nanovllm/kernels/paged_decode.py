@@ -1,9 +1,8 @@
 """Decode attention: one new query token a sequence, keys and values read from the paged cache.
 
-Reading K and V is all the time it takes. So each is read once, by one program for all the query heads that
-share it (grouped-query attention), in tiles that are loaded while earlier ones are computed, with the online
-softmax of Milakov & Gimelshein (2018). When there are too few sequences to occupy the card, each is split
-among several programs and their results are merged ("Flash-Decoding", Dao et al. 2023).
+Reading K and V is all the time it takes. So each is read once, for all the query heads that share it, in tiles that
+are loaded while earlier ones are computed, with the online softmax of Milakov & Gimelshein (2018). When there are too
+few sequences to occupy the card, several programs share each ("Flash-Decoding", Dao et al. 2023).
 """
 
 import math
@@ -12,9 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import (
-    device_limits, launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous,
-)  # fmt: skip
+from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
+from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 
 MAX_SPLITS = 32
 
@@ -33,8 +31,8 @@ def decode_config(
 ) -> DecodeConfig:
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
-    # When there are fewer than two programs a multiprocessor, the largest power of two with at most eight. (Measured:
-    # more do not help, and fewer leave the longest sequences running alone.)
+    # When there are fewer than two programs a multiprocessor, the largest power of two with at most eight: more do
+    # not help, and fewer leave the longest sequences running alone.
     programs = max(1, num_seqs * kv_heads)
     splits = 8 * num_sms // programs if programs < 2 * num_sms else 1
     splits = min(MAX_SPLITS, 1 << (max(1, splits).bit_length() - 1))
@@ -56,18 +54,13 @@ def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
 def _paged_decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr,
-    q_stride, table_stride, scale_log2,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    PDL: tl.constexpr,
+    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr, q_stride, table_stride,
+    scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
+    kv_head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_splits = tl.num_programs(1)
-    seq = tl.program_id(2)
-
     group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
     heads = kv_head * GROUP + group
     dims = tl.arange(0, BLOCK_D)
@@ -75,7 +68,6 @@ def _paged_decode_kernel(
     q_mask = (group < GROUP)[:, None] & in_dim[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
-
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
     context_len = tl.load(context_lens_ptr + seq)
     tiles_per_split, num_shares = _shares(context_len, num_splits, BLOCK_N)
@@ -83,7 +75,6 @@ def _paged_decode_kernel(
         return
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(context_len, BLOCK_N))
-
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -95,7 +86,6 @@ def _paged_decode_kernel(
         # 64 bits: a cache has more than 2^31 elements.
         offsets = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + dims)[None, :]
         kv_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & in_dim[None, :]
-
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -106,7 +96,6 @@ def _paged_decode_kernel(
         row_max = new_max
         v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-
     launch_next(PDL)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a padding row, with context 0, gives zeros
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
@@ -118,16 +107,14 @@ def _paged_decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, out_ptr, context_lens_ptr, num_splits,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    partial_ptr, lse_ptr, out_ptr, context_lens_ptr, num_splits, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)  # one sequence and query head
     num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
-    splits = tl.arange(0, MAX_SPLITS)
-    dims = tl.arange(0, BLOCK_D)
+    splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
     there = splits < num_shares
     lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))
     largest = tl.max(lse, 0)
@@ -143,41 +130,34 @@ def paged_decode(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
     block_tables: torch.Tensor, scale: float, config: DecodeConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of one query token a sequence over all its cached keys, in Triton.
+    """Attention of one query token a sequence over all its cached keys: a tensor like q.
 
-    The launch does not depend on what `context_lens` and `block_tables` hold: a CUDA graph of it stays right
-    when they change.
+    The launch does not depend on what `context_lens` and `block_tables` hold, so a CUDA graph can record it.
 
     Args:
         q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads.
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
-        context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row.
+        context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row; it gives zeros.
         block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
         scale: what the scores are multiplied by, usually head_dim ** -0.5.
         config: overrides `decode_config`, for tests and tuning.
-
-    Returns:
-        `[num_seqs, heads, head_dim]` of q's dtype; zeros for padding rows.
     """
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
     config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device)
-    splits = config.num_splits
-    block_d = max(16, next_power_of_2(head_dim))
+    splits, group, block_d = config.num_splits, heads // kv_heads, max(16, next_power_of_2(head_dim))
     out = torch.empty(num_seqs, heads, head_dim, dtype=q.dtype, device=q.device)
-    if splits == 1:
-        partial = lse = out  # the one share is the result; lse is not written
-    else:
+    partial = lse = out  # without splits, the one share is the result, and lse is not written
+    if splits > 1:
         partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
-        q, k_cache, v_cache, partial, lse, context_lens, block_tables,
-        q.stride(0), block_tables.stride(0), scale * math.log2(math.e),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        BLOCK_G=max(16, next_power_of_2(heads // kv_heads)), BLOCK_D=block_d, BLOCK_N=config.block_n,
-        SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
+        q, k_cache, v_cache, partial, lse, context_lens, block_tables, q.stride(0), block_tables.stride(0),
+        scale * math.log2(math.e), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, SPLIT=splits > 1,
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](
@@ -191,7 +171,7 @@ def paged_decode_torch(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
     block_tables: torch.Tensor, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """`paged_decode` in PyTorch: the reference and the CPU path. On a GPU it does not wait for the device."""
+    """`paged_decode` in PyTorch: the reference, and the CPU's path. On a GPU it does not wait for the device."""
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     # The longest context if it costs nothing to know, else all that the tables could hold.

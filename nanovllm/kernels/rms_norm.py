@@ -19,12 +19,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32 inside.
-
-    Args:
-        x: `[n, size]`, contiguous.
-        weight: `[size]`.
-    """
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 inside, of x `[n, size]`, contiguous, and weight `[size]`."""
     num_rows, size = x.shape
     assert x.is_contiguous()
     out = torch.empty_like(x)

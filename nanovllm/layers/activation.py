@@ -1,6 +1,6 @@
 """The gated half of a SwiGLU MLP (Shazeer, GLU Variants Improve Transformer, 2020)."""
 
-import torch
+from torch import Tensor
 
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
@@ -14,7 +14,7 @@ class SiluGateUpLinear(MergedColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int) -> None:
         super().__init__(input_size, [output_size, output_size])
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x `[n, in]` -> `[n, out / tp]`; x is normalised first."""
         if takes_gemv(x):
             return gemv(x, self.weight, None, norm.weight, norm.eps, gated=True)

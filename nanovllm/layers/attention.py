@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanovllm.kernels import flash_attention, paged_decode, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.flash_attention import check_flash_attention, flash_decode, flash_prefill
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
@@ -20,37 +22,27 @@ class AttentionBackend:
 
     name: str
     norm_rope_store: Callable[..., None]
-    prefill: Callable[..., torch.Tensor]
-    decode: Callable[..., torch.Tensor]
+    prefill: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
 
 
-TORCH = AttentionBackend(
-    "torch", norm_rope_store_torch, varlen_prefill.varlen_prefill_torch, paged_decode.paged_decode_torch
-)
-TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill.varlen_prefill, paged_decode.paged_decode)
-FLASH_ATTN = AttentionBackend(
-    "flash_attn", norm_rope_store, flash_attention.flash_prefill, flash_attention.flash_decode
-)
+TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
+TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
+FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 
 
 def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
-    """The backend that `name` asks for; "auto" takes the fastest that is there.
-
-    Raises:
-        ValueError: when it cannot serve this device, block size, head size or dtype.
-    """
+    """The backend that `name` asks for ("auto": the fastest that is there); ValueError if it cannot serve these."""
     if device == "cpu":
         if name not in ("auto", "torch"):
             raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
         return TORCH
     if not HAS_TRITON:
         raise ValueError("device 'cuda' needs Triton, which is not installed: pip install triton, or device='cpu'")
-    if name == "torch":
-        return TORCH
-    if name in ("auto", "triton"):
-        return TRITON
-    flash_attention.check_flash_attention(block_size, head_dim, dtype)
-    return FLASH_ATTN
+    if name == "flash_attn":
+        check_flash_attention(block_size, head_dim, dtype)
+        return FLASH_ATTN
+    return TORCH if name == "torch" else TRITON
 
 
 class Attention(nn.Module):
@@ -68,28 +60,20 @@ class Attention(nn.Module):
         self.backend = TORCH
         self.k_cache = self.v_cache = torch.empty(0)
 
-    def forward(
-        self, positions: torch.Tensor, qkv: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None
-    ) -> torch.Tensor:
+    def forward(self, positions: Tensor, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
         """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`."""
-        context = get_context()
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
-        # K and V go to the cache before anything is read: a sequence may share blocks that another one fills in
-        # this very step.
+        context, qkv = get_context(), qkv.unflatten(-1, (-1, self.head_dim))
+        norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm is not None else (None, None, 0.0)
+        # K and V go to the cache before anything is read: sequences may share blocks filled in this very step.
         self.backend.norm_rope_store(
-            qkv, positions, self.rotary_emb.cos, self.rotary_emb.sin,
-            q_norm.weight if q_norm is not None else None, k_norm.weight if k_norm is not None else None,
-            q_norm.eps if q_norm is not None else 0.0,
-            self.k_cache, self.v_cache, context.slot_mapping, self.num_heads,
+            qkv, positions, self.rotary_emb.cos, self.rotary_emb.sin, *norms, self.k_cache, self.v_cache,
+            context.slot_mapping, self.num_heads,
         )  # fmt: skip
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        cache, tables = (self.k_cache, self.v_cache), context.block_tables
         if context.is_prefill:
-            out = self.backend.prefill(
-                q, k, v, self.k_cache, self.v_cache, context.cu_seqlens_q, context.cu_seqlens_k,
-                context.max_seqlen_q, context.max_seqlen_k, self.scale, context.block_tables,
-            )  # fmt: skip
+            bounds = (context.cu_seqlens_q, context.cu_seqlens_k, context.max_seqlen_q, context.max_seqlen_k)
+            out = self.backend.prefill(q, k, v, *cache, *bounds, self.scale, tables)
         else:
-            out = self.backend.decode(
-                q, self.k_cache, self.v_cache, context.context_lens, context.block_tables, self.scale
-            )
+            out = self.backend.decode(q, *cache, context.context_lens, tables, self.scale)
         return out.flatten(-2)

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.utils.loader import check_shape
@@ -21,6 +21,6 @@ class RMSNorm(nn.Module):
         check_shape(loaded, tuple(param.shape))
         param.copy_(loaded[:])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x `[n, size]` -> the same shape and dtype."""
         return (rms_norm if x.is_cuda else rms_norm_torch)(x, self.weight, self.eps)

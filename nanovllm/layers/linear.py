@@ -1,15 +1,14 @@
 """Linear layers whose weight is split over the tensor-parallel ranks.
 
-Column-parallel layers split the outputs, `[out / tp, in]`, and need no communication; row-parallel ones split the
-inputs, `[out, in / tp]`, and sum the ranks' results. A column-parallel layer followed by a row-parallel one thus
-costs one all-reduce (Shoeybi et al., Megatron-LM, 2019).
+Column-parallel layers split the outputs, row-parallel ones split the inputs and sum the ranks' results: one after the
+other they cost one all-reduce (Shoeybi et al., Megatron-LM, 2019).
 
-Every parameter carries a `weight_loader(param, loaded, shard_id=None)` that copies this rank's part of a
-checkpoint tensor. `loaded` is a safetensors slice (or a tensor): only what is indexed is read from the file.
+Every parameter carries a `weight_loader(param, loaded, shard_id=None)` that copies this rank's part of a checkpoint
+tensor. `loaded` is a safetensors slice (or a tensor): only what is indexed is read from the file.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import MAX_TOKENS, gemv
@@ -25,13 +24,11 @@ def divide(what: str, num: int, parts: int) -> int:
     return num // parts
 
 
-def takes_gemv(x: torch.Tensor) -> bool:
+def takes_gemv(x: Tensor) -> bool:
     return x.is_cuda and x.shape[0] <= MAX_TOKENS
 
 
-def normed_linear(
-    x: torch.Tensor, norm: RMSNorm | None, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def normed_linear(x: Tensor, norm: RMSNorm | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`norm(x) W^T + b`; for a few tokens in one kernel."""
     if takes_gemv(x):
         return gemv(x, weight, bias, *((norm.weight, norm.eps) if norm is not None else ()))
@@ -45,14 +42,11 @@ class LinearBase(nn.Module):
         super().__init__()
         self.tp = get_tensor_parallel()
         self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
-        self.weight.weight_loader = self.weight_loader
-        if bias:
-            self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False)
-            self.bias.weight_loader = self.weight_loader
-        else:
-            self.register_parameter("bias", None)
+        self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+        for param in self.parameters():
+            param.weight_loader = self.weight_loader
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """x `[n, in]` -> `norm(x) W^T + b`, this rank's outputs."""
         return normed_linear(x, norm, self.weight, self.bias)
 
@@ -60,9 +54,7 @@ class LinearBase(nn.Module):
 class MergedColumnParallelLinear(LinearBase):
     """Several column-parallel matrices that read the same input, stacked to one GEMM.
 
-    Args:
-        input_size: size of x.
-        output_sizes: outputs of each matrix, over all ranks. A rank's output is `[its part of the first, ...]`.
+    `output_sizes` are those of each matrix, over all ranks. A rank's output is `[its part of the first, ...]`.
     """
 
     def __init__(self, input_size: int, output_sizes: list[int], bias: bool = False) -> None:
@@ -85,12 +77,9 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 
 class QKVParallelLinear(LinearBase):
-    """The query, key and value projections as one GEMM, split by heads.
+    """The query, key and value projections as one GEMM, split by heads: `[q heads, k heads, v heads] x head_dim`.
 
-    With fewer KV heads than ranks each KV head is held by several ranks.
-
-    Attributes:
-        num_heads, num_kv_heads: this rank's. Output: `[q heads, k heads, v heads] x head_dim`.
+    `num_heads` and `num_kv_heads` are this rank's. With fewer KV heads than ranks, several ranks hold each.
     """
 
     def __init__(self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool) -> None:
@@ -105,9 +94,9 @@ class QKVParallelLinear(LinearBase):
         super().__init__(hidden_size, (self.num_heads + 2 * self.num_kv_heads) * head_dim, bias)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: str = "q") -> None:
-        total = self.total_heads if shard_id == "q" else self.total_kv_heads
+        is_q = shard_id == "q"
+        total, num = (self.total_heads, self.num_heads) if is_q else (self.total_kv_heads, self.num_kv_heads)
         check_shape(loaded, (total * self.head_dim, *param.shape[1:]))
-        num = self.num_heads if shard_id == "q" else self.num_kv_heads
         first = self.tp.rank * total // self.tp.size  # the same KV head for all ranks that share it
         offset = {"q": 0, "k": self.num_heads, "v": self.num_heads + self.num_kv_heads}[shard_id]
         rows = param[offset * self.head_dim : (offset + num) * self.head_dim]
@@ -122,14 +111,11 @@ class RowParallelLinear(LinearBase):
         super().__init__(divide("an input size", input_size, get_tensor_parallel().size), output_size, bias)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: None = None) -> None:
-        if param.dim() == 1:
-            check_shape(loaded, tuple(param.shape))
-            param.copy_(loaded[:])
-        else:
-            check_shape(loaded, (param.shape[0], self.input_size))
-            param.copy_(loaded[:, self.tp.shard(self.input_size)])
+        is_bias = param.dim() == 1
+        check_shape(loaded, tuple(param.shape) if is_bias else (param.shape[0], self.input_size))
+        param.copy_(loaded[:] if is_bias else loaded[:, self.tp.shard(self.input_size)])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
         if self.tp.size == 1 and takes_gemv(x):

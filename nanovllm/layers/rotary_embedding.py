@@ -6,11 +6,7 @@ from transformers import PretrainedConfig
 
 
 def rope_theta(hf_config: PretrainedConfig) -> float:
-    """The base of the rotation frequencies.
-
-    Raises:
-        ValueError: when the configuration asks for a scaled RoPE, which is not implemented.
-    """
+    """The base of the rotation frequencies; ValueError for a scaled RoPE, which is not implemented."""
     # transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling.
     parameters = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
@@ -25,10 +21,9 @@ def rope_theta(hf_config: PretrainedConfig) -> float:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of `position * theta^(-2 i / head_dim)`, by which the pair (i, i + head_dim / 2) is rotated.
+    """`cos` and `sin`, `[max_position, head_dim / 2]` float32, of `position * theta^(-2 i / head_dim)`.
 
-    Attributes:
-        cos, sin: `[max_position, head_dim / 2]` float32. The rotation itself is part of `norm_rope_store`.
+    By this angle `norm_rope_store` rotates the pair (i, i + head_dim / 2).
     """
 
     def __init__(self, head_dim: int, max_position: int, theta: float) -> None:

@@ -4,8 +4,7 @@ Pre-norm blocks of grouped-query attention and a SwiGLU MLP. Tensors have no bat
 sequences of a step lie one after the other, `[num_tokens, ...]`, and only attention knows the borders.
 """
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import SiluGateUpLinear
@@ -26,23 +25,15 @@ class Qwen3Attention(nn.Module):
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
         is_qwen3 = config.model_type == "qwen3"
-        attention_bias = bool(getattr(config, "attention_bias", False))
-        self.head_dim = head_size(config)
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            self.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            bias=attention_bias if is_qwen3 else True,
-        )
+        bias = is_qwen3 and bool(getattr(config, "attention_bias", False))
+        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_size(config)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, self.head_dim, heads, kv_heads, bias or not is_qwen3)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
         self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.head_dim, rotary_emb)
-        self.o_proj = RowParallelLinear(
-            config.num_attention_heads * self.head_dim, config.hidden_size, bias=attention_bias and is_qwen3
-        )
+        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, bias)
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, positions: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
         attended = self.attn(positions, self.qkv_proj(hidden, norm), self.q_norm, self.k_norm)
         return self.o_proj(attended, residual=hidden)
 
@@ -53,7 +44,7 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         return self.down_proj(self.gate_up_proj(hidden, norm), residual=hidden)
 
 
@@ -65,11 +56,11 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """`hidden + attention(norm(hidden))`, then `hidden + mlp(norm(hidden))`.
 
-        A norm is handed to the linear layer that reads it, and the sum to the one that writes it: they do it on the
-        way, where they can. `hidden` is updated in place.
+        The layer that reads a norm computes it, the one that writes a sum adds it: on the way, where they can.
+        `hidden` is updated in place.
         """
         hidden = self.self_attn(positions, hidden, self.input_layernorm)
         return self.mlp(hidden, self.post_attention_layernorm)
@@ -83,7 +74,7 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden = layer(positions, hidden)
@@ -91,21 +82,13 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The language model: token ids and positions in, hidden states out, logits on request.
-
-    Args:
-        config: of a Qwen3 or Qwen2 dense checkpoint.
-        max_position: number of positions to tabulate RoPE for.
-    """
+    """The language model of a dense checkpoint; RoPE is tabulated for `max_position` positions."""
 
     # checkpoint name -> (merged parameter, its shard)
     packed_modules_mapping: dict[str, tuple[str, str | int]] = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", 0),
-        "up_proj": ("gate_up_proj", 1),
-    }
+        "q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
+    }  # fmt: skip
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()
@@ -116,11 +99,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     @staticmethod
     def check_config(config: PretrainedConfig, tp_size: int) -> None:
-        """Refuse a configuration that this code would run wrongly, or that cannot be split over `tp_size` ranks.
-
-        Raises:
-            ValueError: with the offending value.
-        """
+        """Raise a ValueError for what this code would run wrongly or cannot split over `tp_size` ranks."""
         rope_theta(config)
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; supported: 'silu'")
@@ -129,24 +108,21 @@ class Qwen3ForCausalLM(nn.Module):
             raise ValueError("sliding-window attention is not supported; set use_sliding_window to false")
         if getattr(config, "quantization_config", None):
             raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({config.num_attention_heads}) is not a multiple of num_key_value_heads "
-                f"({config.num_key_value_heads})"
-            )
-        divide("num_attention_heads", config.num_attention_heads, tp_size)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+        divide("num_attention_heads", heads, tp_size)
         divide("intermediate_size", config.intermediate_size, tp_size)
         # Either a rank has several KV heads, or several ranks have the same one.
-        num_kv_heads = config.num_key_value_heads
-        if num_kv_heads % tp_size and tp_size % num_kv_heads:
+        if kv_heads % tp_size and tp_size % kv_heads:
             raise ValueError(
-                f"num_key_value_heads ({num_kv_heads}) and tensor_parallel_size {tp_size}: one must divide the other"
+                f"num_key_value_heads ({kv_heads}) and tensor_parallel_size {tp_size}: one must divide the other"
             )
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """`[num_tokens]` int64 each -> hidden states `[num_tokens, hidden_size]`."""
         return self.model(input_ids, positions)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """`[num_tokens, hidden_size]` -> logits `[num_seqs, vocab_size / tp]` after each sequence's last token."""
         return self.lm_head(hidden, self.model.norm)

@@ -12,16 +12,10 @@ from tqdm.auto import tqdm
 def load_model(model: nn.Module, path: str) -> None:
     """Fill every parameter of `model` from the checkpoint in `path`, each rank reading only its own slices.
 
-    Args:
-        model: its parameters carry a `weight_loader`; its `packed_modules_mapping` says which checkpoint tensors
-            make up a merged parameter.
-        path: directory with one or many *.safetensors files, with or without an index.
-
-    Raises:
-        ValueError: no or unreadable weight files; missing, unknown or wrongly shaped tensors.
+    They carry a `weight_loader`; `packed_modules_mapping` says which checkpoint tensors make up a merged one.
+    No or unreadable weight files and missing, unknown or wrongly shaped tensors are a ValueError.
     """
-    parameters = dict(model.named_parameters())  # a tied LM head appears once, as the embedding
-    missing = _expected_tensors(model, parameters)
+    missing = _expected_tensors(model)
     unknown: list[str] = []
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
@@ -30,17 +24,16 @@ def load_model(model: nn.Module, path: str) -> None:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():
                         if name in missing:
-                            _load_tensor(parameters, missing.pop(name), name, tensors.get_slice(name))
+                            _load_tensor(name, tensors.get_slice(name), *missing.pop(name))
                             progress.update()
                         elif not _is_redundant(model, name):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"cannot read the weights in {file}: {error}") from error
     if missing or unknown:
+        found = [(what, sorted(names)) for what, names in (("missing", missing), ("unknown", unknown)) if names]
         problems = [
-            f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("unknown", unknown))
-            if names
+            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for what, names in found
         ]
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the checkpoint is "
@@ -53,10 +46,10 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [path / name for name in sorted(set(names))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a valid index of weight files: {error!r}") from error
-        files = [path / name for name in names]
     elif (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]  # and not, say, a consolidated copy beside it
     else:
@@ -70,27 +63,22 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _expected_tensors(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, tuple[str, str | int | None]]:
-    """Checkpoint tensor name -> (parameter name, shard of it), for all tensors that must be there."""
-    shards: dict[str, list[tuple[str, str | int]]] = {}
+def _expected_tensors(model: nn.Module) -> dict[str, tuple[nn.Parameter | str | int, ...]]:
+    """Checkpoint tensor name -> (parameter, shard of it if it is merged), for all tensors that must be there."""
+    shards: dict[str, list[tuple[str | int, ...]]] = {}
     for source, (merged, shard_id) in model.packed_modules_mapping.items():
         shards.setdefault(merged, []).append((source, shard_id))
-    expected: dict[str, tuple[str, str | int | None]] = {}
-    for name in parameters:
+    expected: dict[str, tuple[nn.Parameter | str | int, ...]] = {}
+    for name, param in model.named_parameters():  # a tied LM head appears once, as the embedding
         *prefix, module, kind = name.split(".")
-        for source, shard_id in shards.get(module, [(module, None)]):
-            expected[".".join((*prefix, source, kind))] = (name, shard_id)
+        for source, *shard in shards.get(module, [(module,)]):
+            expected[".".join((*prefix, source, kind))] = (param, *shard)
     return expected
 
 
-def _load_tensor(parameters: dict[str, nn.Parameter], target: tuple[str, str | int | None], name: str, loaded) -> None:
-    parameter_name, shard_id = target
-    param = parameters[parameter_name]
+def _load_tensor(name: str, loaded, param: nn.Parameter, *shard: str | int) -> None:
     try:
-        if shard_id is None:
-            param.weight_loader(param, loaded)
-        else:
-            param.weight_loader(param, loaded, shard_id)
+        param.weight_loader(param, loaded, *shard)
     except ValueError as error:
         raise ValueError(f"checkpoint tensor {name!r} {error}") from error
 
@@ -117,5 +105,4 @@ def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
         elif name.endswith(".bias"):
             param.zero_()
         else:
-            generator = torch.Generator(param.device).manual_seed(seed + index)
-            param.normal_(0.0, std, generator=generator)
+            param.normal_(0.0, std, generator=torch.Generator(param.device).manual_seed(seed + index))

@@ -1,7 +1,6 @@
 """Which rank of how many this process is.
 
-Layers ask once, when they are built. It is not read from torch.distributed's global state, because an engine
-on one rank uses none, and may live in a process that uses it for something else.
+Layers ask once, when they are built. torch.distributed's global state may be somebody else's: one rank uses none.
 """
 
 from collections.abc import Iterator
