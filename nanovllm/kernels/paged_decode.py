@@ -108,13 +108,13 @@ def _paged_decode_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
     partial_ptr, lse_ptr, out_ptr, context_lens_ptr, num_splits, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)  # one sequence and query head
     num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
-    splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     there = splits < num_shares
     lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))
     largest = tl.max(lse, 0)
@@ -162,7 +162,7 @@ def paged_decode(
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](
             partial, lse, out, context_lens, splits, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK_N=config.block_n, MAX_SPLITS=MAX_SPLITS, **pdl_options(),
+            BLOCK_N=config.block_n, SPLITS=next_power_of_2(splits), **pdl_options(),
         )  # fmt: skip
     return out
 
