@@ -122,7 +122,9 @@ class ModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free  # by this process and by others
         activations = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        num_blocks = int(total * config.gpu_memory_utilization - used - activations) // block_bytes
+        # CUDA graphs have a pool of their own; it takes at most what a prefill of as many sequences does.
+        reserved = activations if config.enforce_eager else 2 * activations
+        num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
         if config.tensor_parallel_size > 1:  # the scheduler counts the same blocks for all ranks
             smallest = torch.tensor(num_blocks, device=self.device)
             dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
