@@ -236,6 +236,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for option in ("repeats", "compare_batch_size"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
+    try:
+        SamplingParams(args.temperature)
+    except ValueError as error:
+        parser.error(f"--temperature: {error}")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        parser.error(f"--json {args.json} cannot be written: it must name a file in a directory that exists")
     return args
 
 

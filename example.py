@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
             enforce_eager=args.enforce_eager,
             device=args.device,
         )
+        outputs = llm.generate([chat(llm, message) for message in messages], params)
     except ValueError as error:  # the message says what to change; a traceback would only hide it
         sys.exit(f"example.py: {error}")
 
-    outputs = llm.generate([chat(llm, message) for message in messages], params)
     for message, output in zip(messages, outputs):
         print()
         show("Prompt:", message)

@@ -77,7 +77,9 @@ class Config:
                 f"{num_gpus} can be seen; lower it or pass device='cpu'"
             )
         if self.hf_config is None or self.load_format != "dummy":
-            self.model = resolve_model(self.model)
+            self.model = resolve_model(self.model, self.load_format != "dummy")
+        if self.hf_config is not None and not isinstance(self.hf_config, PretrainedConfig):
+            raise TypeError(f"hf_config must be a transformers configuration, not {self.hf_config!r}")
         if self.hf_config is None:
             self.hf_config = read_hf_config(Path(self.model))
         check_architecture(self.hf_config.architectures, "hf_config")
@@ -118,7 +120,7 @@ class Config:
         return DTYPES.get(dtype, dtype) or torch.bfloat16
 
 
-def resolve_model(model: str) -> str:
+def resolve_model(model: str, needs_weights: bool = True) -> str:
     """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id; or an error."""
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a path or a hub id, not {model!r}")
@@ -127,12 +129,16 @@ def resolve_model(model: str) -> str:
     from huggingface_hub import snapshot_download  # here: most runs never need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    needed = ["config.json"] + ["*.safetensors"] * needs_weights
+    files = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
     try:
         try:
-            return snapshot_download(str(model), allow_patterns=files, local_files_only=True)
+            path = snapshot_download(str(model), allow_patterns=files, local_files_only=True)
+            if all(any(Path(path).glob(pattern)) for pattern in needed):
+                return path
         except LocalEntryNotFoundError:
-            return snapshot_download(str(model), allow_patterns=files)
+            pass
+        return snapshot_download(str(model), allow_patterns=files)  # of what the cache lacks
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched "
@@ -159,6 +165,6 @@ def read_hf_config(path: Path) -> PretrainedConfig:
 
 
 def check_architecture(architectures: list[str] | None, source: str) -> None:
-    name = (architectures or [None])[0]
+    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if name not in SUPPORTED_ARCHITECTURES:
         raise ValueError(f"{source} names the architecture {name!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")

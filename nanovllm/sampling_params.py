@@ -1,6 +1,5 @@
 """What a request asks of the sampler, validated in one place."""
 
-import math
 from dataclasses import dataclass
 
 
@@ -16,8 +15,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature must be a number, not {self.temperature!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive finite number, not {self.temperature!r}")
+        if not 0 <= self.temperature <= 1e6:  # NaN fails too
+            raise ValueError(f"temperature must be 0 (greedy) or positive and at most 1e6, not {self.temperature!r}")
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
             raise TypeError(f"max_tokens must be an integer, not {self.max_tokens!r}")
         if self.max_tokens < 1:

@@ -528,3 +528,33 @@ def test_checks_are_not_asserts(checkpoint: Checkpoint, expected: list[int]) -> 
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert str(expected) in done.stdout
+
+
+@pytest.mark.parametrize("prompt", [{3, 1, 2}, bytearray(b"ab"), {1: 2}, frozenset([1])], ids=repr)
+def test_collections_without_an_order_are_no_prompts(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(TypeError, match="prompt 0 must be a string or a list of token ids"):
+        llm.generate([prompt], use_tqdm=False)
+
+
+def test_an_iterator_is_a_prompt(llm: LLM) -> None:
+    [plain] = llm.generate([PROMPT], greedy(3), use_tqdm=False)
+    [iterated] = llm.generate([iter(PROMPT)], greedy(3), use_tqdm=False)
+    assert iterated == plain
+
+
+def test_nothing_can_be_queued_after_exit(checkpoint: Checkpoint) -> None:
+    engine = make_llm(checkpoint.path)
+    engine.exit()
+    with pytest.raises(RuntimeError, match="shut down"):
+        engine.add_request(PROMPT)
+
+
+@pytest.mark.parametrize("temperature", [10**400, 1e300, float("nan"), -0.1])
+def test_temperatures_out_of_range(temperature: Any) -> None:
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        SamplingParams(temperature=temperature)
+
+
+def test_hf_config_must_be_one(checkpoint: Checkpoint) -> None:
+    with pytest.raises(TypeError, match="hf_config must be a transformers configuration"):
+        LLM(checkpoint.path, hf_config={})

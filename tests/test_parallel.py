@@ -200,3 +200,13 @@ def check_bad_input_leaves_the_ranks_in_step(
     with pytest.raises(ValueError, match="token id"):
         llm.generate([prompts[0], [10_000]], greedy(3))
     assert generate_ids(llm, prompts[:2], params[:2]) == expected[:2]
+
+
+def test_a_second_engine_over_ranks_in_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the process group that is there alone."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    destroyed: list[int] = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(1))
+    with pytest.raises(ValueError, match="tensor_parallel_size 2 needs.*default process group"):
+        LLM(DEMO_MODEL, tensor_parallel_size=2, device="cpu")
+    assert not destroyed

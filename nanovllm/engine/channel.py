@@ -67,7 +67,10 @@ class Channel:
             raise RuntimeError(f"tensor-parallel rank {rank} failed:\n{traceback}")
         for rank, process in enumerate(self.processes, start=1):
             if not process.is_alive():
-                raise RuntimeError(f"tensor-parallel rank {rank} died with exit code {process.exitcode}")
+                raise RuntimeError(
+                    f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does "
+                    "the script guard its main part with `if __name__ == '__main__'`?)"
+                )
 
     def close(self) -> None:
         """Rank 0: end the workers that have not ended by themselves, and free the shared memory."""

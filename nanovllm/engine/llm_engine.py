@@ -3,11 +3,12 @@
 import multiprocessing
 import operator
 import random
+import reprlib
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch.distributed as dist
@@ -40,6 +41,11 @@ class LLMEngine:
             config.eos = find_eos(config, self.tokenizer)
         self._seeds = random.Random(config.seed)  # of the requests that bring none
         channel = store = None
+        if config.tensor_parallel_size > 1 and dist.is_initialized():
+            raise ValueError(
+                f"tensor_parallel_size {config.tensor_parallel_size} needs torch.distributed's default process "
+                "group, and this process uses it already; exit() the other engine, or use another process"
+            )
         try:
             if config.tensor_parallel_size > 1:
                 size = config.tensor_parallel_size
@@ -82,25 +88,36 @@ class LLMEngine:
         self.scheduler.add(seq)
         return seq.seq_id
 
+    def _check_alive(self) -> None:
+        if self.model_runner is None:
+            raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
+
     def _checked(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
         """The token ids of a request that can be served; else an exception that says what is wrong with it."""
+        self._check_alive()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"prompt {index} is text, and {self.config.model} has no tokenizer; pass token ids")
-            token_ids = self.tokenizer.encode(prompt)
+            try:
+                token_ids = self.tokenizer.encode(prompt)
+            except Exception as error:  # a lone surrogate, say
+                raise ValueError(f"prompt {index} cannot be tokenised: {reprlib.repr(prompt)}: {error}") from error
         else:
             try:
-                types = set(map(type, prompt))
-                if isinstance(prompt, (bytes, dict)) or bool in types:
+                if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
                     raise TypeError
-                # Plain ints, the common case, need no conversion; numpy's do.
-                token_ids = prompt if types == {int} else [operator.index(token_id) for token_id in prompt]
+                token_ids = list(prompt)
+                types = set(map(type, token_ids))
+                if bool in types:
+                    raise TypeError
+                if types != {int}:  # numpy's integers, say
+                    token_ids = [operator.index(token_id) for token_id in token_ids]
             except TypeError:
                 raise TypeError(
-                    f"prompt {index} must be a string or a list of token ids, not {prompt!r} (one prompt of token "
-                    "ids is passed as a list of one list)"
+                    f"prompt {index} must be a string or a list of token ids, not {reprlib.repr(prompt)} (one prompt "
+                    "of token ids is passed as a list of one list)"
                 ) from None
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
@@ -126,8 +143,7 @@ class LLMEngine:
             (request id, result) of each request that finished, and the number of tokens: of a prefill step, those
             computed; of a decode step, minus the number of sequences; 0 when there was nothing to do.
         """
-        if self.model_runner is None:
-            raise RuntimeError("this engine was shut down by exit(); make a new LLM")
+        self._check_alive()
         if self.is_finished():
             return [], 0
         try:
@@ -135,8 +151,24 @@ class LLMEngine:
                 self._pending.append((step, self.model_runner.call("launch", step.seqs, step.is_prefill)))
             step, token_ids = self._pending.popleft()
             finished = self.scheduler.postprocess(step, token_ids.wait())
-        except BaseException:
+        except BaseException as error:
+            if self.config.tensor_parallel_size == 1:
+                self.reset()
+                raise
+            # The ranks may stand at different collectives now: nothing can go on from here.
+            channel, cause = self.model_runner.channel, None
+            try:
+                time.sleep(0.5)  # a worker that failed first is about to say why
+                channel.check_workers()
+            except RuntimeError as failure:
+                cause = failure
+            for process in channel.processes:
+                process.kill()
+                process.join()
+            self.exit()
             self.reset()
+            if cause is not None and isinstance(error, Exception):
+                raise cause from error
             raise
         num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
         return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens
@@ -189,10 +221,10 @@ class LLMEngine:
             request_ids = [self._queue(*request) for request in zip(checked, sampling_params, strict=True)]
             with tqdm(total=len(prompts), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
                 while not self.is_finished():
-                    start = perf_counter()
+                    start = time.perf_counter()
                     finished, num_tokens = self.step()
                     kind = "prefill" if num_tokens > 0 else "decode"
-                    rates[kind] = f"{abs(num_tokens) / (perf_counter() - start):.0f}tok/s"
+                    rates[kind] = f"{abs(num_tokens) / (time.perf_counter() - start):.0f}tok/s"
                     progress.set_postfix(rates, refresh=False)
                     results.update(finished)
                     progress.update(len(finished))
@@ -204,7 +236,10 @@ class LLMEngine:
 
 def shut_down(model_runner: ModelRunner, channel: Channel | None) -> None:
     try:
-        model_runner.call("exit")
+        if channel is None or all(process.is_alive() for process in channel.processes):
+            model_runner.call("exit")
+        else:
+            model_runner.exit()
     finally:
         if channel is not None:
             channel.close()

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import signal
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -125,6 +126,8 @@ class ModelRunner:
         # CUDA graphs have a pool of their own; it takes at most what a prefill of as many sequences does.
         reserved = activations if config.enforce_eager else 2 * activations
         num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
+        # All that can run at once, and as much again for cached prefixes: more blocks would only cost time to keep.
+        num_blocks = min(num_blocks, 2 * config.max_num_seqs * self.blocks_per_seq)
         if config.tensor_parallel_size > 1:  # the scheduler counts the same blocks for all ranks
             smallest = torch.tensor(num_blocks, device=self.device)
             dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
@@ -299,6 +302,7 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
     """Entry of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides what follows
     try:
         channel.taken[rank - 1].set()
         store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)

@@ -15,8 +15,8 @@ def rope_theta(hf_config: PretrainedConfig) -> float:
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported; only 1.0 is")
     theta = parameters.get("rope_theta", getattr(hf_config, "rope_theta", None))
-    if theta is None:
-        raise ValueError("the model's config.json gives no rope_theta")
+    if not theta or theta <= 0:
+        raise ValueError(f"the model's config.json must give a positive rope_theta, not {theta}")
     return float(theta)
 
 

@@ -109,7 +109,7 @@ class Qwen3ForCausalLM(nn.Module):
         if getattr(config, "quantization_config", None):
             raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if heads % kv_heads:
+        if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         divide("num_attention_heads", heads, tp_size)
         divide("intermediate_size", config.intermediate_size, tp_size)
