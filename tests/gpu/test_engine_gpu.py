@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench import write_shape
 from conftest import (
     QWEN2,
     QWEN3,
@@ -405,26 +406,32 @@ def test_draws_in_bfloat16(small: Checkpoint, eager: bool) -> None:
         llm.exit()
 
 
-@pytest.mark.parametrize("utilization", [0.3, 0.6])
-def test_gpu_memory_utilization(small: Checkpoint, utilization: float) -> None:
+@pytest.mark.parametrize("utilization", [0.3, 0.95])
+def test_gpu_memory_utilization(tmp_path: Path, utilization: float) -> None:
     gc.collect()  # other tests' engines
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    llm = make(small, dtype="bfloat16", gpu_memory_utilization=utilization, num_kvcache_blocks=-1)
+    path = write_shape("qwen3-0.6b", str(tmp_path))
+    llm = LLM(path, load_format="dummy", gpu_memory_utilization=utilization)
     try:
         num_blocks = llm.config.num_kvcache_blocks
-        block_bytes = (
-            2 * 2 * 256 * 2 * 64 * 2
-        )  # K and V, layers, slots, heads, head size, bytes of a bfloat16
+        block_bytes = 2 * 28 * 256 * 8 * 128 * 2  # K and V, layers, slots, heads, head size, bytes of a bfloat16
         assert llm.model_runner.kv_cache.nbytes == num_blocks * block_bytes  # type: ignore[union-attr]
-        prompts = random_prompts(5, [900] * 20, VOCAB)
-        torch.cuda.reset_peak_memory_stats()
-        llm.generate(prompts, greedy(8), use_tqdm=False)
+        llm.generate(random_prompts(5, [900] * 40, 10_000), greedy(8), use_tqdm=False)
         assert_idle(llm)
         free, _ = torch.cuda.mem_get_info()
-        # Graphs and libraries' workspaces come after the cache is sized: some slack, 2% of the card.
+        # Libraries' workspaces come after the cache is sized: some slack, 2% of the card.
         assert total - free < (utilization + 0.02) * total
         assert num_blocks * block_bytes > (utilization - 0.1) * total
+    finally:
+        llm.exit()
+
+
+def test_no_more_blocks_than_can_be_of_use(small: Checkpoint) -> None:
+    llm = make(small, dtype="bfloat16", num_kvcache_blocks=-1)
+    try:
+        blocks_per_seq = -(-llm.config.max_model_len // llm.config.kvcache_block_size)
+        assert llm.config.num_kvcache_blocks == 2 * llm.config.max_num_seqs * blocks_per_seq
     finally:
         llm.exit()
 
