@@ -181,6 +181,31 @@ def assert_idle(engine: LLM | Scheduler) -> None:
     assert all(block.ref_count == 0 for block in manager.blocks)
 
 
+def check_step_loop(
+    llm: LLM, prompts: list[list[int]], expected: list[list[int]], max_tokens: list[int]
+) -> None:
+    """Drive an idle engine with add_request and step: right tokens, and num_tokens with the right signs.
+
+    All prompts fit one prefill step; `max_tokens` ascends.
+    """
+    assert llm.is_finished() and llm.step() == ([], 0)
+    ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
+    assert len(set(ids)) == len(ids) and not llm.is_finished()
+    results: dict[int, dict[str, Any]] = {}
+    counts: list[int] = []
+    while not llm.is_finished():
+        outputs, num_tokens = llm.step()
+        results.update(outputs)
+        counts.append(num_tokens)
+    assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
+    # One prefill step, then a decode step for each token after the first of those that still run: ends by
+    # max_tokens are foreseen, so steps launched ahead make no difference.
+    decode = [-sum(n > step for n in max_tokens) for step in range(1, max_tokens[-1])]
+    assert counts == [sum(map(len, prompts[: len(max_tokens)]))] + decode
+    assert llm.step() == ([], 0)
+    assert_idle(llm)
+
+
 @pytest.fixture
 def record_hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
     """A function that returns, and forgets, the cached tokens of each admission so far, in order."""

@@ -12,6 +12,7 @@ from conftest import (
     QWEN3,
     Checkpoint,
     assert_idle,
+    check_step_loop,
     edit_json,
     generate_ids,
     greedy,
@@ -252,21 +253,7 @@ def test_step_loop_and_the_sign_of_num_tokens(
 ) -> None:
     prompts, expected = many
     llm = make_llm(checkpoint.path, depth)
-    assert llm.is_finished() and llm.step() == ([], 0)
-    max_tokens = [1, 5, 10, 15, 20, 25]
-    ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
-    assert len(set(ids)) == len(ids) and not llm.is_finished()
-    results: dict[int, dict[str, Any]] = {}
-    counts: list[int] = []
-    while not llm.is_finished():
-        outputs, num_tokens = llm.step()
-        results.update(outputs)
-        counts.append(num_tokens)
-    assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
-    # One prefill step, then a decode step for each token after the first of those that still run: ends by
-    # max_tokens are foreseen, so the depth makes no difference.
-    assert counts == [sum(map(len, prompts))] + [-sum(n > step for n in max_tokens) for step in range(1, 25)]
-    assert_idle(llm)
+    check_step_loop(llm, prompts, expected, [1, 5, 10, 15, 20, 25])
     llm.exit()
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import struct
+import time
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -71,6 +72,19 @@ class Channel:
                     f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does "
                     "the script guard its main part with `if __name__ == '__main__'`?)"
                 )
+
+    def kill(self) -> RuntimeError | None:
+        """Rank 0: end the workers wherever they are; returns what `check_workers` had to say of them."""
+        time.sleep(0.5)  # a worker that failed first is about to say why
+        try:
+            self.check_workers()
+            failure = None
+        except RuntimeError as error:
+            failure = error
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return failure
 
     def close(self) -> None:
         """Rank 0: end the workers that have not ended by themselves, and free the shared memory."""

@@ -152,23 +152,14 @@ class LLMEngine:
             step, token_ids = self._pending.popleft()
             finished = self.scheduler.postprocess(step, token_ids.wait())
         except BaseException as error:
-            if self.config.tensor_parallel_size == 1:
-                self.reset()
-                raise
-            # The ranks may stand at different collectives now: nothing can go on from here.
-            channel, cause = self.model_runner.channel, None
-            try:
-                time.sleep(0.5)  # a worker that failed first is about to say why
-                channel.check_workers()
-            except RuntimeError as failure:
-                cause = failure
-            for process in channel.processes:
-                process.kill()
-                process.join()
-            self.exit()
+            failure = None
+            if self.model_runner.channel is not None:
+                # The ranks may stand at different collectives now: nothing can go on from here.
+                failure = self.model_runner.channel.kill()
+                self.exit()
             self.reset()
-            if cause is not None and isinstance(error, Exception):
-                raise cause from error
+            if failure is not None and isinstance(error, Exception):
+                raise failure from error
             raise
         num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
         return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens

@@ -2,7 +2,7 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and new keys and values into the paged KV cache
 - `rms_norm`, `silu_mul`: RMSNorm and the activation of the MLP
-- `gemv`: a linear layer for one or two tokens
+- `gemv`: a linear layer for one or two tokens (its reference: `F.linear`, `rms_norm_torch`, `silu_mul_torch`)
 - `paged_decode`, `varlen_prefill`: attention over the paged cache, of one and of many new tokens a sequence
 - `flash_attention`: the same two attentions through the `flash_attn` package
 - `gumbel`: sampling

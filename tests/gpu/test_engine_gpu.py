@@ -22,6 +22,7 @@ from conftest import (
     QWEN3,
     Checkpoint,
     assert_idle,
+    check_step_loop,
     generate_ids,
     greedy,
     make_checkpoint,
@@ -271,20 +272,9 @@ def test_eos_is_the_last_token(small: Checkpoint, depth: int) -> None:
 def test_step_loop_and_the_sign_of_num_tokens(small: Checkpoint) -> None:
     prompts = random_prompts(8, [5, 40, 17, 100], VOCAB)
     expected = small.complete(prompts, 20, min_margin=2e-5)
-    max_tokens = [1, 5, 10, 20]
     llm = make(small, dtype="float32")
     try:
-        ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
-        results: dict[int, dict[str, Any]] = {}
-        counts: list[int] = []
-        while not llm.is_finished():
-            outputs, num_tokens = llm.step()
-            results.update(outputs)
-            counts.append(num_tokens)
-        assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
-        assert counts == [sum(map(len, prompts))] + [-sum(n > i for n in max_tokens) for i in range(1, 20)]
-        assert llm.step() == ([], 0)
-        assert_idle(llm)
+        check_step_loop(llm, prompts, expected, [1, 5, 10, 20])
     finally:
         llm.exit()
 
