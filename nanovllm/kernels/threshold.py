@@ -48,26 +48,24 @@ def _threshold_kernel(
                     part = tl.where(step == 0, 0.0, 0.25)  # top-p must know the sum of all weights first
                     pivot_1, pivot_2 = (1 - part) * low + part * high, (1 - 2 * part) * low + 2 * part * high
                     pivot_3 = (1 - 3 * part) * low + 3 * part * high
-                    selected = maxima >= low
+                    selected = (maxima >= low).to(tl.int32)
+                    num_selected = tl.sum(selected, axis=0)
                     tl.debug_barrier()  # no thread still reads the last pass's list
-                    slot = tl.cumsum(selected.to(tl.int32), axis=0) - 1
-                    tl.store(list_ptr + slot, tl.arange(0, NUM), mask=selected)
+                    tl.store(list_ptr + tl.cumsum(selected, axis=0) - 1, tl.arange(0, NUM), mask=selected > 0)
                     tl.debug_barrier()
-                    num_selected = tl.sum(selected.to(tl.int32), axis=0)
                     weight_1 = tl.zeros((CHUNK, GROUP), tl.float32)
-                    weight_2, weight_3 = weight_1, weight_1
-                    above, below = weight_1 + float("inf"), weight_1 - float("inf")
-                    for start in tl.range(0, num_selected, CHUNK, num_stages=3):
+                    weight_2, weight_3, above, below = weight_1, weight_1, weight_1 + 3e38, weight_1 - 3e38
+                    for start in range(0, num_selected, CHUNK):
                         index = start + tl.arange(0, CHUNK)
-                        group = tl.load(list_ptr + index, mask=index < num_selected, other=NUM)  # NUM: none
+                        group = tl.where(index < num_selected, tl.load(list_ptr + index), NUM)  # NUM: none
                         column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
                         x = tl.load(row_ptr + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)
                         weight = tl.exp2((x - best) * scale)
                         weight_1 += tl.where(x >= pivot_1, weight, 0.0)
                         weight_2 += tl.where(x >= pivot_2, weight, 0.0)
                         weight_3 += tl.where(x >= pivot_3, weight, 0.0)
-                        above = tl.minimum(above, tl.where(x >= low, x, float("inf")))
-                        below = tl.maximum(below, tl.where(x < high, x, -float("inf")))
+                        above = tl.minimum(above, tl.where(x >= low, x, 3e38))
+                        below = tl.maximum(below, tl.where(x < high, x, -3e38))
                     least, largest, total = tl.min(above), tl.max(below), tl.sum(weight_1)
                     if step == 0:
                         target = top_p * total
@@ -75,13 +73,12 @@ def _threshold_kernel(
                         low = tl.maximum(least, best + temperature * tl.log((1 - top_p) * total / vocab_size))
                     else:
                         in_1, in_2, in_3 = total >= target, tl.sum(weight_2) >= target, tl.sum(weight_3) >= target
-                        low = tl.where(in_3, pivot_3, tl.where(in_2, pivot_2, tl.where(in_1, pivot_1, low)))
-                        low = tl.maximum(low, least)
+                        low = tl.where(in_3, pivot_3, tl.where(in_2, pivot_2, tl.where(in_1, pivot_1, least)))
+                        low = tl.maximum(low, least)  # the first interval is far too wide
                         high = tl.where(in_3, high, tl.where(in_2, pivot_3, tl.where(in_1, pivot_2, pivot_1)))
                     step += 1
                 low = least
-                threshold = least
-        threshold = tl.maximum(threshold, best + temperature * tl.log(min_p))
+        threshold = tl.where(min_p > 0, tl.maximum(low, best + temperature * tl.log(tl.maximum(min_p, 1e-30))), low)
     tl.store(out_ptr + row, threshold)
 
 
@@ -93,12 +90,12 @@ def filter_thresholds(logits: Tensor, temperatures: Tensor, filters: tuple[Tenso
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
-    num_groups = max(next_power_of_2(-(-vocab_size // 128)), 64)
+    num_groups = max(next_power_of_2(-(-vocab_size // 128)), 128)
     maxima = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
     lists, out = torch.empty_like(maxima, dtype=torch.int32), maxima.new_empty(num_rows)
     _threshold_kernel[(num_rows,)](
         logits, logits.stride(0), temperatures, *filters, maxima, lists, out, vocab_size,
-        NUM=num_groups, GROUP=128, CHUNK=16, num_warps=8, maxnreg=128,  # registers for two rows a multiprocessor
+        NUM=num_groups, GROUP=128, CHUNK=32, num_warps=8, maxnreg=128,  # registers for two rows a multiprocessor
     )  # fmt: skip
     return out
 

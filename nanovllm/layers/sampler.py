@@ -30,8 +30,7 @@ class Sampler(nn.Module):
     """Samples by the Gumbel-max trick, on the device.
 
     Under tensor parallelism each rank draws the winner of its own part of the vocabulary, and only those (score,
-    token id) pairs travel; every rank then knows the token. Extras need the whole vocabulary: the logits are gathered
-    and every rank computes the same.
+    token id) pairs travel; every rank then knows the token. With extras the logits do, and all ranks do the same.
     """
 
     def __init__(self, vocab_start: int, vocab_size: int) -> None:
@@ -47,13 +46,18 @@ class Sampler(nn.Module):
         -> ids `[n]` int64, and if asked for (ids int64, logprobs float32), `[r, 1 + k]`: the drawn one, the top k."""
         draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
         if extras is not None:
-            logits = self._gather(logits)
+            logits = logits if self.tp.size == 1 else self._gather(logits)
             changed, thresholds = self._apply(extras, logits, temperatures)
             _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
             if extras.penalties is not None:  # the next step counts this token, long before the host knows it
                 counts = extras.counts[extras.rows, token_ids]
                 extras.counts[extras.rows, token_ids] = counts + (counts & MAX_COUNT < MAX_COUNT)
-            return token_ids, None if extras.logprobs is None else _logprobs(logits, token_ids, *extras.logprobs)
+            if extras.logprobs is None:
+                return token_ids, None
+            wanted, num_top = extras.logprobs
+            logits = logits[wanted].float()
+            ids = torch.cat((token_ids[wanted, None], logits.topk(num_top, dim=1).indices), dim=1)
+            return token_ids, (ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True))
         scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
         if self.tp.size > 1:
             scores, token_ids = self.tp.all_gather(scores), self.tp.all_gather(token_ids)
@@ -62,8 +66,6 @@ class Sampler(nn.Module):
 
     def _gather(self, logits: Tensor) -> Tensor:
         """`[n, part of the vocabulary]` of each rank -> `[n, vocab]` on every rank."""
-        if self.tp.size == 1:
-            return logits
         rows = -(-self.vocab_size // self.tp.size)  # the last parts may be smaller
         parts = self.tp.all_gather(F.pad(logits, (0, rows - logits.shape[1])))
         return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]
@@ -81,12 +83,6 @@ class Sampler(nn.Module):
             return logits, None
         find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
         return logits, find(logits, temperatures, extras.filters)
-
-
-def _logprobs(logits: Tensor, token_ids: Tensor, wanted: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
-    logits = logits[wanted].float()
-    ids = torch.cat((token_ids[wanted, None], logits.topk(num_top, dim=1).indices), dim=1)
-    return ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
 
 
 def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:
