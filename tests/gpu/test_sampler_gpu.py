@@ -123,7 +123,8 @@ def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_th
             steps = [sampler(*inputs) for _ in range(4)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        results.append((torch.stack([tokens for tokens, _ in steps]).cpu(), [x.cpu() for x in steps[0][1]], counts.cpu()))
+        tokens = torch.stack([tokens for tokens, _ in steps])
+        results.append((tokens.cpu(), [x.cpu() for x in steps[0][1]], counts.cpu()))
     (tokens, (ids, logprobs), _), (gpu_tokens, (gpu_ids, gpu_logprobs), gpu_counts) = results
     same = (tokens == gpu_tokens).all(0)  # a near tie may turn, and the row goes its own way from there
     assert same.sum() >= rows - 1
