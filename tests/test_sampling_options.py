@@ -187,6 +187,8 @@ def test_draws_above_a_threshold_equal_the_references(vocab: int, first_id: int)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5)
     drawn = logits.gather(1, (ids - first_id).unsqueeze(1)).squeeze(1)
     assert (drawn >= thresholds).all()
+    for draw in (gumbel_argmax, gumbel_argmax_torch):  # a logit that equals its threshold is drawn
+        assert torch.equal(draw(logits, *rest, first_id, logits.amax(1))[1], logits.argmax(1) + first_id)
     unfiltered = gumbel_argmax_torch(logits, *rest, first_id)[1]
     assert torch.equal(unfiltered[:3], ids[:3]) and not torch.equal(unfiltered, ids)
 
