@@ -4,7 +4,7 @@ import difflib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -13,11 +13,6 @@ from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-RANGES: dict[str, tuple[float, ...]] = {  # lowest and highest value
-    "max_num_batched_tokens": (1,), "max_num_seqs": (1,), "max_model_len": (1,), "kvcache_block_size": (1,),
-    "gpu_memory_utilization": (ABOVE_0, 1), "tensor_parallel_size": (1, 8), "seed": (0, 2**63 - 1),
-    "num_kvcache_blocks": (-1,),
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -28,14 +23,14 @@ class Config:
     """
 
     model: str  # a directory in Hugging Face format, or a hub id (the local cache is tried first)
-    max_num_batched_tokens: int = 16384  # most tokens computed in one prefill step; longer prompts are cut in chunks
-    max_num_seqs: int = 512  # most sequences that run at once
-    max_model_len: int = 4096  # most tokens of a sequence, prompt and completion; at most max_position_embeddings
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that the engine may use, above 0 and at most 1
-    tensor_parallel_size: int = 1  # number of ranks the model is split over, 1 to 8
+    max_num_batched_tokens: Annotated[int, 1] = 16384  # tokens of a prefill step; a longer prompt is cut in chunks
+    max_num_seqs: Annotated[int, 1] = 512  # most sequences that run at once
+    max_model_len: Annotated[int, 1] = 4096  # of prompt and completion; at most max_position_embeddings
+    gpu_memory_utilization: Annotated[float, ABOVE_0, 1] = 0.9  # share of the GPU's memory to use
+    tensor_parallel_size: Annotated[int, 1, 8] = 1  # number of ranks the model is split over
     enforce_eager: bool = False  # run decode without CUDA graphs
-    kvcache_block_size: int = 256  # token slots of a KV-cache block
-    num_kvcache_blocks: int = -1  # blocks in the cache; -1 works it out from the memory that is left
+    kvcache_block_size: Annotated[int, 1] = 256  # token slots of a KV-cache block
+    num_kvcache_blocks: Annotated[int, -1] = -1  # blocks in the cache; -1 works it out from the memory that is left
     hf_config: PretrainedConfig | None = None  # the model's configuration, when it is not to be read from `model`
     eos: tuple[int, ...] | int = -1  # ids that end a sequence; -1: generation_config.json's, tokenizer's and model's
     device: str = "auto"  # "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu"
@@ -43,7 +38,7 @@ class Config:
     attention_backend: str = "auto"  # "auto" (the fastest that is there), "triton", "flash_attn" or "torch"
     load_format: str = "auto"  # "auto" reads safetensors files; "dummy" makes random weights and reads none
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
-    seed: int = 0  # of the requests that bring none, and of dummy weights
+    seed: Annotated[int, 0, 2**63 - 1] = 0  # of the requests that bring none, and of dummy weights
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
@@ -56,7 +51,7 @@ class Config:
         return cls(model, **options)
 
     def __post_init__(self) -> None:
-        check_fields(self, RANGES)
+        check_fields(self)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be at least 1, or -1 to have it worked out, not 0")
         for eos in self.eos if isinstance(self.eos, tuple) else (self.eos,):

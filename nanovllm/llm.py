@@ -1,14 +1,13 @@
 """The user's entry to the library."""
 
+from collections import defaultdict
 from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-Params = SamplingParams | SequenceOf[SamplingParams] | None
 Conversation = list[dict[str, Any]]
 
 
@@ -25,58 +24,56 @@ class LLM(LLMEngine):
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
-        Options go to the tokenizer's chat template (`enable_thinking=False`, say), as keywords or in
-        `chat_template_kwargs`. Returns and raises what `generate` does; a ValueError also when there is no template.
+        Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's chat template.
+        Returns and raises what `generate` does; a ValueError also when there is no template.
         """
         if not getattr(self.tokenizer, "chat_template", None) and "chat_template" not in template_options:
             raise ValueError(f"{self.config.model} has no chat template; pass chat_template=..., or use generate")
         if not isinstance(messages, (list, tuple)) or not messages:
             raise TypeError(f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}")
-        options = {"add_generation_prompt": True, **(chat_template_kwargs or {}), **template_options, "tokenize": False}
-        texts = self.tokenizer.apply_chat_template([messages] if isinstance(messages[0], dict) else messages, **options)
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        options = {"add_generation_prompt": True, **(chat_template_kwargs or {}), **template_options}
+        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
         # The template has written the special tokens that a tokenizer adds by itself to plain text.
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def stream(self, prompts: str | SequenceOf[Prompt], sampling_params: Params = None) -> Iterator[dict[str, Any]]:
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[dict[str, Any]]:
         """Complete prompts as `generate` does, and yield what is new of each completion as it comes.
 
-        Yields dicts with `index` (of the prompt), `completion` (0 to n - 1), `text` and `token_ids` (new ones; the text
-        can lag behind, by part of a character or of a stop string), and for the last one of a completion
-        `finish_reason` and `stop_reason`, else None; `logprobs` of these tokens, if asked for.
-
-        The requests are queued when the first dict is asked for. Leaving the loop, or closing the generator, ends them.
+        Yields dicts: `index` of the prompt, `completion` (0 to n - 1), new `text` (it can lag behind, by part of a
+        character or of a stop string), `token_ids` and `logprobs`; with the last, `finish_reason` and `stop_reason`.
+        Requests are queued when the first dict is asked for; leaving the loop, or closing the generator, ends them.
         """
-        return self._stream(self._checked_requests(prompts, sampling_params))
+        return self._stream(self._checked(prompts, sampling_params))
 
     def _stream(self, requests: list[tuple[list[int], SamplingParams]]) -> Iterator[dict[str, Any]]:
         scheduler = self.scheduler
         live: list[tuple[int, int, Sequence]] = []
-        num_sent: dict[int, int] = {}
+        num_sent: dict[Sequence, int] = defaultdict(int)
         try:
             for index, request in enumerate(requests):
                 live += [(index, i, seq) for i, seq in enumerate(self._queue(*request, is_streamed=True))]
             while live and self.scheduler is scheduler:  # not after a reset
-                ended, _ = self.step()
-                self._ended += ended  # of other requests, for whoever calls `step` next
-                for index, completion, seq in live:
-                    start = num_sent.get(seq.seq_id, 0)
-                    token_ids = seq.token_ids[seq.num_prompt_tokens + start :]
-                    if token_ids:
-                        num_sent[seq.seq_id] = start + len(token_ids)
+                self._step_for_others()
+                for index, number, seq in live:
+                    start, num_sent[seq] = num_sent[seq], len(seq.token_ids) - seq.num_prompt_tokens
+                    if start < num_sent[seq]:
+                        text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
                         yield {
-                            "index": index,
-                            "completion": completion,
-                            "text": "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished),
-                            "token_ids": token_ids,
-                            "finish_reason": seq.finish_reason,
-                            "stop_reason": seq.stop_reason,
+                            "index": index, "completion": number, "text": text,
+                            "token_ids": seq.token_ids[seq.num_prompt_tokens + start :],
                             "logprobs": None if seq.logprobs is None else seq.logprobs[start:],
-                        }
+                            "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason,
+                        }  # fmt: skip
                 live = [item for item in live if not item[2].is_finished]
         finally:
             if self.scheduler is scheduler and self.model_runner is not None:
                 scheduler.abort([seq for *_, seq in live])
                 while self._pending and scheduler.is_finished():  # steps launched ahead
-                    ended, _ = self.step()
-                    self._ended += ended
+                    self._step_for_others()
+
+    def _step_for_others(self) -> None:
+        """A step; what it reports is kept for whoever calls `step` next."""
+        ended, _ = self.step()
+        self._ended += ended

@@ -2,42 +2,36 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Annotated
 
 from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
-
-MAX_LOGPROBS = 20
-RANGES: dict[str, tuple[float, ...]] = {  # lowest and highest value
-    "temperature": (0, 10**6), "max_tokens": (1,), "seed": (0, 2**63 - 1), "n": (1,), "min_tokens": (0,),
-    "top_k": (-1,), "top_p": (ABOVE_0, 1), "min_p": (0, 1), "repetition_penalty": (ABOVE_0, 10**6),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "logprobs": (0, MAX_LOGPROBS),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Options of one request; ValueError or TypeError when one is out of range or of the wrong type."""
 
-    temperature: float = 1.0  # divisor of the logits before sampling; 0 picks the most likely token (greedy decoding)
-    max_tokens: int | None = 64  # most tokens to generate; None: as many as max_model_len allows
+    temperature: Annotated[float, 0, 10**6] = 1.0  # divisor of the logits; 0: greedy, the most likely token
+    max_tokens: Annotated[int | None, 1] = 64  # most tokens to generate; None: as many as max_model_len allows
     ignore_eos: bool = False  # keep generating after the end-of-sequence token (for benchmarks)
-    seed: int | None = None  # makes the tokens repeatable, whatever runs beside; None draws from the engine's seed
-    n: int = 1  # completions of the prompt, each with a seed of its own
-    top_k: int = 0  # sample among so many of the likeliest tokens; 0 or -1: all
-    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
-    min_p: float = 0.0  # leave out tokens less likely than this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1: less of the tokens in prompt and completion
-    presence_penalty: float = 0.0  # taken off the logits of tokens in the completion
-    frequency_penalty: float = 0.0  # the same, for each time that they occur
+    seed: Annotated[int | None, 0, 2**63 - 1] = None  # same seed, same tokens; None: drawn from the engine's
+    n: Annotated[int, 1] = 1  # completions of the prompt, each with a seed of its own
+    top_k: Annotated[int, -1] = 0  # sample among so many of the likeliest tokens; 0 or -1: all
+    top_p: Annotated[float, ABOVE_0, 1] = 1.0  # sample among the likeliest that together have this probability
+    min_p: Annotated[float, 0, 1] = 0.0  # leave out what is less likely than this share of the likeliest
+    repetition_penalty: Annotated[float, ABOVE_0, 10**6] = 1.0  # sample among the likeliest with together this probability
+    presence_penalty: Annotated[float, -2, 2] = 0.0  # taken off the logits of tokens in the completion
+    frequency_penalty: Annotated[float, -2, 2] = 0.0  # the same, for each time that they occur
     logit_bias: dict[int, float] | None = None  # token id -> what is added to its logit, -100 to 100
-    min_tokens: int = 0  # before it has so many tokens, nothing but max_tokens ends the completion
+    min_tokens: Annotated[int, 0] = 0  # before it has so many tokens, nothing but max_tokens ends the completion
     stop: str | SequenceOf[str] | None = None  # strings that end the text, which is cut before them
     stop_token_ids: SequenceOf[int] | None = None  # token ids that end the completion
     include_stop_str_in_output: bool = False  # cut the text after the stop string (or token), not before it
-    logprobs: int | None = None  # return log-probabilities of the sampled and of so many of the likeliest tokens
+    logprobs: Annotated[int | None, 0, 20] = None  # return those of the sampled and of so many likeliest tokens
     skip_special_tokens: bool = True  # leave special tokens out of the text
 
     def __post_init__(self) -> None:
-        check_fields(self, RANGES)
+        check_fields(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens {self.max_tokens}, not {self.min_tokens}")
         if self.n > 1 and self.is_greedy:

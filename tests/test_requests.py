@@ -300,7 +300,7 @@ def test_every_end_of_sequence_counts(
         assert output["finish_reason"] == ("stop" if ends else "length") and output["stop_reason"] is None
     llm.exit()
     llm = make_llm(path, eos=(a, c))
-    assert llm.scheduler.eos == {a, c}
+    assert llm.scheduler.eos == (a, c)
     llm.exit()
     demo = make_llm(DEMO_MODEL)
     assert demo.config.eos == (2, 0)

@@ -9,7 +9,7 @@ from nanovllm.sampling_params import SamplingParams
 class Detokenizer:
     """The text of one completion while it grows, for requests with stop strings or a reader.
 
-    `text` ends with a whole character: a token that holds only some of its bytes adds nothing until the rest is there.
+    `text` ends with a whole character: a token with only some of its bytes adds nothing until the rest is there.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
@@ -34,12 +34,11 @@ class Detokenizer:
         found = []
         for stop in self.params.stop if may_stop else ():
             index = self.text.find(stop, max(start + 1 - len(stop), 0))
-            if index != -1:
-                found.append((index + len(stop), index, stop))
+            found += [(index + len(stop), stop)] if index >= 0 else []
         if not found:
             return None
-        end, index, stop = min(found, key=lambda match: match[0])
-        self.text = self.text[: end if self.params.include_stop_str_in_output else index]
+        end, stop = min(found, key=lambda match: match[0])
+        self.text = self.text[: end if self.params.include_stop_str_in_output else end - len(stop)]
         return stop
 
     def take(self, is_finished: bool) -> str:

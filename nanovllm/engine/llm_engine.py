@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.config import Config, read_json
 from nanovllm.engine.channel import Channel
@@ -25,6 +25,8 @@ from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int]
+Prompts = str | SequenceOf[Prompt]
+Params = SamplingParams | SequenceOf[SamplingParams] | None
 
 
 class LLMEngine:
@@ -40,7 +42,8 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(config.model)
         self._generation_config = read_json(Path(config.model) / "generation_config.json")
         if config.eos == -1:
-            config.eos = find_eos(self._generation_config, self.tokenizer, config.hf_config)
+            named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, config.hf_config)]
+            config.eos = find_eos(self._generation_config.get("eos_token_id"), *named)
         self._seeds = random.Random(config.seed)  # of the requests that bring none
         channel = store = None
         if config.tensor_parallel_size > 1 and dist.is_initialized():
@@ -81,11 +84,10 @@ class LLMEngine:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without parameters gets: those that the model's generation_config.json recommends."""
-        recommended = self._generation_config
-        names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-        names["max_new_tokens"] = "max_tokens"
-        options = {names[key]: value for key, value in recommended.items() if key in names and value is not None}
-        if recommended.get("do_sample") is False:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+        recommended = {name: self._generation_config.get(name) for name in names}
+        options = {name.replace("_new", ""): value for name, value in recommended.items() if value is not None}
+        if self._generation_config.get("do_sample") is False:
             options["temperature"] = 0
         try:
             return SamplingParams(**options)
@@ -94,44 +96,34 @@ class LLMEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt; returns the id by which `step` reports its result. Raises as `generate` does."""
-        request = self._checked_requests([prompt], sampling_params)[0]
-        return self._report(self._queue(*request))
+        return self._queue(*self._checked([prompt], sampling_params)[0])[0].seq_id
 
     def abort(self, request_id: int) -> None:
-        """End a request of `add_request`; nothing happens if it is not running (any more).
-
-        The next `step` reports it, with the tokens so far and the `finish_reason` "abort".
-        """
+        """End a request of `add_request`, if it has not ended; the next `step` reports what there is of it."""
         if (seqs := self._requests.pop(request_id, None)) is not None:
             self.scheduler.abort(seqs)
             self._ended.append((request_id, self._result(seqs)))
 
     def _queue(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> list[Sequence]:
-        """One sequence for each completion. The first has the request's seed, the others seeds that follow from it."""
+        """One sequence a completion. The first has the request's seed, the others seeds that follow from it."""
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         others, room = random.Random(seed), self.config.max_model_len - len(token_ids)
         seqs = [Sequence(token_ids, params, others.getrandbits(63) if i else seed) for i in range(params.n)]
         for seq in seqs:
+            seq.request_id = seqs[0].seq_id
             seq.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
             if self.tokenizer is not None and (is_streamed or params.stop):
                 seq.detokenizer = Detokenizer(self.tokenizer, params)
             self.scheduler.add(seq)
+        if not is_streamed:  # `step` reports it
+            self._requests[seqs[0].seq_id] = seqs
         return seqs
-
-    def _report(self, seqs: list[Sequence]) -> int:
-        """Have `step` report the request of these sequences; returns its id."""
-        for seq in seqs:
-            seq.request_id = seqs[0].seq_id
-        self._requests[seqs[0].seq_id] = seqs
-        return seqs[0].seq_id
 
     def _check_alive(self) -> None:
         if self.model_runner is None:
             raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
 
-    def _checked_requests(
-        self, prompts: str | SequenceOf[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None
-    ) -> list[tuple[list[int], SamplingParams]]:
+    def _checked(self, prompts: Prompts, sampling_params: Params) -> list[tuple[list[int], SamplingParams]]:
         """Token ids and parameters of each prompt; or an exception as `generate` describes."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)):
@@ -142,10 +134,10 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
-        checked = map(self._checked, prompts, sampling_params, range(len(prompts)))
+        checked = map(self._checked_prompt, prompts, sampling_params, range(len(prompts)))
         return list(zip(checked, sampling_params, strict=True))
 
-    def _checked(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
+    def _checked_prompt(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
         """The token ids of a request that can be served; else an exception that says what is wrong with it."""
         self._check_alive()
         if not isinstance(params, SamplingParams):
@@ -232,29 +224,26 @@ class LLMEngine:
         self._ended: list[tuple[int, dict[str, Any]]] = []  # results for the next step to report
 
     def _result(self, seqs: list[Sequence]) -> dict[str, Any]:
-        first, completions = seqs[0], [self._completion(seq) for seq in seqs]
-        result = {
-            **completions[0],
-            "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
-            "num_cached_tokens": first.num_cached_prompt_tokens or 0,
-        }
+        completions = [
+            {
+                "text": self._text(seq), "token_ids": seq.completion_token_ids, "finish_reason": seq.finish_reason,
+                "stop_reason": seq.stop_reason, "logprobs": seq.logprobs,
+            } for seq in seqs
+        ]  # fmt: skip
+        prompt, num_cached = seqs[0].token_ids[: seqs[0].num_prompt_tokens], seqs[0].num_cached_prompt_tokens or 0
+        result = {**completions[0], "prompt_token_ids": prompt, "num_cached_tokens": num_cached}
         return result if len(seqs) == 1 else {**result, "completions": completions}
 
-    def _completion(self, seq: Sequence) -> dict[str, Any]:
-        token_ids, text = seq.completion_token_ids, ""
-        if seq.detokenizer is not None:
-            text = seq.detokenizer.text
-        elif self.tokenizer is not None:
-            is_ended = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
-            shown = token_ids[:-1] if is_ended else token_ids
-            text = self.tokenizer.decode(shown, skip_special_tokens=seq.params.skip_special_tokens)
-        reasons = {"finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason}
-        return {"text": text, "token_ids": token_ids, **reasons, "logprobs": seq.logprobs}
+    def _text(self, seq: Sequence) -> str:
+        if seq.detokenizer is not None or self.tokenizer is None:
+            return "" if seq.detokenizer is None else seq.detokenizer.text
+        hides_end = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
+        token_ids = seq.completion_token_ids[:-1] if hides_end else seq.completion_token_ids
+        return self.tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
 
     def generate(
-        self, prompts: str | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None, use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
+    ) -> list[dict[str, Any]]:
         """Complete prompts, batched as the cache allows.
 
         Args:
@@ -265,24 +254,22 @@ class LLMEngine:
         Returns:
             For each prompt, in order, a dict with `text` (the completion; "" without a tokenizer), `token_ids` (of
             the completion, the one that ended it included), `finish_reason` ("stop", or "length": `max_tokens`, or
-            `max_model_len`, was reached), `stop_reason` (the stop string or the one of stop_token_ids that ended it;
-            None for the model's own end), `logprobs` (None, or for each token a dict of token id -> log-probability,
-            the sampled one first), `prompt_token_ids` and `num_cached_tokens` (of the prompt, in the prefix cache).
-            With n > 1 these are the first completion's, and `completions` is a list of n such dicts.
+            `max_model_len`, was reached), `stop_reason` (which stop string or stop token id, else None), `logprobs`
+            (None, or for each token a dict of token id -> log-probability, the sampled one first),
+            `prompt_token_ids`, `num_cached_tokens` (of the prompt). With n > 1 these are the first completion's, and
+            `completions` is a list of n such dicts.
 
         Raises:
             TypeError, ValueError: a prompt or its parameters are not right; nothing is queued then.
             RuntimeError: requests of `add_request` or of a stream are unfinished.
         """
         if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or of a stream are unfinished; run step() until is_finished(), or reset()"
-            )
-        requests = self._checked_requests(prompts, sampling_params)
+            raise RuntimeError("requests of add_request or stream are unfinished; step() until they are, or reset()")
+        requests = self._checked(prompts, sampling_params)
         results: dict[int, dict[str, Any]] = {}
         rates = {"prefill": "-", "decode": "-"}
         try:
-            request_ids = [self._report(self._queue(*request)) for request in requests]
+            request_ids = [self._queue(*request)[0].seq_id for request in requests]
             with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
                 while not self.is_finished():
                     start = time.perf_counter()
@@ -320,11 +307,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
 
 
-def find_eos(
-    generation_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, hf_config: PretrainedConfig
-) -> tuple[int, ...]:
-    """All ids that one of the three names as an end of sequence."""
-    named = [generation_config.get("eos_token_id")]
-    named += [getattr(source, "eos_token_id", None) for source in (tokenizer, hf_config)]
-    ids = [token_id for eos in named for token_id in (eos if isinstance(eos, (list, tuple)) else [eos])]
+def find_eos(*named: int | SequenceOf[int] | None) -> tuple[int, ...]:
+    """All ids that any of these sources names as an end of sequence."""
+    ids = (token_id for eos in named for token_id in (eos if isinstance(eos, (list, tuple)) else [eos]))
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))

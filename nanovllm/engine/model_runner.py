@@ -213,25 +213,21 @@ class ModelRunner:
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
             self.sampling.fill(seq)
         rows, lengths = np.array([seq.row for seq in seqs]), np.array([seq.num_computed_tokens for seq in seqs])
-        sampling = self._to_device(self.temperatures[rows]), self._to_device(self.seeds[rows])
-        extras, inputs = self.sampling.build(rows, lengths), self.prepare_prefill(seqs)
-        logits = self._forward(*inputs)
-        return self._sample(logits, self._to_device(rows), *sampling, self._to_device(lengths - 1), extras)
+        arrays = dict(rows=rows, temperatures=self.temperatures[rows], seeds=self.seeds[rows], positions=lengths - 1)
+        arrays, extras = {name: self._to_device(x) for name, x in arrays.items()}, self.sampling.build(rows, lengths)
+        return self._sample(self._forward(*self.prepare_prefill(seqs)), arrays, extras)
 
     def _launch_decode(self, seqs: list[Sequence]) -> Sampled:
         num_seqs = len(seqs)
-        has_graph = bool(self.graphs) and num_seqs <= self.graph_sizes[-1]
-        size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)] if has_graph else num_seqs
-        host = self.prepare_decode(seqs, size)
-        extras = self.sampling.build(host["rows"][:num_seqs], host["context_lens"][:num_seqs])
-        if not has_graph:
-            return self._decode(size, extras)[:2]
+        if not self.graphs or num_seqs > self.graph_sizes[-1]:
+            return self._decode(num_seqs, self.prepare_decode(seqs, num_seqs))[:2]
+        size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)]
+        extras = self.prepare_decode(seqs, size)
         graph, tokens, logits = self.graphs[size]
         graph.replay()
         if extras is None:
             return tokens[:num_seqs], None
-        # Its tokens are plain samples: draw again, from the logits that it left.
-        return self._sample(logits[:num_seqs], *self._sampling_inputs(num_seqs), extras)
+        return self._sample(logits[:num_seqs], self._arrays(num_seqs), extras)  # the graph's are plain samples
 
     def prepare_prefill(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, Context]:
         """Lay the scheduled tokens of all sequences one after the other: input ids, positions and metadata."""
@@ -254,11 +250,8 @@ class ModelRunner:
         )
         return self._to_device(input_ids, torch.int64), self._to_device(positions, torch.int64), context
 
-    def prepare_decode(self, seqs: list[Sequence], size: int) -> dict[str, np.ndarray]:
-        """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them.
-
-        Returns the host's arrays.
-        """
+    def prepare_decode(self, seqs: list[Sequence], size: int) -> SamplingExtras | None:
+        """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
         num_seqs, block_size, host = len(seqs), self.config.kvcache_block_size, self.buffers.next_host()
         rows, context_lens = host["rows"][:size], host["context_lens"][:size]
         rows[:num_seqs] = [seq.row for seq in seqs]
@@ -278,7 +271,7 @@ class ModelRunner:
         rows[num_seqs:], context_lens[num_seqs:], host["slots"][num_seqs:size] = self.config.max_num_seqs, 0, -1
         host["positions"][num_seqs:size] = host["temperatures"][num_seqs:size] = 0
         self.buffers.upload()
-        return host
+        return self.sampling.build(rows[:num_seqs], context_lens[:num_seqs])
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
@@ -295,33 +288,32 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _sample(
-        self, logits: torch.Tensor, rows: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor,
-        positions: torch.Tensor, extras: SamplingExtras | None = None,
-    ) -> Sampled:  # fmt: skip
+        self, logits: torch.Tensor, arrays: dict[str, torch.Tensor], extras: SamplingExtras | None
+    ) -> Sampled:
         """Draw `[num_seqs]` int64 token ids and keep them for the next step, all on the device."""
-        tokens, logprobs = self.sampler(logits, temperatures, seeds, positions, extras)
-        self.last_tokens.index_copy_(0, rows, tokens)
+        sampling = arrays["temperatures"], arrays["seeds"], arrays["positions"]
+        tokens, logprobs = self.sampler(logits, *sampling, extras)
+        self.last_tokens.index_copy_(0, arrays["rows"], tokens)
         return tokens, logprobs
 
-    def _sampling_inputs(self, size: int) -> list[torch.Tensor]:
-        return [self.buffers.device[name][:size] for name in ("rows", "temperatures", "seeds", "positions")]
+    def _arrays(self, size: int) -> dict[str, torch.Tensor]:
+        return {name: array[:size] for name, array in self.buffers.device.items()}
 
     @torch.inference_mode()
     def _decode(self, size: int, extras: SamplingExtras | None = None) -> tuple[Any, ...]:
-        """One decode step on the first `size` rows of the buffers; this is what a graph records."""
-        arrays = {name: array[:size] for name, array in self.buffers.device.items()}
+        """One decode step on the first `size` rows of the buffers: what a graph records. `Sampled`, and logits."""
+        arrays = self._arrays(size)
         tables, input_ids = arrays["block_tables"], self.last_tokens[arrays["rows"]]
         context = Context(slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=tables)
         logits = self._forward(input_ids, arrays["positions"], context)
-        return *self._sample(logits, *self._sampling_inputs(size), extras), logits
+        return *self._sample(logits, arrays, extras), logits
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory of a CUDA device, not owned: it is valid as long as somebody sees to that."""
-    view = tensor.view(torch.uint8)
-    interface = dict(shape=tuple(view.shape), typestr="|u1", data=(view.data_ptr(), False), version=2)
-    interface["strides"] = view.stride()
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=tensor.device).view(tensor.dtype)
+    """The same (contiguous) memory of a CUDA device, not owned: somebody else must see to it that it stays."""
+    data = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2}
+    memory = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=data), device=tensor.device)
+    return memory.view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Scheduler:
 
     def __init__(self, config: Config) -> None:
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
-        self.eos = frozenset((config.eos,) if isinstance(config.eos, int) else config.eos)
+        self.eos = (config.eos,) if isinstance(config.eos, int) else config.eos
         num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
@@ -48,7 +48,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        seq.eos = frozenset() if seq.params.ignore_eos else self.eos
+        eos = () if seq.params.ignore_eos else self.eos
+        seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids} | dict.fromkeys(eos)
         self.waiting.append(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:

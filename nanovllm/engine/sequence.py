@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -16,16 +16,6 @@ class SequenceStatus(Enum):
     WAITING = auto()  # queued, preempted, or part-way through a chunked prefill
     RUNNING = auto()  # its prompt is computed; each decode step adds a token
     FINISHED = auto()
-
-
-class SamplerOptions(NamedTuple):
-    """What the sampler has to know of a sequence, beyond temperature and seed, when it is admitted."""
-
-    params: SamplingParams
-    min_length: int = 0  # tokens that it must have before one that ends it may come
-    end_ids: tuple[int, ...] = ()  # those
-    prompt_ids: list[int] = []  # for penalties only
-    completion_ids: list[int] = []
 
 
 class Sequence:
@@ -56,10 +46,10 @@ class Sequence:
         self.stop_reason: str | int | None = None  # the stop string, or the id of stop_token_ids, that ended it
         self.request_id = self.seq_id  # the first one's id, where a request has several
         self.params, self.max_tokens = sampling_params, sampling_params.max_tokens
-        self.eos: frozenset[int] = frozenset()  # ids that end it; the scheduler fills it
+        self.end_ids: dict[int, int | None] = {}  # ids that end it -> the stop_reason then; the scheduler fills it
         self.detokenizer: Detokenizer | None = None  # for those whose text is needed while they run
         self.logprobs: list[dict[int, float]] | None = None if sampling_params.logprobs is None else []
-        self.options: SamplerOptions | None = None  # in a prefill step of one that is not plain
+        self.options: tuple | None = None  # see `_sampler_options`; in prefill steps, where the request is not plain
         self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
         self.seed = seed
         self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
@@ -92,24 +82,25 @@ class Sequence:
         self.num_tokens += yields
         return yields
 
-    def _sampler_options(self) -> SamplerOptions:
-        min_length, end_ids = self.num_prompt_tokens + self.params.min_tokens, (*self.eos, *self.params.stop_token_ids)
-        history = self.token_ids if self.params.has_penalties else []
-        prompt_ids, completion_ids = history[: self.num_prompt_tokens], history[self.num_prompt_tokens :]
-        return SamplerOptions(self.params, min_length, end_ids, prompt_ids, completion_ids)
+    def _sampler_options(self) -> tuple[SamplingParams, int, tuple[int, ...], list[int], list[int]]:
+        """Parameters; below which length which ids are forbidden; for penalties, prompt and completion."""
+        params, num_prompt_tokens = self.params, self.num_prompt_tokens
+        history = self.token_ids if params.has_penalties else []
+        forbidden = num_prompt_tokens + params.min_tokens, tuple(self.end_ids)
+        return params, *forbidden, history[:num_prompt_tokens], history[num_prompt_tokens:]
 
     def append(self, token_id: int, logprobs: tuple[list[int], list[float]] | None = None) -> bool:
-        """Add a sampled token, with ids and log-probabilities of it and the likeliest; returns whether it is the last.
-
-        If it is, the sequence is finished.
-        """
+        """Add a sampled token (and log-probabilities of it and the likeliest); returns whether that ends it."""
         self.token_ids.append(token_id)
         if logprobs is not None:
             self.logprobs.append(dict(zip(*(part[: self.params.logprobs + 1] for part in logprobs), strict=True)))
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
-        may_stop, is_full = num_tokens > self.params.min_tokens, num_tokens == self.max_tokens
-        is_end = may_stop and (token_id in self.eos or token_id in self.params.stop_token_ids)
-        stop: str | int | None = token_id if is_end and token_id not in self.eos else None
+        is_end, is_full = token_id in self.end_ids, num_tokens == self.max_tokens
+        if not is_end and not is_full and self.detokenizer is None:
+            return False  # nearly always
+        may_stop = num_tokens > self.params.min_tokens
+        is_end = is_end and may_stop
+        stop: str | int | None = self.end_ids[token_id] if is_end else None
         if self.detokenizer is not None:
             shown = token_id if not is_end or self.params.include_stop_str_in_output else None
             stop = self.detokenizer.append(shown, is_end or is_full, may_stop) or stop
