@@ -19,7 +19,7 @@ class SamplingParams:
     top_k: Annotated[int, -1] = 0  # sample among so many of the likeliest tokens; 0 or -1: all
     top_p: Annotated[float, ABOVE_0, 1] = 1.0  # sample among the likeliest that together have this probability
     min_p: Annotated[float, 0, 1] = 0.0  # leave out what is less likely than this share of the likeliest
-    repetition_penalty: Annotated[float, ABOVE_0, 10**6] = 1.0  # sample among the likeliest with together this probability
+    repetition_penalty: Annotated[float, ABOVE_0, 10**6] = 1.0  # above 1: less of what prompt and completion hold
     presence_penalty: Annotated[float, -2, 2] = 0.0  # taken off the logits of tokens in the completion
     frequency_penalty: Annotated[float, -2, 2] = 0.0  # the same, for each time that they occur
     logit_bias: dict[int, float] | None = None  # token id -> what is added to its logit, -100 to 100

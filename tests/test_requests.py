@@ -141,7 +141,7 @@ def test_stop_strings_cut_the_text_where_they_begin(case: tuple[list[int], Sampl
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=1, max_size=12), st.booleans())
 def test_text_that_is_decoded_token_by_token_is_the_whole_decoded(token_ids: list[int], skip: bool) -> None:
     """Special tokens and broken characters included."""
-    seq, pieces = run_sequence(token_ids, SamplingParams(skip_special_tokens=skip))
+    _, pieces = run_sequence(token_ids, SamplingParams(skip_special_tokens=skip))
     assert "".join(pieces) == TOKENIZER.decode(token_ids, skip_special_tokens=skip)
 
 
@@ -241,9 +241,7 @@ def test_the_token_that_ends_it_is_not_in_the_text(demo: LLM, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_min_tokens_hold_off_every_end(
-    checkpoint: Checkpoint, plain: list[list[int]], depth: int
-) -> None:
+def test_min_tokens_hold_off_every_end(checkpoint: Checkpoint, plain: list[list[int]], depth: int) -> None:
     """Until then, the ids that would end it are not drawn at all; the next best ones are."""
     end = first_new(plain[0], 3)
     eos, forbidden = plain[0][end], {plain[0][end], plain[0][0]}
@@ -258,9 +256,7 @@ def test_min_tokens_hold_off_every_end(
     small = dict(kvcache_block_size=4, max_model_len=100, num_kvcache_blocks=25)
     for options in ({}, small):
         llm = make_llm(checkpoint.path, depth, eos=eos, **options)
-        params = SamplingParams(
-            temperature=0, max_tokens=40, min_tokens=12, stop_token_ids=list(forbidden - {eos})
-        )
+        params = SamplingParams(temperature=0, max_tokens=40, min_tokens=12, stop_token_ids=list(forbidden - {eos}))
         assert generate_ids(llm, [PROMPTS[0]], params) == [tokens]
         outputs = generate_ids(llm, PROMPTS, [params, *[greedy(20)] * 5])
         assert outputs[0] == tokens and outputs[1:] == plain[1:]
@@ -285,9 +281,7 @@ def with_files(checkpoint: str, path: Path, **generation_config: Any) -> str:
     return str(path)
 
 
-def test_every_end_of_sequence_counts(
-    checkpoint: Checkpoint, plain: list[list[int]], tmp_path: Path
-) -> None:
+def test_every_end_of_sequence_counts(checkpoint: Checkpoint, plain: list[list[int]], tmp_path: Path) -> None:
     a, b, c = (plain[i][first_new(plain[i], 4)] for i in (0, 1, 2))
     path = with_files(checkpoint.path, tmp_path, eos_token_id=[a, b])
     edit_json(tmp_path / "config.json", eos_token_id=c)
@@ -313,12 +307,11 @@ def test_the_models_own_sampling_is_the_default(
     recommended = dict(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, min_p=None)
     options = dict(do_sample=True, bos_token_id=3, pad_token_id=0, max_new_tokens=7, **recommended)
     llm = make_llm(with_files(checkpoint.path, tmp_path, **options))
-    expected = SamplingParams(
-        temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, max_tokens=7
-    )
+    expected = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, max_tokens=7)
     assert llm.get_default_sampling_params() == expected
     seeded = [dataclasses.replace(expected, seed=i) for i in range(6)]
-    llm._seeds.getrandbits = lambda bits, numbers=iter(range(6)): next(numbers)  # type: ignore[method-assign]
+    numbers = iter(range(6))
+    llm._seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
     assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)  # type: ignore[arg-type]
     llm.exit()
     llm = make_llm(with_files(checkpoint.path, tmp_path, do_sample=False, temperature=0.7, max_new_tokens=20))
@@ -341,9 +334,7 @@ def test_logprobs_are_those_of_the_model(checkpoint: Checkpoint, deep: LLM, temp
     """Of the model's own distribution, whatever temperature, filters and penalties make of it."""
     asked = [3, None, 0, 20, None, 1]
     params = [
-        SamplingParams(
-            temperature=temperature, max_tokens=12, logprobs=k, seed=1, top_k=5, repetition_penalty=1.3
-        )
+        SamplingParams(temperature=temperature, max_tokens=12, logprobs=k, seed=1, top_k=5, repetition_penalty=1.3)
         for k in asked
     ]
     outputs = deep.generate(PROMPTS, params, use_tqdm=False)
@@ -413,9 +404,7 @@ def test_n_with_fewer_seats_than_completions(checkpoint: Checkpoint) -> None:
     wide = make_llm(checkpoint.path)
     expected = wide.generate(PROMPTS[:3], params, use_tqdm=False)
     wide.exit()
-    llm = make_llm(
-        checkpoint.path, 1, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18, max_num_seqs=3
-    )
+    llm = make_llm(checkpoint.path, 1, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18, max_num_seqs=3)
     ids = [llm.add_request(prompt, params) for prompt in PROMPTS[:3]]
     results: dict[int, Any] = {}
     while not llm.is_finished():
@@ -473,9 +462,7 @@ def join(parts: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, list[i
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_stream_yields_what_generate_returns(
-    demo: LLM, depth: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_yields_what_generate_returns(demo: LLM, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_max_pending", depth)
     prompts = [f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", "The number", "1, 2"]
     params = [
@@ -727,9 +714,7 @@ def tiny_demo() -> Iterator[list[LLM]]:
         engine.exit()
 
 
-@settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=6),
     depth=st.integers(0, 1),
