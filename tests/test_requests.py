@@ -671,6 +671,33 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
     llm.exit()
 
 
+class Replay:
+    """What a CUDA graph does, on the CPU: a decode step of a fixed size that leaves its results in fixed places."""
+
+    def __init__(self, llm: LLM, size: int) -> None:
+        self.decode, self.size = llm.model_runner._decode, size  # type: ignore[union-attr]
+        self.tokens, self.logits = torch.zeros(size, dtype=torch.int64), torch.zeros(size, 127)
+
+    def replay(self) -> None:
+        tokens, logprobs, logits = self.decode(self.size)
+        assert logprobs is None  # plain sampling is what was captured
+        self.tokens.copy_(tokens)
+        self.logits.copy_(logits)
+
+
+def test_options_with_graphs(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint.path, 1)
+    expected = summaries(llm, PROMPTS, MANY)
+    runner = llm.model_runner
+    replays = {size: Replay(llm, size) for size in (1, 2, 4, 8)}
+    runner.graph_sizes = list(replays)  # type: ignore[union-attr]
+    graphs = {size: (replay, replay.tokens, replay.logits) for size, replay in replays.items()}
+    runner.graphs = graphs  # type: ignore[union-attr, assignment]
+    assert summaries(llm, PROMPTS, MANY) == expected
+    assert [summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)] == expected
+    llm.exit()
+
+
 @st.composite
 def random_params(draw: st.DrawFn) -> SamplingParams:
     def maybe(values: st.SearchStrategy[Any], default: Any) -> Any:
