@@ -1,15 +1,10 @@
 """The state of one request."""
 
-from __future__ import annotations
-
 from enum import Enum, auto
 from itertools import count
-from typing import TYPE_CHECKING
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):
