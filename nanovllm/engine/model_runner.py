@@ -92,7 +92,7 @@ class ModelRunner:
         num_seqs = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
         num_tokens = min(self.config.max_num_batched_tokens, num_seqs * self.config.max_model_len)
         bounds = [num_tokens * i // num_seqs for i in range(num_seqs + 1)]
-        cu_seqlens, max_len = self._to_device(bounds, torch.int32), -(-num_tokens // num_seqs)
+        cu_seqlens, max_len = self._to_device(bounds, np.int32), -(-num_tokens // num_seqs)
         tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         ones = torch.ones(num_seqs, dtype=torch.int64, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -201,9 +201,9 @@ class ModelRunner:
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
         rows = [seq.row for seq in seqs]
         sampling = self._to_device(self.temperatures[rows]), self._to_device(self.seeds[rows])
-        last_positions = self._to_device([seq.num_computed_tokens - 1 for seq in seqs], torch.int64)
+        last_positions = self._to_device([seq.num_computed_tokens - 1 for seq in seqs], np.int64)
         tokens = self._forward(*self.prepare_prefill(seqs), *sampling, last_positions)
-        self.last_tokens.index_copy_(0, self._to_device(rows, torch.int64), tokens)
+        self.last_tokens.index_copy_(0, self._to_device(rows, np.int64), tokens)
         return tokens
 
     def _launch_decode(self, seqs: list[Sequence]) -> torch.Tensor:
@@ -228,14 +228,14 @@ class ModelRunner:
         width = max(len(seq.block_table) for seq in seqs)
         context = Context(
             is_prefill=True,
-            slot_mapping=self._to_device(blocks * block_size + positions % block_size, torch.int32),
-            cu_seqlens_q=self._to_device([0, *accumulate(lens_q)], torch.int32),
-            cu_seqlens_k=self._to_device([0, *accumulate(lens_k)], torch.int32),
+            slot_mapping=self._to_device(blocks * block_size + positions % block_size, np.int32),
+            cu_seqlens_q=self._to_device([0, *accumulate(lens_q)], np.int32),
+            cu_seqlens_k=self._to_device([0, *accumulate(lens_k)], np.int32),
             max_seqlen_q=max(lens_q),
             max_seqlen_k=max(lens_k),
             block_tables=self._to_device(self.block_tables[rows, :width]) if lens_k != lens_q else None,
         )
-        return self._to_device(input_ids, torch.int64), self._to_device(positions, torch.int64), context
+        return self._to_device(input_ids, np.int64), self._to_device(positions, np.int64), context
 
     def prepare_decode(self, seqs: list[Sequence], size: int) -> None:
         """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
@@ -259,8 +259,8 @@ class ModelRunner:
         host["positions"][num_seqs:size] = host["temperatures"][num_seqs:size] = 0
         self.buffers.upload()
 
-    def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
+    def _to_device(self, values: list[int] | np.ndarray, dtype: type | None = None) -> torch.Tensor:
+        tensor = torch.from_numpy(np.asarray(values, dtype=dtype))  # of a list several times faster than torch's own
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import MAX_TOKENS, gemv
+from nanovllm.kernels.skinny_gemm import skinny_gemm, takes_skinny_gemm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
@@ -120,6 +121,8 @@ class RowParallelLinear(LinearBase):
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
         if self.tp.size == 1 and takes_gemv(x):
             return gemv(x, self.weight, bias, residual=residual)
+        if self.tp.size == 1 and takes_skinny_gemm(x):
+            return skinny_gemm(x, self.weight, bias, residual)
         if self.tp.size == 1 and bias is None:
             return residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
         return residual.add_(self.tp.all_reduce(F.linear(x, self.weight, bias)))
