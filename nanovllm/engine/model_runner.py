@@ -2,12 +2,15 @@
 
 import gc
 import math
+import os
 import signal
+import threading
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import MODELS
@@ -58,18 +62,20 @@ class ModelRunner:
         self, config: Config, rank: int = 0, channel: Channel | None = None, store: dist.Store | None = None
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
+        self.one_shot: OneShotAllReduce | None = None
+        self.lock = threading.Lock()  # of let_go
         self.device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if store is not None:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=config.tensor_parallel_size)
+            self._join(store)
         hf_config, block_size = config.hf_config, config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // block_size)
         head_dim, name = head_size(hf_config), config.attention_backend
         self.backend = select_backend(name, config.device, block_size, head_dim, config.dtype)
         config.attention_backend = self.backend.name
-        with tensor_parallel(rank, config.tensor_parallel_size), _defaults(self.device, config.dtype):
+        tp_size = config.tensor_parallel_size
+        with tensor_parallel(rank, tp_size, self.one_shot), _defaults(self.device, config.dtype):
             self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
             self.sampler = Sampler(self.model.lm_head.vocab_start)
         if config.load_format == "dummy":
@@ -86,6 +92,26 @@ class ModelRunner:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # with their output tokens
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs()
+
+    def _join(self, store: dist.Store) -> None:
+        """Meet the other ranks."""
+        size, gpu = self.config.tensor_parallel_size, self.device if self.device.type == "cuda" else None
+        backend = "gloo" if gpu is None else "nccl"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=gpu)
+        if self.channel is not None and self.rank == 0:
+            self.channel.watch(self.let_go)
+        peers = [i for i in range(size) if i != self.rank]
+        if gpu is not None and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers):
+            self.one_shot = OneShotAllReduce(self.rank, size, gpu, store)
+            dist.barrier()  # nobody's memory is written before it is zeroed
+
+    def let_go(self) -> None:
+        """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
+        with self.lock:
+            if self.one_shot is not None:
+                self.one_shot.release()
+            if self.device.type == "cuda" and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be, which shows the peak of the memory that activations take."""
@@ -158,7 +184,8 @@ class ModelRunner:
         pool = None
         for size in reversed(self.graph_sizes):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool):
+            # NCCL's watchdog thread makes CUDA calls of its own meanwhile.
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 tokens = self._decode(size)
             pool = pool or graph.pool()
             self.graphs[size] = graph, tokens
@@ -184,18 +211,31 @@ class ModelRunner:
         self.graphs.clear()
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
+        self.one_shot = None
         del self.kv_cache, self.model, self.sampler, self.attention_layers
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.config.tensor_parallel_size > 1:
+        if self.config.tensor_parallel_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
-        """Queue one step on the device: compute the scheduled tokens, sample one after each sequence's last."""
-        return PendingTokens(self._launch_prefill(seqs) if is_prefill else self._launch_decode(seqs))
+        """Rank 0: queue one step on every device: compute the scheduled tokens, sample one after each sequence's last.
 
-    def _launch_prefill(self, seqs: list[Sequence]) -> torch.Tensor:
+        What the other ranks are sent of a decode step is small, whatever the lengths of the contexts.
+        """
+        if is_prefill:
+            return PendingTokens(self.call("launch_prefill", seqs))
+        block_size = self.config.kvcache_block_size
+        rows = np.array([seq.row for seq in seqs])
+        context_lens = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int32)
+        # (row, index in its table, block) of those that have just been given one
+        first_of_block = (context_lens % block_size == 1 % block_size).nonzero()[0].tolist()
+        tables = [(seqs[i].row, seqs[i].block_table) for i in first_of_block]
+        new_blocks = [(row, len(table) - 1, table[-1]) for row, table in tables]
+        return PendingTokens(self.call("launch_decode", rows, context_lens, new_blocks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> torch.Tensor:
         for seq in seqs:
             self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
@@ -206,15 +246,20 @@ class ModelRunner:
         self.last_tokens.index_copy_(0, self._to_device(rows, np.int64), tokens)
         return tokens
 
-    def _launch_decode(self, seqs: list[Sequence]) -> torch.Tensor:
-        if not self.graphs or len(seqs) > self.graph_sizes[-1]:
-            self.prepare_decode(seqs, len(seqs))
-            return self._decode(len(seqs))
-        size = self.graph_sizes[bisect_left(self.graph_sizes, len(seqs))]
-        self.prepare_decode(seqs, size)
+    def launch_decode(
+        self, rows: np.ndarray, context_lens: np.ndarray, new_blocks: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        for row, index, block_id in new_blocks:
+            self.block_tables[row, index] = block_id
+        num_seqs = len(rows)
+        if not self.graphs or num_seqs > self.graph_sizes[-1]:
+            self.prepare_decode(rows, context_lens, num_seqs)
+            return self._decode(num_seqs)
+        size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)]
+        self.prepare_decode(rows, context_lens, size)
         graph, tokens = self.graphs[size]
         graph.replay()
-        return tokens[: len(seqs)]
+        return tokens[:num_seqs]
 
     def prepare_prefill(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, Context]:
         """Lay the scheduled tokens of all sequences one after the other: input ids, positions and metadata."""
@@ -237,16 +282,11 @@ class ModelRunner:
         )
         return self._to_device(input_ids, np.int64), self._to_device(positions, np.int64), context
 
-    def prepare_decode(self, seqs: list[Sequence], size: int) -> None:
-        """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
-        num_seqs, block_size, host = len(seqs), self.config.kvcache_block_size, self.buffers.next_host()
+    def prepare_decode(self, seq_rows: np.ndarray, seq_lens: np.ndarray, size: int) -> None:
+        """Fill the decode buffers for the newest token of each sequence, padded to `size` rows, and upload them."""
+        num_seqs, block_size, host = len(seq_rows), self.config.kvcache_block_size, self.buffers.next_host()
         rows, context_lens = host["rows"][:size], host["context_lens"][:size]
-        rows[:num_seqs] = [seq.row for seq in seqs]
-        context_lens[:num_seqs] = [seq.num_computed_tokens for seq in seqs]
-        positions = context_lens[:num_seqs] - 1
-        for index in (positions % block_size == 0).nonzero()[0]:  # these have just been given a block
-            block_table = seqs[index].block_table
-            self.block_tables[rows[index], len(block_table) - 1] = block_table[-1]
+        rows[:num_seqs], context_lens[:num_seqs], positions = seq_rows, seq_lens, seq_lens - 1
         tables = host["block_tables"][:size]
         np.take(self.block_tables, rows[:num_seqs], axis=0, out=tables[:num_seqs])
         host["positions"][:num_seqs] = positions
@@ -301,12 +341,15 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
-    """Entry of a worker process."""
+    """Entry of a worker process. It ends at once if it fails or its parent does, whatever its GPU is waiting for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides what follows
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
+        if config.device == "cuda":
+            torch.zeros(1, device=torch.device("cuda", rank))  # a GPU that cannot be used is found out here
         channel.taken[rank - 1].set()
         store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
         ModelRunner(config, rank, channel, store).loop()
     except Exception:
         channel.errors.put((rank, traceback.format_exc()))
-        raise SystemExit(1) from None
+        os._exit(1)

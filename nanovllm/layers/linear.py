@@ -119,10 +119,12 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
-        if self.tp.size == 1 and takes_gemv(x):
+        if self.tp.size > 1:
+            return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual)
+        if takes_gemv(x):
             return gemv(x, self.weight, bias, residual=residual)
-        if self.tp.size == 1 and takes_skinny_gemm(x):
+        if takes_skinny_gemm(x):
             return skinny_gemm(x, self.weight, bias, residual)
-        if self.tp.size == 1 and bias is None:
+        if bias is None:
             return residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
-        return residual.add_(self.tp.all_reduce(F.linear(x, self.weight, bias)))
+        return residual.add_(F.linear(x, self.weight, bias))

@@ -1,5 +1,6 @@
 """From logits to the next token of each sequence."""
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
@@ -25,5 +26,6 @@ class Sampler(nn.Module):
         scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
         if self.tp.size == 1:
             return token_ids
-        scores, token_ids = self.tp.all_gather(scores), self.tp.all_gather(token_ids)
-        return token_ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0)
+        # A float32 holds any token id below 2^24 exactly.
+        scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(1)  # [tp, n] each
+        return ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
