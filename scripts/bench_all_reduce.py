@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanovllm.kernels.all_reduce import MAX_BYTES, OneShotAllReduce  # noqa: E402
+from nanovllm.kernels.all_reduce import MAX_BYTES, SmallAllReduce  # noqa: E402
 
 CALLS = 50
 
@@ -45,8 +45,7 @@ def run(rank: int, size: int, port: int) -> None:
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    ours = OneShotAllReduce(rank, size, device, store)
-    dist.barrier()
+    ours = SmallAllReduce(rank, size, device, store)
     shared = symmetric_memory.empty(MAX_BYTES // 2, dtype=torch.bfloat16, device=device)
     symmetric_memory.rendezvous(shared, dist.group.WORLD)
     group = dist.group.WORLD.group_name
@@ -71,6 +70,8 @@ def run(rank: int, size: int, port: int) -> None:
         times = [measure(reduce, zeros) for reduce in (nccl, torch_one_shot, ours)]
         if rank == 0:
             print(f"{num_bytes:>9} " + " ".join(f"{time:8.1f}" for time in times), flush=True)
+    del ours
+    dist.barrier()  # nobody ends while others hold its memory
     dist.destroy_process_group()
 
 

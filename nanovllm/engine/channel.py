@@ -74,15 +74,15 @@ class Channel:
 
     def check_workers(self) -> None:
         """Rank 0: raise a RuntimeError with the worker's traceback if one has failed."""
-        if not self.errors.empty():
+        dead = [(rank, process) for rank, process in enumerate(self.processes, start=1) if not process.is_alive()]
+        if not self.errors.empty():  # after is_alive: a worker says why before it dies
             rank, traceback = self.errors.get()
             raise RuntimeError(f"tensor-parallel rank {rank} failed:\n{traceback}")
-        for rank, process in enumerate(self.processes, start=1):
-            if not process.is_alive():
-                raise RuntimeError(
-                    f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does "
-                    "the script guard its main part with `if __name__ == '__main__'`?)"
-                )
+        for rank, process in dead:
+            raise RuntimeError(
+                f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does the "
+                "script guard its main part with `if __name__ == '__main__'`?)"
+            )
 
     def kill(self) -> RuntimeError | None:
         """Rank 0: end the workers wherever they are; returns what `check_workers` had to say of them."""

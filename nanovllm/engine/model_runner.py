@@ -21,7 +21,7 @@ from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.all_reduce import OneShotAllReduce
+from nanovllm.kernels.all_reduce import SmallAllReduce
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import MODELS
@@ -62,7 +62,7 @@ class ModelRunner:
         self, config: Config, rank: int = 0, channel: Channel | None = None, store: dist.Store | None = None
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
-        self.one_shot: OneShotAllReduce | None = None
+        self.small_all_reduce: SmallAllReduce | None = None
         self.lock = threading.Lock()  # of let_go
         self.device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
@@ -75,7 +75,7 @@ class ModelRunner:
         self.backend = select_backend(name, config.device, block_size, head_dim, config.dtype)
         config.attention_backend = self.backend.name
         tp_size = config.tensor_parallel_size
-        with tensor_parallel(rank, tp_size, self.one_shot), _defaults(self.device, config.dtype):
+        with tensor_parallel(rank, tp_size, self.small_all_reduce), _defaults(self.device, config.dtype):
             self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
             self.sampler = Sampler(self.model.lm_head.vocab_start)
         if config.load_format == "dummy":
@@ -102,14 +102,13 @@ class ModelRunner:
             self.channel.watch(self.let_go)
         peers = [i for i in range(size) if i != self.rank]
         if gpu is not None and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers):
-            self.one_shot = OneShotAllReduce(self.rank, size, gpu, store)
-            dist.barrier()  # nobody's memory is written before it is zeroed
+            self.small_all_reduce = SmallAllReduce(self.rank, size, gpu, store)
 
     def let_go(self) -> None:
         """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
         with self.lock:
-            if self.one_shot is not None:
-                self.one_shot.release()
+            if self.small_all_reduce is not None:
+                self.small_all_reduce.release()
             if self.device.type == "cuda" and dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
 
@@ -211,12 +210,14 @@ class ModelRunner:
         self.graphs.clear()
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
-        self.one_shot = None
+        was_shared, self.small_all_reduce = self.small_all_reduce is not None, None
         del self.kv_cache, self.model, self.sampler, self.attention_layers
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.config.tensor_parallel_size > 1 and dist.is_initialized():
+            if was_shared:
+                dist.barrier()  # no process ends while another one holds its memory
             dist.destroy_process_group()
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:

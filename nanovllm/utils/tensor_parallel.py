@@ -16,7 +16,7 @@ import torch.distributed as dist
 class TensorParallel:
     rank: int = 0
     size: int = 1
-    one_shot: Any = None  # kernels.all_reduce.OneShotAllReduce, for small tensors on GPUs that can read each other
+    small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
 
     def shard(self, num: int) -> slice:
         """This rank's part of `num` things. They must divide evenly; the layers check that at build time."""
@@ -24,15 +24,15 @@ class TensorParallel:
 
     def all_reduce(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`residual` + the sum of x over the ranks, in place of residual, or else of x."""
-        if self.one_shot is not None and self.one_shot.takes(x):
-            return self.one_shot(x, residual)
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
+            return self.small_all_reduce(x, residual)
         if self.size > 1:
             dist.all_reduce(x)
         return x if residual is None else residual.add_(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """`[...]` of each rank -> `[size, ...]` on every rank."""
-        if self.one_shot is not None and x.is_floating_point():  # the sum of what is zero but on one rank
+        if self.small_all_reduce is not None and x.is_floating_point():  # the sum of what is zero but on one rank
             out = x.new_zeros(self.size, *x.shape)
             out[self.rank] = x
             return self.all_reduce(out)
@@ -52,10 +52,10 @@ def get_tensor_parallel() -> TensorParallel:
 
 
 @contextmanager
-def tensor_parallel(rank: int, size: int, one_shot: Any = None) -> Iterator[TensorParallel]:
+def tensor_parallel(rank: int, size: int, small_all_reduce: Any = None) -> Iterator[TensorParallel]:
     """Layers built inside the `with` belong to this rank."""
     global _current
-    before, _current = _current, TensorParallel(rank, size, one_shot)
+    before, _current = _current, TensorParallel(rank, size, small_all_reduce)
     try:
         yield _current
     finally:
