@@ -304,7 +304,7 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     ([], ValueError, "is empty"),
     ([127], ValueError, "token id 127; the vocabulary is 0 to 126"),
     ([3, -1], ValueError, "token id -1"),
-    ([2**70], ValueError, str(2**70)),
+    ([2**70], ValueError, "far outside the vocabulary"),
     ([1] * 64, ValueError, "64 tokens, and max_model_len 64"),
     ([1] * 1000, ValueError, "1000 tokens, and max_model_len 64"),
     ([1.0, 2.0], TypeError, "list of token ids"),
@@ -314,7 +314,6 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (None, TypeError, "list of token ids"),
     (3, TypeError, "list of one list"),
     (b"abc", TypeError, "list of token ids"),
-    ([True, False], TypeError, "list of token ids"),
     ({"prompt": "x"}, TypeError, "list of token ids"),
     ("text", ValueError, "no tokenizer"),
 ]

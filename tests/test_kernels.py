@@ -16,6 +16,7 @@ from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
+from nanovllm.kernels.skinny_gemm import skinny_gemm
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
     prefill_config,
@@ -122,6 +123,20 @@ def test_gemv(num_tokens, out_size, in_size, dtype):
     gate_up = randn(2 * out_size, in_size, dtype=dtype) / in_size**0.5
     gate, up = (norm64(x, norm, 1e-3) @ gate_up.double().T).chunk(2, dim=-1)
     assert_near(gemv(x, gate_up, None, norm, 1e-3, gated=True), gate / (1 + torch.exp(-gate)) * up, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 3, 16])
+@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500), (8, 3072)])
+@both_dtypes
+def test_skinny_gemm(num_tokens, out_size, in_size, dtype):
+    x, weight = randn(num_tokens, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
+    for bias in (None, randn(out_size, dtype=dtype)):
+        residual = randn(num_tokens, out_size, dtype=dtype)
+        expected = residual.double() + x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        out = skinny_gemm(x, weight, bias, residual)
+        assert out is residual  # in place
+        assert_near(out, expected, dtype)
 
 
 @pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])

@@ -1,9 +1,12 @@
 """Commands from rank 0 to the worker processes, through shared memory."""
 
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import struct
+import threading
 import time
+from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -24,6 +27,7 @@ class Channel:
         self.taken = [context.Event() for _ in range(num_workers)]
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
         self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.is_closing = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "processes": []}  # a worker's copy needs no handles of its siblings
@@ -49,33 +53,41 @@ class Channel:
 
     def receive(self, rank: int) -> tuple[str, tuple]:
         """Worker: wait for the next command."""
-        ready, parent = self.ready[rank - 1], multiprocessing.parent_process()
         message, length = b"", 1
         while len(message) < length:
-            while not ready.wait(timeout=1.0):
-                if parent is not None and not parent.is_alive():
-                    raise SystemExit(1)  # nobody is left to send anything
+            self.ready[rank - 1].wait()
             length, frame_length = HEADER.unpack_from(self.memory.buf, 0)
             message += bytes(self.memory.buf[HEADER.size : HEADER.size + frame_length])
-            ready.clear()
+            self.ready[rank - 1].clear()
             self.taken[rank - 1].set()
         return pickle.loads(message)
 
+    def watch(self, on_death: Callable[[], None]) -> None:
+        """Rank 0: have `on_death` called, by a thread, if a worker dies, so that nothing goes on waiting for it."""
+
+        def wait() -> None:
+            multiprocessing.connection.wait([process.sentinel for process in self.processes])
+            if not self.is_closing:
+                on_death()
+
+        threading.Thread(target=wait, daemon=True).start()
+
     def check_workers(self) -> None:
         """Rank 0: raise a RuntimeError with the worker's traceback if one has failed."""
-        if not self.errors.empty():
+        dead = [(rank, process) for rank, process in enumerate(self.processes, start=1) if not process.is_alive()]
+        if not self.errors.empty():  # after is_alive: a worker says why before it dies
             rank, traceback = self.errors.get()
             raise RuntimeError(f"tensor-parallel rank {rank} failed:\n{traceback}")
-        for rank, process in enumerate(self.processes, start=1):
-            if not process.is_alive():
-                raise RuntimeError(
-                    f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does "
-                    "the script guard its main part with `if __name__ == '__main__'`?)"
-                )
+        for rank, process in dead:
+            raise RuntimeError(
+                f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does the "
+                "script guard its main part with `if __name__ == '__main__'`?)"
+            )
 
     def kill(self) -> RuntimeError | None:
         """Rank 0: end the workers wherever they are; returns what `check_workers` had to say of them."""
         time.sleep(0.5)  # a worker that failed first is about to say why
+        self.is_closing = True
         try:
             self.check_workers()
             failure = None

@@ -1,16 +1,21 @@
 """The engine: requests in, results out, and the loop between."""
 
 import multiprocessing
-import operator
 import random
 import reprlib
+import signal
+import threading
 import time
 import weakref
+from array import array
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -65,11 +70,17 @@ class LLMEngine:
                     channel.processes.append(process)
                 channel.wait_taken()  # a worker that cannot start is found out here, not in a collective
             self.model_runner: ModelRunner | None = ModelRunner(config, 0, channel, store)
-        except BaseException:
             if channel is not None:
+                channel.check_workers()
+        except BaseException as error:
+            failure = None
+            if channel is not None:
+                failure = channel.kill()
                 channel.close()
                 if dist.is_initialized():
                     dist.destroy_process_group()
+            if failure is not None and isinstance(error, Exception):
+                raise failure from error
             raise
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
@@ -153,12 +164,9 @@ class LLMEngine:
             try:
                 if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
                     raise TypeError
-                token_ids = list(prompt)
-                types = set(map(type, token_ids))
-                if bool in types:
-                    raise TypeError
-                if types != {int}:  # numpy's integers, say
-                    token_ids = [operator.index(token_id) for token_id in token_ids]
+                token_ids = array("q", prompt)
+            except OverflowError as error:
+                raise ValueError(f"prompt {index} has a token id far outside the vocabulary: {error}") from None
             except TypeError:
                 raise TypeError(
                     f"prompt {index} must be a string or a list of token ids, not {reprlib.repr(prompt)} (one prompt "
@@ -167,7 +175,8 @@ class LLMEngine:
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         vocab = self.config.hf_config.vocab_size
-        for token_id in (min(token_ids), max(token_ids), *params.stop_token_ids, *(params.logit_bias or ())):
+        ends = np.min(token_ids), np.max(token_ids)  # of an array of 2048 ten times faster than min
+        for token_id in (*ends, *params.stop_token_ids, *(params.logit_bias or ())):
             if not 0 <= token_id < vocab:
                 raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
         if params.stop and self.tokenizer is None:
@@ -196,17 +205,22 @@ class LLMEngine:
             return ended, 0
         try:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
-                self._pending.append((step, self.model_runner.call("launch", step.seqs, step.is_prefill)))
+                with _uninterrupted():  # Ctrl-C here would reach one rank and not the others
+                    self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
             step, pending = self._pending.popleft()
-            finished = self.scheduler.postprocess(step, *pending.wait())
+            sampled = pending.wait()
+            if self.model_runner.channel is not None:
+                self.model_runner.channel.check_workers()  # what comes of a dead rank is garbage
+            finished = self.scheduler.postprocess(step, *sampled)
         except BaseException as error:
             failure = None
-            if self.model_runner.channel is not None:
+            if self.model_runner.channel is not None and isinstance(error, Exception):
                 # The ranks may stand at different collectives now: nothing can go on from here.
                 failure = self.model_runner.channel.kill()
+                self.model_runner.let_go()
                 self.exit()
             self.reset()
-            if failure is not None and isinstance(error, Exception):
+            if failure is not None:
                 raise failure from error
             raise
         num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
@@ -285,7 +299,25 @@ class LLMEngine:
         return [results[request_id] for request_id in request_ids]
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the `with`."""
+    if threading.current_thread() is not threading.main_thread():  # it only ever comes to that one
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
 def shut_down(model_runner: ModelRunner, channel: Channel | None) -> None:
+    if channel is not None:
+        channel.is_closing = True
     try:
         if channel is None or all(process.is_alive() for process in channel.processes):
             model_runner.call("exit")

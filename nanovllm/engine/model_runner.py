@@ -2,12 +2,15 @@
 
 import gc
 import math
+import os
 import signal
+import threading
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from multiprocessing import parent_process
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +23,7 @@ from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.all_reduce import SmallAllReduce
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler, SamplingExtras
 from nanovllm.models import MODELS
@@ -66,18 +70,20 @@ class ModelRunner:
         self, config: Config, rank: int = 0, channel: Channel | None = None, store: dist.Store | None = None
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
+        self.small_all_reduce: SmallAllReduce | None = None
+        self.lock = threading.Lock()  # of let_go
         self.device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if store is not None:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=config.tensor_parallel_size)
+            self._join(store)
         hf_config, block_size = config.hf_config, config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // block_size)
         head_dim, name = head_size(hf_config), config.attention_backend
         self.backend = select_backend(name, config.device, block_size, head_dim, config.dtype)
         config.attention_backend = self.backend.name
-        with tensor_parallel(rank, config.tensor_parallel_size), _defaults(self.device, config.dtype):
+        tp_size = config.tensor_parallel_size
+        with tensor_parallel(rank, tp_size, self.small_all_reduce), _defaults(self.device, config.dtype):
             self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
             self.sampler = Sampler(self.model.lm_head.vocab_start, hf_config.vocab_size)
         if config.load_format == "dummy":
@@ -96,12 +102,31 @@ class ModelRunner:
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs()
 
+    def _join(self, store: dist.Store) -> None:
+        """Meet the other ranks."""
+        size, gpu = self.config.tensor_parallel_size, self.device if self.device.type == "cuda" else None
+        backend = "gloo" if gpu is None else "nccl"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=gpu)
+        if self.channel is not None and self.rank == 0:
+            self.channel.watch(self.let_go)
+        peers = [i for i in range(size) if i != self.rank]
+        if gpu is not None and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers):
+            self.small_all_reduce = SmallAllReduce(self.rank, size, gpu, store)
+
+    def let_go(self) -> None:
+        """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
+        with self.lock:
+            if self.small_all_reduce is not None:
+                self.small_all_reduce.release()
+            if self.device.type == "cuda" and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
+
     def _warm_up(self) -> None:
         """Run the largest prefill there can be, which shows the peak of the memory that activations take."""
         num_seqs = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
         num_tokens = min(self.config.max_num_batched_tokens, num_seqs * self.config.max_model_len)
         bounds = [num_tokens * i // num_seqs for i in range(num_seqs + 1)]
-        cu_seqlens, max_len = self._to_device(bounds, torch.int32), -(-num_tokens // num_seqs)
+        cu_seqlens, max_len = self._to_device(bounds, np.int32), -(-num_tokens // num_seqs)
         tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         ones = torch.ones(num_seqs, dtype=torch.int64, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -168,7 +193,8 @@ class ModelRunner:
         pool = None
         for size in reversed(self.graph_sizes):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool):
+            # NCCL's watchdog thread makes CUDA calls of its own meanwhile.
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 tokens, _, logits = self._decode(size)
             pool = pool or graph.pool()
             # Only the address of the logits is kept: holding their memory would keep the next graph from using it.
@@ -196,18 +222,33 @@ class ModelRunner:
         self.graphs.clear()
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
+        was_shared, self.small_all_reduce = self.small_all_reduce is not None, None
         del self.kv_cache, self.model, self.sampler, self.attention_layers
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.config.tensor_parallel_size > 1:
+        if self.config.tensor_parallel_size > 1 and dist.is_initialized():
+            if was_shared:
+                dist.barrier()  # no process ends while another one holds its memory
             dist.destroy_process_group()
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
-        """Queue one step on the device: compute the scheduled tokens, sample one after each sequence's last."""
-        return PendingTokens(*(self._launch_prefill(seqs) if is_prefill else self._launch_decode(seqs)))
+        """Rank 0: queue one step on every device: compute the scheduled tokens, sample one after each sequence's last.
 
-    def _launch_prefill(self, seqs: list[Sequence]) -> Sampled:
+        What the other ranks are sent of a decode step is small, whatever the lengths of the contexts.
+        """
+        if is_prefill:
+            return PendingTokens(*self.call("launch_prefill", seqs))
+        block_size = self.config.kvcache_block_size
+        rows = np.array([seq.row for seq in seqs])
+        context_lens = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int32)
+        # (row, index in its table, block) of those that have just been given one
+        first_of_block = (context_lens % block_size == 1 % block_size).nonzero()[0].tolist()
+        tables = [(seqs[i].row, seqs[i].block_table) for i in first_of_block]
+        new_blocks = [(row, len(table) - 1, table[-1]) for row, table in tables]
+        return PendingTokens(*self.call("launch_decode", rows, context_lens, new_blocks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
         for seq in seqs:
             self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
@@ -217,12 +258,17 @@ class ModelRunner:
         arrays, extras = {name: self._to_device(x) for name, x in arrays.items()}, self.sampling.build(rows, lengths)
         return self._sample(self._forward(*self.prepare_prefill(seqs)), arrays, extras)
 
-    def _launch_decode(self, seqs: list[Sequence]) -> Sampled:
-        num_seqs = len(seqs)
+    def launch_decode(
+        self, rows: np.ndarray, context_lens: np.ndarray, new_blocks: list[tuple[int, int, int]]
+    ) -> Sampled:
+        for row, index, block_id in new_blocks:
+            self.block_tables[row, index] = block_id
+        num_seqs, extras = len(rows), self.sampling.build(rows, context_lens)
         if not self.graphs or num_seqs > self.graph_sizes[-1]:
-            return self._decode(num_seqs, self.prepare_decode(seqs, num_seqs))[:2]
+            self.prepare_decode(rows, context_lens, num_seqs)
+            return self._decode(num_seqs, extras)[:2]
         size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)]
-        extras = self.prepare_decode(seqs, size)
+        self.prepare_decode(rows, context_lens, size)
         graph, tokens, logits = self.graphs[size]
         graph.replay()
         if extras is None:
@@ -241,25 +287,20 @@ class ModelRunner:
         width = max(len(seq.block_table) for seq in seqs)
         context = Context(
             is_prefill=True,
-            slot_mapping=self._to_device(blocks * block_size + positions % block_size, torch.int32),
-            cu_seqlens_q=self._to_device([0, *accumulate(lens_q)], torch.int32),
-            cu_seqlens_k=self._to_device([0, *accumulate(lens_k)], torch.int32),
+            slot_mapping=self._to_device(blocks * block_size + positions % block_size, np.int32),
+            cu_seqlens_q=self._to_device([0, *accumulate(lens_q)], np.int32),
+            cu_seqlens_k=self._to_device([0, *accumulate(lens_k)], np.int32),
             max_seqlen_q=max(lens_q),
             max_seqlen_k=max(lens_k),
             block_tables=self._to_device(self.block_tables[rows, :width]) if lens_k != lens_q else None,
         )
-        return self._to_device(input_ids, torch.int64), self._to_device(positions, torch.int64), context
+        return self._to_device(input_ids, np.int64), self._to_device(positions, np.int64), context
 
-    def prepare_decode(self, seqs: list[Sequence], size: int) -> SamplingExtras | None:
-        """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
-        num_seqs, block_size, host = len(seqs), self.config.kvcache_block_size, self.buffers.next_host()
+    def prepare_decode(self, seq_rows: np.ndarray, seq_lens: np.ndarray, size: int) -> None:
+        """Fill the decode buffers for the newest token of each sequence, padded to `size` rows, and upload them."""
+        num_seqs, block_size, host = len(seq_rows), self.config.kvcache_block_size, self.buffers.next_host()
         rows, context_lens = host["rows"][:size], host["context_lens"][:size]
-        rows[:num_seqs] = [seq.row for seq in seqs]
-        context_lens[:num_seqs] = [seq.num_computed_tokens for seq in seqs]
-        positions = context_lens[:num_seqs] - 1
-        for index in (positions % block_size == 0).nonzero()[0]:  # these have just been given a block
-            block_table = seqs[index].block_table
-            self.block_tables[rows[index], len(block_table) - 1] = block_table[-1]
+        rows[:num_seqs], context_lens[:num_seqs], positions = seq_rows, seq_lens, seq_lens - 1
         tables = host["block_tables"][:size]
         np.take(self.block_tables, rows[:num_seqs], axis=0, out=tables[:num_seqs])
         host["positions"][:num_seqs] = positions
@@ -271,10 +312,9 @@ class ModelRunner:
         rows[num_seqs:], context_lens[num_seqs:], host["slots"][num_seqs:size] = self.config.max_num_seqs, 0, -1
         host["positions"][num_seqs:size] = host["temperatures"][num_seqs:size] = 0
         self.buffers.upload()
-        return self.sampling.build(rows[:num_seqs], context_lens[:num_seqs])
 
-    def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
+    def _to_device(self, values: list[int] | np.ndarray, dtype: type | None = None) -> torch.Tensor:
+        tensor = torch.from_numpy(np.asarray(values, dtype=dtype))  # of a list several times faster than torch's own
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
@@ -329,12 +369,15 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
-    """Entry of a worker process."""
+    """Entry of a worker process. It ends at once if it fails or its parent does, whatever its GPU is waiting for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides what follows
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
+        if config.device == "cuda":
+            torch.zeros(1, device=torch.device("cuda", rank))  # a GPU that cannot be used is found out here
         channel.taken[rank - 1].set()
         store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
         ModelRunner(config, rank, channel, store).loop()
     except Exception:
         channel.errors.put((rank, traceback.format_exc()))
-        raise SystemExit(1) from None
+        os._exit(1)

@@ -69,12 +69,12 @@ class SamplingTable:
         if is_changed[:3].any():
             extras["filters"] = top_k.int(), top_p, min_p
         if is_changed[3:].any():
-            rows_on_device = self.to_device(rows.copy(), torch.int64)
+            rows_on_device = self.to_device(rows, np.int64)
             extras.update(penalties=tuple(penalties), counts=self.counts, rows=rows_on_device)
         if biases:
-            dtypes = torch.int64, torch.int64, torch.float32
+            dtypes = np.int64, np.int64, np.float32
             extras["bias"] = tuple(map(self.to_device, zip(*biases, strict=True), dtypes))
         if wanted:
             indices, numbers = zip(*wanted, strict=True)
-            extras["logprobs"] = self.to_device(indices, torch.int64), max(numbers)
+            extras["logprobs"] = self.to_device(indices, np.int64), max(numbers)
         return SamplingExtras(**extras) if extras else None  # None: min_tokens, and they are there

@@ -19,7 +19,8 @@ def _norm_rope_store_kernel(
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
+    # Backwards: of a long prefill the L2 cache still holds what was written last.
+    token = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]  # q heads, then k heads, then v heads
     half = tl.arange(0, BLOCK)[None, :]
     HALF: tl.constexpr = HEAD_DIM // 2

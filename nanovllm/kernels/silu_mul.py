@@ -10,7 +10,7 @@ from nanovllm.kernels._triton import launch_next, pdl_options, tl, triton, wait_
 def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     launch_next(PDL)
     wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # what was written last is in the L2 cache
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
     gate = tl.load(x_ptr + row * 2 * SIZE + offsets, mask=mask).to(tl.float32)

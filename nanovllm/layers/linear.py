@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import MAX_TOKENS, gemv
+from nanovllm.kernels.skinny_gemm import skinny_gemm, takes_skinny_gemm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
@@ -118,8 +119,12 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
-        if self.tp.size == 1 and takes_gemv(x):
+        if self.tp.size > 1:
+            return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual)
+        if takes_gemv(x):
             return gemv(x, self.weight, bias, residual=residual)
-        if self.tp.size == 1 and bias is None:
+        if takes_skinny_gemm(x):
+            return skinny_gemm(x, self.weight, bias, residual)
+        if bias is None:
             return residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
-        return residual.add_(self.tp.all_reduce(F.linear(x, self.weight, bias)))
+        return residual.add_(F.linear(x, self.weight, bias))

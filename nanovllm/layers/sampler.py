@@ -60,8 +60,9 @@ class Sampler(nn.Module):
             return token_ids, (ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True))
         scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
         if self.tp.size > 1:
-            scores, token_ids = self.tp.all_gather(scores), self.tp.all_gather(token_ids)
-            token_ids = token_ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0)
+            # A float32 holds any token id below 2^24 exactly.
+            scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(1)  # [tp, n] each
+            token_ids = ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
         return token_ids, None
 
     def _gather(self, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Layers ask once, when they are built. torch.distributed's global state may be so
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,23 +16,31 @@ import torch.distributed as dist
 class TensorParallel:
     rank: int = 0
     size: int = 1
+    small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
 
     def shard(self, num: int) -> slice:
         """This rank's part of `num` things. They must divide evenly; the layers check that at build time."""
         return slice(num * self.rank // self.size, num * (self.rank + 1) // self.size)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
+    def all_reduce(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`residual` + the sum of x over the ranks, in place of residual, or else of x."""
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
+            return self.small_all_reduce(x, residual)
         if self.size > 1:
             dist.all_reduce(x)
-        return x
+        return x if residual is None else residual.add_(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """`[...]` of each rank -> `[size, ...]` on every rank."""
-        if self.size == 1:
-            return x.unsqueeze(0)
+        if self.small_all_reduce is not None and x.is_floating_point():  # the sum of what is zero but on one rank
+            out = x.new_zeros(self.size, *x.shape)
+            out[self.rank] = x
+            return self.all_reduce(out)
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(out.unbind(0)), x.contiguous())
+        if self.size > 1:
+            dist.all_gather(list(out.unbind(0)), x.contiguous())
+        else:
+            out.copy_(x)
         return out
 
 
@@ -43,10 +52,10 @@ def get_tensor_parallel() -> TensorParallel:
 
 
 @contextmanager
-def tensor_parallel(rank: int, size: int) -> Iterator[TensorParallel]:
+def tensor_parallel(rank: int, size: int, small_all_reduce: Any = None) -> Iterator[TensorParallel]:
     """Layers built inside the `with` belong to this rank."""
     global _current
-    before, _current = _current, TensorParallel(rank, size)
+    before, _current = _current, TensorParallel(rank, size, small_all_reduce)
     try:
         yield _current
     finally:

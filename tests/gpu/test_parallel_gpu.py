@@ -1,0 +1,126 @@
+"""Several GPUs: the tokens of one, and nothing left hanging when a rank dies."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import Checkpoint, generate_ids, greedy, make_checkpoint, random_prompts
+from test_engine_gpu import DEVICE, VOCAB, check_choices, make
+
+from nanovllm import LLM, SamplingParams
+
+NUM_GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 2, reason="needs several CUDA GPUs")]
+SIZES = [size for size in (2, 4, 8) if size <= NUM_GPUS]
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """8 query and 2 KV heads: with 4 ranks, two hold each of the latter. VOCAB + 1 divides by no number of ranks."""
+    saved = make_checkpoint(
+        tmp_path_factory.mktemp("parallel"), std=256**-0.5, vocab_size=VOCAB + 1, hidden_size=256, head_dim=64,
+        num_attention_heads=8, num_key_value_heads=2, intermediate_size=512,
+    )  # fmt: skip
+    return Checkpoint(saved.path, saved.model.to(DEVICE))
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    before = {process.pid for process in multiprocessing.active_children()}, set(os.listdir("/dev/shm"))
+    yield
+    left = {process.pid for process in multiprocessing.active_children()} - before[0]
+    assert not left and not {name for name in set(os.listdir("/dev/shm")) - before[1] if "psm" in name}
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_give_the_tokens_of_transformers(
+    parallel: Checkpoint, size: int, eager: bool, dtype: str, nothing_left: None
+) -> None:
+    prompts = random_prompts(0, [1, 2, 17, 63, 64, 130, 255, 256, 257, 300, 511, 600], VOCAB)
+    expected = parallel.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+    llm = make(
+        parallel, dtype=dtype, enforce_eager=eager, tensor_parallel_size=size, max_num_batched_tokens=500,
+        kvcache_block_size=64, max_model_len=640, num_kvcache_blocks=24,
+    )  # fmt: skip
+    try:
+        assert llm.model_runner.small_all_reduce is not None  # type: ignore[union-attr]
+        for count in (12, 1, 3):  # as many tokens as each kernel takes
+            tokens = generate_ids(llm, prompts[:count], greedy(NUM_TOKENS))
+            if dtype == "float32":
+                assert tokens == expected[:count]
+            else:
+                check_choices(parallel, prompts, tokens)
+        assert llm.scheduler.num_preemptions > 0
+        params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8, ignore_eos=True) for i in range(12)]
+        assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(llm, prompts[:4], params[:4])
+    finally:
+        llm.exit()
+
+
+@pytest.fixture
+def busy(parallel: Checkpoint) -> Iterator[tuple[LLM, dict[str, Any]]]:
+    """An engine, and arguments that keep it generating for a long time."""
+    llm = make(parallel, tensor_parallel_size=2, num_kvcache_blocks=400, max_num_seqs=64)
+    yield llm, dict(prompts=random_prompts(1, [20] * 64, VOCAB), sampling_params=greedy(900), use_tqdm=False)
+    llm.exit()
+
+
+def test_a_killed_rank_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]]) -> None:
+    llm, arguments = busy
+    (worker,) = llm.model_runner.channel.processes  # type: ignore[union-attr]
+    died: list[float] = []
+
+    def kill() -> None:
+        died.append(time.perf_counter())
+        os.kill(worker.pid or 0, signal.SIGKILL)
+
+    threading.Timer(0.1, kill).start()
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):
+        llm.generate(**arguments)
+    assert time.perf_counter() - died[0] < 10
+    with pytest.raises(RuntimeError, match="was shut down"):
+        llm.generate(**arguments)
+    assert torch.ones(3, device=DEVICE).sum().item() == 3  # the GPU is free for other work
+
+
+def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]]) -> None:
+    llm, arguments = busy
+    llm.model_runner.channel.send("no_such_method", ())  # type: ignore[union-attr]
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match="rank 1 failed:(?s:.)*no_such_method"):
+        llm.generate(**arguments)
+    assert time.perf_counter() - start < 10
+
+
+def test_an_interrupt_leaves_all_ranks_usable(busy: tuple[LLM, dict[str, Any]]) -> None:
+    llm, arguments = busy
+    expected = generate_ids(llm, arguments["prompts"][:5], greedy(20))
+    for delay in (0.05, 0.1, 0.15):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(**arguments)
+        assert generate_ids(llm, arguments["prompts"][:5], greedy(20)) == expected
+
+
+def test_memory_is_given_back(parallel: Checkpoint, nothing_left: None) -> None:
+    def free() -> list[int]:
+        torch.cuda.empty_cache()
+        return [torch.cuda.mem_get_info(i)[0] for i in range(2)]
+
+    llm = make(parallel, tensor_parallel_size=2)
+    (worker,) = llm.model_runner.channel.processes  # type: ignore[union-attr]
+    llm.exit()
+    assert worker.exitcode == 0
+    before = free()
+    make(parallel, tensor_parallel_size=2, num_kvcache_blocks=2000).exit()
+    assert all(after > bytes_before - (64 << 20) for after, bytes_before in zip(free(), before))
