@@ -6,8 +6,9 @@ import random
 import reprlib
 import time
 import weakref
-from collections import deque
-from collections.abc import Sequence as SequenceOf
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.trace import Trace
 
 Prompt = str | list[int]
 
@@ -70,6 +72,8 @@ class LLMEngine:
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
         # On a GPU one step is always queued behind the one that runs, so that the device never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
+        self._counters = Counter(requests=0, prompt_tokens=0, completion_tokens=0, prefix_hit_tokens=0, preemptions=0)
+        self._trace: Trace | None = None
         self.reset()
 
     def exit(self) -> None:
@@ -146,11 +150,16 @@ class LLMEngine:
         self._check_alive()
         if self.is_finished():
             return [], 0
+        start = time.perf_counter()
         try:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
+                if self._trace is not None:
+                    self._trace.scheduled(step, self.scheduler)
                 self._pending.append((step, self.model_runner.call("launch", step.seqs, step.is_prefill)))
             step, token_ids = self._pending.popleft()
             finished = self.scheduler.postprocess(step, token_ids.wait())
+            if self._trace is not None:
+                self._trace.completed(step, token_ids, finished, start)
         except BaseException as error:
             failure = None
             if self.model_runner.channel is not None:
@@ -166,8 +175,21 @@ class LLMEngine:
 
     def reset(self) -> None:
         """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.config, self._counters)
         self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """`with llm.trace() as trace:` records what runs inside it, except inside another such `with`."""
+        outer, self._trace = self._trace, Trace(self.scheduler, self.config.device == "cuda")
+        try:
+            yield self._trace
+        finally:
+            self._trace = outer
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now."""
+        return {**self._counters, **self.scheduler.block_manager.usage()}
 
     def _result(self, seq: Sequence) -> dict[str, Any]:
         token_ids = seq.completion_token_ids

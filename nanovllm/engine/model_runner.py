@@ -3,6 +3,7 @@
 import gc
 import math
 import signal
+import time
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ class PendingTokens:
     def __init__(self, token_ids: torch.Tensor) -> None:
         self.token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=token_ids.is_cuda)
         self.token_ids.copy_(token_ids, non_blocking=True)
-        self.copied = torch.cuda.Event() if token_ids.is_cuda else None
+        self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
+        self.launched_at = time.perf_counter()  # on a CPU the step has run by now
         if self.copied is not None:
             self.copied.record()
 

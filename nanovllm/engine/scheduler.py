@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class Scheduler:
     known, since everything it needs of them on the host is their number.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self.eos = config.eos
         num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
@@ -43,11 +43,14 @@ class Scheduler:
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = 0  # steps scheduled and not yet postprocessed
         self.num_preemptions = 0
+        self.counters = Counter() if counters is None else counters  # the engine's outlive this scheduler
 
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
+        self.counters["requests"] += 1
+        self.counters["prompt_tokens"] += seq.num_prompt_tokens
         self.waiting.append(seq)
 
     def schedule(self) -> Step | None:
@@ -71,6 +74,7 @@ class Scheduler:
                 if not self.block_manager.can_allocate(seq):
                     break
                 self.block_manager.allocate(seq)
+                self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
                 seq.row = self.free_rows.pop()
             # Only after allocate is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
@@ -113,6 +117,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
+        self.counters["preemptions"] += 1
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.deallocate(seq)
@@ -124,9 +129,11 @@ class Scheduler:
         Returns the sequences that finished; their blocks are free again. An unfinished chunk's token is ignored.
         """
         self.num_pending -= 1
+        self.counters["completion_tokens"] += len(token_ids)  # less those skipped below
         finished: list[Sequence] = []
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
             if not yields or seq.is_finished:  # finished: the step was launched before its end was known
+                self.counters["completion_tokens"] -= 1
                 continue
             seq.token_ids.append(token_id)
             self.block_manager.register(seq)

@@ -2,6 +2,7 @@
 
 from enum import Enum, auto
 from itertools import count
+from time import perf_counter
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -36,6 +37,7 @@ class Sequence:
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.block_keys: list[int] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
         self.finish_reason: str | None = None
+        self.queued_at, self.first_token_at, self.finished_at = perf_counter(), None, None  # s; a Trace fills them in
         self.max_tokens = sampling_params.max_tokens
         self.ignore_eos = sampling_params.ignore_eos
         # Below this, dividing by it overflows, and the most likely token is as good as certain.
