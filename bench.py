@@ -228,7 +228,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="timed runs of each workload, of which the best counts")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--json", metavar="FILE", help="write the results there, for machines")
-    add("--trace", metavar="FILE", help="trace the runs, and write the last one's there, for ui.perfetto.dev")
+    add("--trace", metavar="FILE", help="trace the runs; the last one's goes there: .json for ui.perfetto.dev, "
+        ".svg or .png for a picture (needs matplotlib)")
     add("--compare", choices=["transformers"], help="run the same load through another engine, greedily")
     add("--compare-batch-size", type=int, metavar="N", help="its static batch (default: 256; on a CPU 16)")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
@@ -359,7 +360,10 @@ def main(argv: list[str] | None = None) -> None:
         if traces:
             print(f"\nThe last run, written to {args.trace}:")
             traces[0].summary()
-            traces[0].save(args.trace)
+            if args.trace.endswith((".svg", ".png")):
+                traces[0].plot().savefig(args.trace)
+            else:
+                traces[0].save(args.trace)
         llm.exit()
         if args.compare:
             del llm, run  # nothing else holds the engine's memory

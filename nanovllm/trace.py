@@ -75,7 +75,7 @@ class Trace:
 
     def summary(self) -> dict[str, float]:
         """Print and return figures; `ttft`: time from being queued to the first token, `tpot`: per token after it."""
-        steps, done = self.steps, [seq for seq in self.requests.values() if seq.finished_at is not None]
+        steps, done = self.steps, [seq for seq in self.requests.values() if seq.finished_at and seq.first_token_at]
         computed = sum(step.num_tokens for step in steps if step.kind == "prefill")
         hits = sum(sum(step.prefix_hits.values()) for step in steps)
         made = sum(len(seq.completion_token_ids) for seq in self.requests.values())
