@@ -4,10 +4,12 @@ import difflib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+
+from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -21,22 +23,22 @@ class Config:
     """
 
     model: str  # a directory in Hugging Face format, or a hub id (the local cache is tried first)
-    max_num_batched_tokens: int = 16384  # most tokens computed in one prefill step; longer prompts are cut in chunks
-    max_num_seqs: int = 512  # most sequences that run at once
-    max_model_len: int = 4096  # most tokens of a sequence, prompt and completion; at most max_position_embeddings
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that the engine may use, above 0 and at most 1
-    tensor_parallel_size: int = 1  # number of ranks the model is split over, 1 to 8
+    max_num_batched_tokens: Annotated[int, 1] = 16384  # tokens of a prefill step; a longer prompt is cut in chunks
+    max_num_seqs: Annotated[int, 1] = 512  # most sequences that run at once
+    max_model_len: Annotated[int, 1] = 4096  # of prompt and completion; at most max_position_embeddings
+    gpu_memory_utilization: Annotated[float, ABOVE_0, 1] = 0.9  # share of the GPU's memory to use
+    tensor_parallel_size: Annotated[int, 1, 8] = 1  # number of ranks the model is split over
     enforce_eager: bool = False  # run decode without CUDA graphs
-    kvcache_block_size: int = 256  # token slots of a KV-cache block
-    num_kvcache_blocks: int = -1  # blocks in the cache; -1 works it out from the memory that is left
+    kvcache_block_size: Annotated[int, 1] = 256  # token slots of a KV-cache block
+    num_kvcache_blocks: Annotated[int, -1] = -1  # blocks in the cache; -1 works it out from the memory that is left
     hf_config: PretrainedConfig | None = None  # the model's configuration, when it is not to be read from `model`
-    eos: int = -1  # id of the end-of-sequence token; -1 takes the tokenizer's
+    eos: tuple[int, ...] | int = -1  # ids that end a sequence; -1: generation_config.json's, tokenizer's and model's
     device: str = "auto"  # "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu"
     dtype: str | torch.dtype = "auto"  # "auto" (the checkpoint's; on a CPU float32) or a name in DTYPES
     attention_backend: str = "auto"  # "auto" (the fastest that is there), "triton", "flash_attn" or "torch"
     load_format: str = "auto"  # "auto" reads safetensors files; "dummy" makes random weights and reads none
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
-    seed: int = 0  # of the requests that bring none, and of dummy weights
+    seed: Annotated[int, 0, 2**63 - 1] = 0  # of the requests that bring none, and of dummy weights
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
@@ -49,22 +51,11 @@ class Config:
         return cls(model, **options)
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
-            self._check_int(name, 1)
-        self._check_int("tensor_parallel_size", 1, 8)
-        self._check_int("eos", -1)
-        self._check_int("seed", 0, 2**63 - 1)
-        self._check_int("num_kvcache_blocks", -1)
+        check_fields(self)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be at least 1, or -1 to have it worked out, not 0")
-        for name in ("enforce_eager", "enable_prefix_caching"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        utilization = self.gpu_memory_utilization
-        if isinstance(utilization, bool) or not isinstance(utilization, (int, float)):
-            raise TypeError(f"gpu_memory_utilization must be a number, not {utilization!r}")
-        if not 0 < utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {utilization}")
+        for eos in self.eos if isinstance(self.eos, tuple) else (self.eos,):
+            check_value("eos", eos, int, -1)
         self._check_choice("device", ("auto", "cuda", "cpu"))
         self._check_choice("dtype", ("auto", *DTYPES, *DTYPES.values()))
         self._check_choice("attention_backend", ("auto", "triton", "flash_attn", "torch"))
@@ -97,14 +88,6 @@ class Config:
                 f"sequence of max_model_len {self.max_model_len}, which takes {needed} blocks; lower max_model_len, "
                 "or raise num_kvcache_blocks or gpu_memory_utilization"
             )
-
-    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, not {value!r}")
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} must be {bounds}, not {value}")
 
     def _check_choice(self, name: str, choices: tuple) -> None:
         if getattr(self, name) not in choices:
@@ -151,17 +134,23 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds {str(raw)[:40]!r} and not a configuration")
+    raw = read_json(file)
     check_architecture(raw.get("architectures"), str(file))
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever a malformed file makes transformers raise
         raise ValueError(f"transformers cannot read {file}: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds {str(raw)[:40]!r} and not a configuration")
+    return raw
 
 
 def check_architecture(architectures: list[str] | None, source: str) -> None:

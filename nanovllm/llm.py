@@ -1,6 +1,14 @@
 """The user's entry to the library."""
 
-from nanovllm.engine.llm_engine import LLMEngine
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+Conversation = list[dict[str, Any]]
 
 
 class LLM(LLMEngine):
@@ -9,3 +17,63 @@ class LLM(LLMEngine):
     >>> llm = LLM("/path/to/Qwen3-0.6B")
     >>> llm.generate("Hello, Nano-vLLM.", SamplingParams(max_tokens=32))[0]["text"]
     """
+
+    def chat(
+        self, messages: Conversation | list[Conversation], sampling_params: Params = None, use_tqdm: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None, **template_options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
+
+        Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's chat template.
+        Returns and raises what `generate` does; a ValueError also when there is no template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None) and "chat_template" not in template_options:
+            raise ValueError(f"{self.config.model} has no chat template; pass chat_template=..., or use generate")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise TypeError(f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}")
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        options = {"add_generation_prompt": True, **(chat_template_kwargs or {}), **template_options}
+        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
+        # The template has written the special tokens that a tokenizer adds by itself to plain text.
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[dict[str, Any]]:
+        """Complete prompts as `generate` does, and yield what is new of each completion as it comes.
+
+        Yields dicts: `index` of the prompt, `completion` (0 to n - 1), new `text` (it can lag behind, by part of a
+        character or of a stop string), `token_ids` and `logprobs`; with the last, `finish_reason` and `stop_reason`.
+        Requests are queued when the first dict is asked for; leaving the loop, or closing the generator, ends them.
+        """
+        return self._stream(self._checked(prompts, sampling_params))
+
+    def _stream(self, requests: list[tuple[list[int], SamplingParams]]) -> Iterator[dict[str, Any]]:
+        scheduler = self.scheduler
+        live: list[tuple[int, int, Sequence]] = []
+        num_sent: dict[Sequence, int] = defaultdict(int)
+        try:
+            for index, request in enumerate(requests):
+                live += [(index, i, seq) for i, seq in enumerate(self._queue(*request, is_streamed=True))]
+            while live and self.scheduler is scheduler:  # not after a reset
+                self._step_for_others()
+                for index, number, seq in live:
+                    start, num_sent[seq] = num_sent[seq], len(seq.token_ids) - seq.num_prompt_tokens
+                    if start < num_sent[seq]:
+                        text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
+                        yield {
+                            "index": index, "completion": number, "text": text,
+                            "token_ids": seq.token_ids[seq.num_prompt_tokens + start :],
+                            "logprobs": None if seq.logprobs is None else seq.logprobs[start:],
+                            "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason,
+                        }  # fmt: skip
+                live = [item for item in live if not item[2].is_finished]
+        finally:
+            if self.scheduler is scheduler and self.model_runner is not None:
+                scheduler.abort([seq for *_, seq in live])
+                while self._pending and scheduler.is_finished():  # steps launched ahead
+                    self._step_for_others()
+
+    def _step_for_others(self) -> None:
+        """A step; what it reports is kept for whoever calls `step` next."""
+        ended, _ = self.step()
+        self._ended += ended

@@ -274,8 +274,11 @@ def test_steps_launched_before_an_eos_was_known(
         assert [num_tokens for _, num_tokens in steps] == [len(prompt)] + [-1] * (end + depth)
         (result,) = [result for outputs, _ in steps for result in outputs]
         assert steps[end][0] == [result]  # reported by the step that found it, not by the last
-        text = {"text": "", "token_ids": tokens[: end + 1], "finish_reason": "stop"}
-        assert result == (request, text)
+        expected_result = {
+            "text": "", "token_ids": tokens[: end + 1], "finish_reason": "stop", "stop_reason": None,
+            "logprobs": None, "prompt_token_ids": prompt, "num_cached_tokens": 0,
+        }  # fmt: skip
+        assert result == (request, expected_result)
         assert_idle(llm)
         llm.exit()
 
@@ -337,7 +340,7 @@ def test_demo_equals_transformers(demo: tuple[LLM, list[dict[str, str]], list[st
     assert len(chosen) == 2
     chosen += prompts[5::20] + ["The number", "1, 2, 3", "Nano-vLLM is"]
     encoded = [llm.tokenizer.encode(text) for text in chosen]
-    expected = Checkpoint(DEMO_MODEL, model).complete(encoded, 60, eos=llm.config.eos)
+    expected = Checkpoint(DEMO_MODEL, model).complete(encoded, 60, eos=llm.config.eos[0])
     outputs = llm.generate(chosen, greedy(60, ignore_eos=False), use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
     assert generate_ids(llm, encoded, greedy(60, ignore_eos=False)) == expected

@@ -416,6 +416,7 @@ package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
 from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
+from nanovllm.kernels import penalties, threshold
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.layers.attention import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)

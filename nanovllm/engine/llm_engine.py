@@ -16,8 +16,9 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.config import Config
+from nanovllm.config import Config, read_json
 from nanovllm.engine.channel import Channel
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens, run_worker
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
@@ -26,6 +27,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.trace import Trace
 
 Prompt = str | list[int]
+Prompts = str | SequenceOf[Prompt]
+Params = SamplingParams | SequenceOf[SamplingParams] | None
 
 
 class LLMEngine:
@@ -39,8 +42,10 @@ class LLMEngine:
         self.config = config = Config.from_options(model, options)
         MODELS[config.hf_config.architectures[0]].check_config(config.hf_config, config.tensor_parallel_size)
         self.tokenizer = load_tokenizer(config.model)
+        self._generation_config = read_json(Path(config.model) / "generation_config.json")
         if config.eos == -1:
-            config.eos = find_eos(config, self.tokenizer)
+            named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, config.hf_config)]
+            config.eos = find_eos(self._generation_config.get("eos_token_id"), *named)
         self._seeds = random.Random(config.seed)  # of the requests that bring none
         channel = store = None
         if config.tensor_parallel_size > 1 and dist.is_initialized():
@@ -81,22 +86,62 @@ class LLMEngine:
         self._finalizer()
         self.model_runner = None
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters gets: those that the model's generation_config.json recommends."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+        recommended = {name: self._generation_config.get(name) for name in names}
+        options = {name.replace("_new", ""): value for name, value in recommended.items() if value is not None}
+        if self._generation_config.get("do_sample") is False:
+            options["temperature"] = 0
+        try:
+            return SamplingParams(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.config.model}/generation_config.json: {error}; pass sampling_params") from error
+
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt; returns the id by which `step` reports its result. Raises as `generate` does."""
-        params = sampling_params if sampling_params is not None else SamplingParams()
-        return self._queue(self._checked(prompt, params, 0), params)
+        return self._queue(*self._checked([prompt], sampling_params)[0])[0].seq_id
 
-    def _queue(self, token_ids: list[int], params: SamplingParams) -> int:
-        seq = Sequence(token_ids, params, seed=self._seeds.getrandbits(63))
-        seq.max_tokens = min(seq.max_tokens, self.config.max_model_len - seq.num_prompt_tokens)
-        self.scheduler.add(seq)
-        return seq.seq_id
+    def abort(self, request_id: int) -> None:
+        """End a request of `add_request`, if it has not ended; the next `step` reports what there is of it."""
+        if (seqs := self._requests.pop(request_id, None)) is not None:
+            self.scheduler.abort(seqs)
+            self._ended.append((request_id, self._result(seqs)))
+
+    def _queue(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> list[Sequence]:
+        """One sequence a completion. The first has the request's seed, the others seeds that follow from it."""
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        others, room = random.Random(seed), self.config.max_model_len - len(token_ids)
+        seqs = [Sequence(token_ids, params, others.getrandbits(63) if i else seed) for i in range(params.n)]
+        for seq in seqs:
+            seq.request_id = seqs[0].seq_id
+            seq.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+            if self.tokenizer is not None and (is_streamed or params.stop):
+                seq.detokenizer = Detokenizer(self.tokenizer, params)
+            self.scheduler.add(seq)
+        if not is_streamed:  # `step` reports it
+            self._requests[seqs[0].seq_id] = seqs
+        return seqs
 
     def _check_alive(self) -> None:
         if self.model_runner is None:
             raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
 
-    def _checked(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
+    def _checked(self, prompts: Prompts, sampling_params: Params) -> list[tuple[list[int], SamplingParams]]:
+        """Token ids and parameters of each prompt; or an exception as `generate` describes."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
+        if not isinstance(sampling_params, (list, tuple)):
+            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {sampling_params!r}")
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
+        checked = map(self._checked_prompt, prompts, sampling_params, range(len(prompts)))
+        return list(zip(checked, sampling_params, strict=True))
+
+    def _checked_prompt(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
         """The token ids of a request that can be served; else an exception that says what is wrong with it."""
         self._check_alive()
         if not isinstance(params, SamplingParams):
@@ -126,9 +171,11 @@ class LLMEngine:
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         vocab = self.config.hf_config.vocab_size
-        for token_id in (min(token_ids), max(token_ids)):
+        for token_id in (min(token_ids), max(token_ids), *params.stop_token_ids, *(params.logit_bias or ())):
             if not 0 <= token_id < vocab:
                 raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"prompt {index} has stop strings, and {self.config.model} has no tokenizer")
         if len(token_ids) >= self.config.max_model_len:
             raise ValueError(
                 f"prompt {index} has {len(token_ids)} tokens, and max_model_len {self.config.max_model_len} must "
@@ -138,7 +185,7 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running."""
-        return self.scheduler.is_finished() and not self._pending
+        return self.scheduler.is_finished() and not self._pending and not self._ended
 
     def step(self) -> tuple[list[tuple[int, dict[str, Any]]], int]:
         """Complete one forward pass, having launched the next one behind it.
@@ -148,18 +195,19 @@ class LLMEngine:
             computed; of a decode step, minus the number of sequences; 0 when there was nothing to do.
         """
         self._check_alive()
+        ended, self._ended = self._ended, []
         if self.is_finished():
-            return [], 0
+            return ended, 0
         start = time.perf_counter()
         try:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
                 if self._trace is not None:
                     self._trace.scheduled(step, self.scheduler)
                 self._pending.append((step, self.model_runner.call("launch", step.seqs, step.is_prefill)))
-            step, token_ids = self._pending.popleft()
-            finished = self.scheduler.postprocess(step, token_ids.wait())
+            step, pending = self._pending.popleft()
+            finished = self.scheduler.postprocess(step, *pending.wait())
             if self._trace is not None:
-                self._trace.completed(step, token_ids, finished, start)
+                self._trace.completed(step, pending, finished, start)
         except BaseException as error:
             failure = None
             if self.model_runner.channel is not None:
@@ -171,12 +219,18 @@ class LLMEngine:
                 raise failure from error
             raise
         num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
-        return [(seq.seq_id, self._result(seq)) for seq in finished], num_tokens
+        for seq in finished:
+            seqs = self._requests.get(seq.request_id)  # None: a stream's
+            if seqs is not None and all(other.is_finished for other in seqs):
+                ended.append((seq.request_id, self._result(self._requests.pop(seq.request_id))))
+        return ended, num_tokens
 
     def reset(self) -> None:
         """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
         self.scheduler = Scheduler(self.config, self._counters)
         self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: id -> the sequences of its n completions
+        self._ended: list[tuple[int, dict[str, Any]]] = []  # results for the next step to report
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -191,48 +245,54 @@ class LLMEngine:
         """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now."""
         return {**self._counters, **self.scheduler.block_manager.usage()}
 
-    def _result(self, seq: Sequence) -> dict[str, Any]:
-        token_ids = seq.completion_token_ids
-        text = "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+    def _result(self, seqs: list[Sequence]) -> dict[str, Any]:
+        completions = [
+            {
+                "text": self._text(seq), "token_ids": seq.completion_token_ids, "finish_reason": seq.finish_reason,
+                "stop_reason": seq.stop_reason, "logprobs": seq.logprobs,
+            } for seq in seqs
+        ]  # fmt: skip
+        prompt, num_cached = seqs[0].token_ids[: seqs[0].num_prompt_tokens], seqs[0].num_cached_prompt_tokens or 0
+        result = {**completions[0], "prompt_token_ids": prompt, "num_cached_tokens": num_cached}
+        return result if len(seqs) == 1 else {**result, "completions": completions}
+
+    def _text(self, seq: Sequence) -> str:
+        if seq.detokenizer is not None or self.tokenizer is None:
+            return "" if seq.detokenizer is None else seq.detokenizer.text
+        hides_end = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
+        token_ids = seq.completion_token_ids[:-1] if hides_end else seq.completion_token_ids
+        return self.tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
 
     def generate(
-        self, prompts: str | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None, use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
+    ) -> list[dict[str, Any]]:
         """Complete prompts, batched as the cache allows.
 
         Args:
             prompts: one string, or a list whose items are strings or lists of token ids.
-            sampling_params: one for all prompts, or one for each.
+            sampling_params: one for all prompts, or one for each; None: `get_default_sampling_params`.
             use_tqdm: show a progress bar.
 
         Returns:
-            For each prompt, in order, a dict with `text` (the completion, special tokens left out; "" without a
-            tokenizer), `token_ids` (of the completion) and `finish_reason`: "stop" (end of sequence) or "length"
-            (`max_tokens`, or `max_model_len`, was reached).
+            For each prompt, in order, a dict with `text` (the completion; "" without a tokenizer), `token_ids` (of
+            the completion, the one that ended it included), `finish_reason` ("stop", or "length": `max_tokens`, or
+            `max_model_len`, was reached), `stop_reason` (which stop string or stop token id, else None), `logprobs`
+            (None, or for each token a dict of token id -> log-probability, the sampled one first),
+            `prompt_token_ids`, `num_cached_tokens` (of the prompt). With n > 1 these are the first completion's, and
+            `completions` is a list of n such dicts.
 
         Raises:
             TypeError, ValueError: a prompt or its parameters are not right; nothing is queued then.
-            RuntimeError: requests of `add_request` are unfinished.
+            RuntimeError: requests of `add_request` or of a stream are unfinished.
         """
         if not self.is_finished():
-            raise RuntimeError("requests of add_request are unfinished; run step() until is_finished(), or reset()")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)):
-            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
-        checked = list(map(self._checked, prompts, sampling_params, range(len(prompts))))
+            raise RuntimeError("requests of add_request or stream are unfinished; step() until they are, or reset()")
+        requests = self._checked(prompts, sampling_params)
         results: dict[int, dict[str, Any]] = {}
         rates = {"prefill": "-", "decode": "-"}
         try:
-            request_ids = [self._queue(*request) for request in zip(checked, sampling_params, strict=True)]
-            with tqdm(total=len(prompts), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
+            request_ids = [self._queue(*request)[0].seq_id for request in requests]
+            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
                 while not self.is_finished():
                     start = time.perf_counter()
                     finished, num_tokens = self.step()
@@ -269,9 +329,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
 
 
-def find_eos(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The end-of-sequence id: the tokenizer's, else the model's; -1 when neither names one."""
-    eos = getattr(tokenizer, "eos_token_id", None)
-    eos = getattr(config.hf_config, "eos_token_id", None) if eos is None else eos
-    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-    return -1 if eos is None else eos
+def find_eos(*named: int | SequenceOf[int] | None) -> tuple[int, ...]:
+    """All ids that any of these sources names as an end of sequence."""
+    ids = (token_id for eos in named for token_id in (eos if isinstance(eos, (list, tuple)) else [eos]))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
+from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.attention import Attention, select_backend
-from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.sampler import Sampler, SamplingExtras
 from nanovllm.models import MODELS
 from nanovllm.models.qwen3 import head_size
 from nanovllm.utils.context import Context, reset_context, set_context
@@ -30,22 +32,28 @@ from nanovllm.utils.tensor_parallel import tensor_parallel
 CPU_KVCACHE_BYTES = 2 << 30  # the cache's default size without a GPU; pages are committed as they are first used
 MAX_GRAPH_BATCH = 512
 
+Sampled = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]  # token ids, log-probabilities
+
 
 class PendingTokens:
-    """The tokens of a launched step, on their way to the host."""
+    """The tokens of a launched step, and the log-probabilities asked for, on their way to the host."""
 
-    def __init__(self, token_ids: torch.Tensor) -> None:
-        self.token_ids = torch.empty_like(token_ids, device="cpu", pin_memory=token_ids.is_cuda)
-        self.token_ids.copy_(token_ids, non_blocking=True)
+    def __init__(self, token_ids: torch.Tensor, logprobs: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        tensors = (token_ids, *(logprobs or ()))
+        self.parts = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        for part, tensor in zip(self.parts, tensors, strict=True):
+            part.copy_(tensor, non_blocking=True)
         self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
         self.launched_at = time.perf_counter()  # on a CPU the step has run by now
         if self.copied is not None:
             self.copied.record()
 
-    def wait(self) -> list[int]:
+    def wait(self) -> tuple[list[int], list[tuple[list[int], list[float]]] | None]:
+        """The token ids, and (token ids, log-probabilities) for each sequence that asked."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.token_ids.tolist()
+        token_ids, *logprobs = (part.tolist() for part in self.parts)
+        return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
 
 class ModelRunner:
@@ -73,7 +81,7 @@ class ModelRunner:
         config.attention_backend = self.backend.name
         with tensor_parallel(rank, config.tensor_parallel_size), _defaults(self.device, config.dtype):
             self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
-            self.sampler = Sampler(self.model.lm_head.vocab_start)
+            self.sampler = Sampler(self.model.lm_head.vocab_start, hf_config.vocab_size)
         if config.load_format == "dummy":
             fill_dummy(self.model, getattr(hf_config, "initializer_range", 0.02), config.seed)
         else:
@@ -85,7 +93,8 @@ class ModelRunner:
             self._warm_up()
         self._allocate_kv_cache()
         self._allocate_buffers()
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # with their output tokens
+        # With the tokens and the logits that they leave.
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs()
 
@@ -99,7 +108,7 @@ class ModelRunner:
         ones = torch.ones(num_seqs, dtype=torch.int64, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
-        self._forward(tokens, tokens, context, ones.float(), ones, ones)
+        self.sampler(self._forward(tokens, tokens, context), ones.float(), ones, ones)
         torch.cuda.synchronize(self.device)
 
     def _allocate_kv_cache(self) -> None:
@@ -145,6 +154,7 @@ class ModelRunner:
         # Per-sequence inputs on the host; a decode step only gathers them.
         self.block_tables = np.full((num_rows, self.blocks_per_seq), -1, dtype=np.int32)
         self.temperatures, self.seeds = np.zeros(num_rows, dtype=np.float32), np.zeros(num_rows, dtype=np.int64)
+        self.sampling = SamplingTable(num_rows, self.config.hf_config.vocab_size, self.device, self._to_device)
 
     def _capture_graphs(self) -> None:
         """Record a decode step, sampling included, for each batch size of a ladder.
@@ -161,9 +171,11 @@ class ModelRunner:
         for size in reversed(self.graph_sizes):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool):
-                tokens = self._decode(size)
+                tokens, _, logits = self._decode(size)
             pool = pool or graph.pool()
-            self.graphs[size] = graph, tokens
+            # Only the address of the logits is kept: holding their memory would keep the next graph from using it.
+            self.graphs[size] = graph, tokens, alias(logits)
+            del logits
         torch.cuda.synchronize(self.device)
 
     def call(self, method: str, *args: Any) -> Any:
@@ -195,28 +207,29 @@ class ModelRunner:
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
         """Queue one step on the device: compute the scheduled tokens, sample one after each sequence's last."""
-        return PendingTokens(self._launch_prefill(seqs) if is_prefill else self._launch_decode(seqs))
+        return PendingTokens(*(self._launch_prefill(seqs) if is_prefill else self._launch_decode(seqs)))
 
-    def _launch_prefill(self, seqs: list[Sequence]) -> torch.Tensor:
+    def _launch_prefill(self, seqs: list[Sequence]) -> Sampled:
         for seq in seqs:
             self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
-        rows = [seq.row for seq in seqs]
-        sampling = self._to_device(self.temperatures[rows]), self._to_device(self.seeds[rows])
-        last_positions = self._to_device([seq.num_computed_tokens - 1 for seq in seqs], torch.int64)
-        tokens = self._forward(*self.prepare_prefill(seqs), *sampling, last_positions)
-        self.last_tokens.index_copy_(0, self._to_device(rows, torch.int64), tokens)
-        return tokens
+            self.sampling.fill(seq)
+        rows, lengths = np.array([seq.row for seq in seqs]), np.array([seq.num_computed_tokens for seq in seqs])
+        arrays = dict(rows=rows, temperatures=self.temperatures[rows], seeds=self.seeds[rows], positions=lengths - 1)
+        arrays, extras = {name: self._to_device(x) for name, x in arrays.items()}, self.sampling.build(rows, lengths)
+        return self._sample(self._forward(*self.prepare_prefill(seqs)), arrays, extras)
 
-    def _launch_decode(self, seqs: list[Sequence]) -> torch.Tensor:
-        if not self.graphs or len(seqs) > self.graph_sizes[-1]:
-            self.prepare_decode(seqs, len(seqs))
-            return self._decode(len(seqs))
-        size = self.graph_sizes[bisect_left(self.graph_sizes, len(seqs))]
-        self.prepare_decode(seqs, size)
-        graph, tokens = self.graphs[size]
+    def _launch_decode(self, seqs: list[Sequence]) -> Sampled:
+        num_seqs = len(seqs)
+        if not self.graphs or num_seqs > self.graph_sizes[-1]:
+            return self._decode(num_seqs, self.prepare_decode(seqs, num_seqs))[:2]
+        size = self.graph_sizes[bisect_left(self.graph_sizes, num_seqs)]
+        extras = self.prepare_decode(seqs, size)
+        graph, tokens, logits = self.graphs[size]
         graph.replay()
-        return tokens[: len(seqs)]
+        if extras is None:
+            return tokens[:num_seqs], None
+        return self._sample(logits[:num_seqs], self._arrays(num_seqs), extras)  # the graph's are plain samples
 
     def prepare_prefill(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, Context]:
         """Lay the scheduled tokens of all sequences one after the other: input ids, positions and metadata."""
@@ -239,7 +252,7 @@ class ModelRunner:
         )
         return self._to_device(input_ids, torch.int64), self._to_device(positions, torch.int64), context
 
-    def prepare_decode(self, seqs: list[Sequence], size: int) -> None:
+    def prepare_decode(self, seqs: list[Sequence], size: int) -> SamplingExtras | None:
         """Fill the decode buffers for one token of each sequence, padded to `size` rows, and upload them."""
         num_seqs, block_size, host = len(seqs), self.config.kvcache_block_size, self.buffers.next_host()
         rows, context_lens = host["rows"][:size], host["context_lens"][:size]
@@ -260,34 +273,49 @@ class ModelRunner:
         rows[num_seqs:], context_lens[num_seqs:], host["slots"][num_seqs:size] = self.config.max_num_seqs, 0, -1
         host["positions"][num_seqs:size] = host["temperatures"][num_seqs:size] = 0
         self.buffers.upload()
+        return self.sampling.build(rows[:num_seqs], context_lens[:num_seqs])
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def _forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context, temperatures: torch.Tensor,
-        seeds: torch.Tensor, sample_positions: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """Model, LM head and sampler: `[num_seqs]` int64 token ids, on the device."""
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        """Model and LM head: `[num_seqs, vocab / tp]` logits of each sequence's last token."""
         set_context(context)
         try:
-            logits = self.model.compute_logits(self.model(input_ids, positions))
-            return self.sampler(logits, temperatures, seeds, sample_positions)
+            return self.model.compute_logits(self.model(input_ids, positions))
         finally:
             reset_context()
 
     @torch.inference_mode()
-    def _decode(self, size: int) -> torch.Tensor:
-        """One decode step on the first `size` rows of the buffers; this is what a graph records."""
-        arrays = {name: array[:size] for name, array in self.buffers.device.items()}
-        rows, positions, tables = arrays["rows"], arrays["positions"], arrays["block_tables"]
+    def _sample(
+        self, logits: torch.Tensor, arrays: dict[str, torch.Tensor], extras: SamplingExtras | None
+    ) -> Sampled:
+        """Draw `[num_seqs]` int64 token ids and keep them for the next step, all on the device."""
+        sampling = arrays["temperatures"], arrays["seeds"], arrays["positions"]
+        tokens, logprobs = self.sampler(logits, *sampling, extras)
+        self.last_tokens.index_copy_(0, arrays["rows"], tokens)
+        return tokens, logprobs
+
+    def _arrays(self, size: int) -> dict[str, torch.Tensor]:
+        return {name: array[:size] for name, array in self.buffers.device.items()}
+
+    @torch.inference_mode()
+    def _decode(self, size: int, extras: SamplingExtras | None = None) -> tuple[Any, ...]:
+        """One decode step on the first `size` rows of the buffers: what a graph records. `Sampled`, and logits."""
+        arrays = self._arrays(size)
+        tables, input_ids = arrays["block_tables"], self.last_tokens[arrays["rows"]]
         context = Context(slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=tables)
-        sampling = arrays["temperatures"], arrays["seeds"], positions
-        tokens = self._forward(self.last_tokens[rows], positions, context, *sampling)
-        self.last_tokens.index_copy_(0, rows, tokens)
-        return tokens
+        logits = self._forward(input_ids, arrays["positions"], context)
+        return *self._sample(logits, arrays, extras), logits
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same (contiguous) memory of a CUDA device, not owned: somebody else must see to it that it stays."""
+    data = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2}
+    memory = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=data), device=tensor.device)
+    return memory.view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager

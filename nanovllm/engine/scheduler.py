@@ -35,7 +35,7 @@ class Scheduler:
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
-        self.eos = config.eos
+        self.eos = (config.eos,) if isinstance(config.eos, int) else config.eos
         num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
@@ -49,9 +49,21 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
+        eos = () if seq.params.ignore_eos else self.eos
+        seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids} | dict.fromkeys(eos)
         self.counters["requests"] += 1
         self.counters["prompt_tokens"] += seq.num_prompt_tokens
         self.waiting.append(seq)
+
+    def abort(self, seqs: list[Sequence]) -> None:
+        """End those of `seqs` that have not finished. Their blocks are free; tokens under way will be dropped."""
+        for seq in seqs:
+            if not seq.is_finished:
+                if seq.block_table:
+                    self._release(seq)
+                seq.finish("abort")
+        self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+        self.running = deque(seq for seq in self.running if not seq.is_finished)
 
     def schedule(self) -> Step | None:
         """Pick the sequences of the next step and give them their blocks; None if a pending step must end first.
@@ -75,12 +87,14 @@ class Scheduler:
                     break
                 self.block_manager.allocate(seq)
                 self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
+                if seq.num_cached_prompt_tokens is None:
+                    seq.num_cached_prompt_tokens = seq.num_cached_tokens
                 seq.row = self.free_rows.pop()
             # Only after allocate is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
             seqs.append(seq)
-            yields.append(seq.schedule(num_new))
+            yields.append(seq.schedule(num_new, is_prefill=True))
             # Its full blocks can be shared from now on, in this step too: a layer stores all K and V, then reads.
             self.block_manager.register(seq)
             if not yields[-1]:
@@ -123,28 +137,28 @@ class Scheduler:
         self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 
-    def postprocess(self, step: Step, token_ids: list[int]) -> list[Sequence]:
+    def postprocess(
+        self, step: Step, token_ids: list[int], logprobs: list[tuple[list[int], list[float]]] | None = None
+    ) -> list[Sequence]:
         """Account for the oldest pending step, given one sampled token for each of its sequences.
 
-        Returns the sequences that finished; their blocks are free again. An unfinished chunk's token is ignored.
+        `logprobs` has an entry for each sequence that asked. An unfinished chunk's token is ignored. Returns the
+        sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
         self.counters["completion_tokens"] += len(token_ids)  # less those skipped below
         finished: list[Sequence] = []
+        entries = iter(logprobs or ())
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
+            entry = None if seq.logprobs is None else next(entries)
             if not yields or seq.is_finished:  # finished: the step was launched before its end was known
                 self.counters["completion_tokens"] -= 1
                 continue
-            seq.token_ids.append(token_id)
+            is_last = seq.append(token_id, entry)
             self.block_manager.register(seq)
-            if token_id == self.eos and not seq.ignore_eos:
-                seq.finish("stop")
-            elif len(seq.token_ids) - seq.num_prompt_tokens == seq.max_tokens:
-                seq.finish("length")
-            else:
-                continue
-            self._release(seq)
-            finished.append(seq)
+            if is_last:
+                self._release(seq)
+                finished.append(seq)
         if finished:  # one pass a step; deque.remove would be one pass a finished sequence
             self.running = deque(seq for seq in self.running if not seq.is_finished)
         return finished

@@ -1,10 +1,16 @@
 """The state of one request."""
 
+from __future__ import annotations
+
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):
@@ -31,18 +37,23 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = self.num_tokens = len(token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
+        self.num_cached_prompt_tokens: int | None = None  # at the first one
         self.num_computed_tokens = self.num_scheduled_tokens = 0
         self.row = -1  # in the model runner's arrays of admitted sequences
         self.block_table: list[int] = []
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.block_keys: list[int] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
         self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None  # the stop string, or the id of stop_token_ids, that ended it
+        self.request_id = self.seq_id  # the first one's id, where a request has several
+        self.params, self.max_tokens = sampling_params, sampling_params.max_tokens
+        self.end_ids: dict[int, int | None] = {}  # ids that end it -> the stop_reason then; the scheduler fills it
+        self.detokenizer: Detokenizer | None = None  # for those whose text is needed while they run
+        self.logprobs: list[dict[int, float]] | None = None if sampling_params.logprobs is None else []
+        self.options: tuple | None = None  # see `_sampler_options`; in prefill steps, where the request is not plain
+        self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
+        self.seed = seed
         self.queued_at, self.first_token_at, self.finished_at = perf_counter(), None, None  # s; a Trace fills them in
-        self.max_tokens = sampling_params.max_tokens
-        self.ignore_eos = sampling_params.ignore_eos
-        # Below this, dividing by it overflows, and the most likely token is as good as certain.
-        self.temperature = sampling_params.temperature if sampling_params.temperature >= 1e-5 else 0.0
-        self.seed = sampling_params.seed if sampling_params.seed is not None else seed
         self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property
@@ -64,27 +75,56 @@ class Sequence:
         start = self.num_computed_tokens - self.num_scheduled_tokens - self._token_offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
 
-    def schedule(self, num_tokens: int) -> bool:
+    def schedule(self, num_tokens: int, is_prefill: bool = False) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
+        self.options = self._sampler_options() if is_prefill and not self.params.is_plain else None
         self.num_scheduled_tokens = num_tokens
         self.num_computed_tokens += num_tokens
         yields = self.num_computed_tokens == self.num_tokens
         self.num_tokens += yields
         return yields
 
-    def finish(self, reason: str) -> None:
+    def _sampler_options(self) -> tuple[SamplingParams, int, tuple[int, ...], list[int], list[int]]:
+        """Parameters; below which length which ids are forbidden; for penalties, prompt and completion."""
+        params, num_prompt_tokens = self.params, self.num_prompt_tokens
+        history = self.token_ids if params.has_penalties else []
+        forbidden = num_prompt_tokens + params.min_tokens, tuple(self.end_ids)
+        return params, *forbidden, history[:num_prompt_tokens], history[num_prompt_tokens:]
+
+    def append(self, token_id: int, logprobs: tuple[list[int], list[float]] | None = None) -> bool:
+        """Add a sampled token (and log-probabilities of it and the likeliest); returns whether that ends it."""
+        self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(dict(zip(*(part[: self.params.logprobs + 1] for part in logprobs), strict=True)))
+        num_tokens = len(self.token_ids) - self.num_prompt_tokens
+        is_end, is_full = token_id in self.end_ids, num_tokens == self.max_tokens
+        if not is_end and not is_full and self.detokenizer is None:
+            return False  # nearly always
+        may_stop = num_tokens > self.params.min_tokens
+        is_end = is_end and may_stop
+        stop: str | int | None = self.end_ids[token_id] if is_end else None
+        if self.detokenizer is not None:
+            shown = token_id if not is_end or self.params.include_stop_str_in_output else None
+            stop = self.detokenizer.append(shown, is_end or is_full, may_stop) or stop
+        if is_end or stop is not None:
+            self.finish("stop", stop)
+        elif is_full:
+            self.finish("length")
+        return self.is_finished
+
+    def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
         self.status = SequenceStatus.FINISHED
-        self.finish_reason = reason
+        self.finish_reason, self.stop_reason = reason, stop_reason
         self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
 
     def __getstate__(self) -> tuple:
         # Workers get what the step computes and no more: a slice of a prompt, or a decoding sequence's last token.
         return (
             self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
-            self.temperature, self.seed, self.scheduled_token_ids,
+            self.temperature, self.seed, self.options, self.scheduled_token_ids,
         )  # fmt: skip
 
     def __setstate__(self, state: tuple) -> None:
         self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table, *rest = state
-        self.temperature, self.seed, self.token_ids = rest
+        self.temperature, self.seed, self.options, self.token_ids = rest
         self._token_offset = self.num_computed_tokens - self.num_scheduled_tokens

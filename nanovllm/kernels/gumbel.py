@@ -22,7 +22,7 @@ def _log(x, APPROX: tl.constexpr):
 
 @triton.jit
 def _gumbel_argmax_kernel(
-    logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, values_ptr, indices_ptr,
+    logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, values_ptr, indices_ptr,
     vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, APPROX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
@@ -35,6 +35,9 @@ def _gumbel_argmax_kernel(
     scores = tl.load(logits_ptr + row.to(tl.int64) * stride_logits + column, mask=mask, other=-float("inf"))
     scores = scores.to(tl.float32)
     temperature = tl.load(temperatures_ptr + row)
+    if thresholds_ptr is not None:  # known at compile time
+        scores = tl.where(scores >= tl.load(thresholds_ptr + row), scores, -float("inf"))
+        temperature = tl.where(tl.max(scores, axis=0) > -float("inf"), temperature, 0.0)  # nothing left: no noise
     if temperature > 0:
         # One Philox call makes four words, for the token ids 4 c to 4 c + 3 of its counter c.
         counter = (first_id // 4 + tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.int32)
@@ -68,14 +71,16 @@ def _best_tile_kernel(
 
 
 def gumbel_argmax(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0,
+    thresholds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Draw one token a row; at temperature 0, the most likely one.
 
     Args:
         logits: `[n, vocab]`, bf16, fp16 or fp32, rows contiguous; a tensor-parallel rank's part of the vocabulary.
         temperatures, seeds, positions: `[n]` float32; int64, not negative; int64, of the token before the one drawn.
         first_id: token id of column 0.
+        thresholds: `[n]` float32; only logits that reach it are drawn.
 
     Returns:
         The best score `[n]` float32 (comparable across ranks) and its token id `[n]` int64, the lowest among equals.
@@ -87,8 +92,8 @@ def gumbel_argmax(
     values = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     indices = torch.empty(num_rows, num_tiles, dtype=torch.int64, device=logits.device)
     _gumbel_argmax_kernel[(num_rows, num_tiles)](
-        logits, logits.stride(0), temperatures, seeds, positions, values, indices, vocab_size, first_id,
-        ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
+        logits, logits.stride(0), temperatures, seeds, positions, thresholds, values, indices,
+        vocab_size, first_id, ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
     )  # fmt: skip
     value, index = values.new_empty(num_rows), indices.new_empty(num_rows)
     block = next_power_of_2(num_tiles)
@@ -97,10 +102,13 @@ def gumbel_argmax(
 
 
 def gumbel_argmax_torch(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0,
+    thresholds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The same in PyTorch: the reference, and the CPU's path. Same arguments and results as `gumbel_argmax`."""
     scores = logits.float()
+    if thresholds is not None:
+        scores = scores.masked_fill(scores < thresholds.unsqueeze(1), -float("inf"))
     random_rows = temperatures.nonzero().squeeze(1)
     if len(random_rows):
         counters = torch.arange(first_id // 4, -(-(first_id + logits.shape[1]) // 4), device=logits.device)
