@@ -33,7 +33,7 @@ class StepRecord:
 class Trace:
     """The steps, in order, and the requests first admitted, by id, inside `with llm.trace() as trace:`.
 
-    A request is its `Sequence`: `queued_at`, `first_token_at` and `finished_at` tell its life (None: not yet).
+    A request (with n > 1, each completion) is its `Sequence`: see its `queued_at`, `first_token_at`, `finished_at`.
     """
 
     def __init__(self, scheduler: Scheduler, is_cuda: bool) -> None:
@@ -64,7 +64,7 @@ class Trace:
             return  # launched before the trace began
         record, launch, event = self._launched.pop(id(step))
         record.start, record.end = start, perf_counter()
-        # Both events have passed, as the tokens were waited for; CUDA counts milliseconds.
+        # Both events have passed, since the tokens were waited for; CUDA counts milliseconds.
         record.device_time = event.elapsed_time(tokens.copied) / 1e3 if event else tokens.launched_at - launch
         self.steps.append(record)
         for seq, yields in zip(step.seqs, step.yields) if step.is_prefill else ():
@@ -96,8 +96,8 @@ class Trace:
         return result
 
     def events(self) -> list[dict[str, Any]]:
-        """Chrome trace events: process 0 is the engine, 1 the requests, whose steps of a kind in a row are one."""
-        names = enumerate(("engine", "requests"))
+        """Chrome trace events: process 1 is the engine, 2 the requests, whose steps of a kind in a row are one."""
+        names = enumerate(("engine", "requests"), start=1)  # 0 is the system's idle process, for Perfetto
         events = [{"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}} for pid, name in names]
 
         def add(pid: int, tid: int, name: str, start: float, end: float, args=(), ph="X") -> dict:
@@ -107,17 +107,17 @@ class Trace:
 
         waiting, latest = {i: seq.queued_at for i, seq in self.requests.items()}, {}
         for index, step in enumerate(self.steps):
-            add(0, 0, step.kind, step.start, step.end, asdict(step))
-            add(0, 0, "cache", step.start, step.end, step.blocks, "C")
+            add(1, 1, step.kind, step.start, step.end, asdict(step))
+            add(1, 1, "cache", step.start, step.end, step.blocks, "C")
             waiting |= dict.fromkeys(step.preempted, step.start)
             for i in step.request_ids:
                 if i in waiting:
-                    add(1, i, "waiting", waiting.pop(i), step.start)
+                    add(2, i + 1, "waiting", waiting.pop(i), step.start, {"request_id": i})
                 event, last_index = latest.get(i, (None, None))
                 if last_index == index - 1 and event["name"] == step.kind:
                     event["dur"] = 1e6 * (step.end - self.began) - event["ts"]
                 else:
-                    event = add(1, i, step.kind, step.start, step.end)
+                    event = add(2, i + 1, step.kind, step.start, step.end, {"request_id": i})
                 latest[i] = event, index
         return events
 
@@ -131,9 +131,9 @@ class Trace:
 
         figure, (rows, cache) = pyplot.subplots(2, sharex=True, figsize=(10, 6), height_ratios=(3, 1), layout="tight")
         for what, color in (("waiting", "lightgrey"), ("prefill", "tab:orange"), ("decode", "tab:blue")):
-            events = [event for event in self.events() if event["pid"] == 1 and event["name"] == what]
-            ids, starts, widths = ([event[key] for event in events] for key in ("tid", "ts", "dur"))
-            rows.barh(ids, np.array(widths) / 1e6, left=np.array(starts) / 1e6, color=color, label=what)
+            events = [event for event in self.events() if event["pid"] == 2 and event["name"] == what]
+            tids, starts, widths = (np.array([event[key] for event in events]) for key in ("tid", "ts", "dur"))
+            rows.barh(tids - 1, widths / 1e6, left=starts / 1e6, color=color, label=what)
         rows.set_title("gap: a step without this request", loc="right", fontsize="medium")
         rows.set(ylabel="request id", ylim=rows.get_ylim()[::-1])
         times = [step.start - self.began for step in self.steps]

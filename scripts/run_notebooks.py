@@ -66,9 +66,9 @@ def clean(notebook: NotebookNode) -> None:
         if cell.cell_type == "code":
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
-    text = nbformat.writes(notebook)
+    text = re.sub(r'"image/png": "[^"]*"', "", nbformat.writes(notebook))
     for path in {str(ROOT), str(Path.home()), sys.prefix}:
-        if len(path) > 3 and path in text:
+        if len(path) > 3 and f"{path}/" in text:
             raise ValueError(f"the output of a cell contains {path}")
 
 

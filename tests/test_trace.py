@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Checkpoint, assert_idle, check_step_loop, generate_ids, greedy, make_llm, random_prompts
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.trace import StepRecord, Trace
 
 NUM_TOKENS = 24
@@ -133,12 +133,12 @@ def test_chrome_trace_events(llm: LLM, prompts: list[list[int]], tmp_path: Path)
     assert all({"ph", "pid", "name", "args"} <= set(event) for event in events)
     assert all(isinstance(event["pid"], int) for event in events)
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"engine", "requests"}
-    steps = [e for e in events if e["ph"] == "X" and e["pid"] == 0]
+    steps = [e for e in events if e["ph"] == "X" and e["pid"] == 1]
     assert [e["args"]["request_ids"] for e in steps] == [step.request_ids for step in trace.steps]
     counters = [e["args"] for e in events if e["ph"] == "C"]
     assert counters == [step.blocks for step in trace.steps]
     for request_id in trace.requests:
-        spans = [e for e in events if e["pid"] == 1 and e.get("tid") == request_id]
+        spans = [e for e in events if e["pid"] == 2 and e["args"].get("request_id") == request_id]
         assert [e["name"] for e in spans[:2]] == ["waiting", "prefill"]
         ends = [e["ts"] + e["dur"] for e in spans]
         assert all(e["dur"] >= 0 for e in spans)
@@ -148,7 +148,7 @@ def test_chrome_trace_events(llm: LLM, prompts: list[list[int]], tmp_path: Path)
         own = sum(step.end - step.start for step in trace.steps if request_id in step.request_ids)
         assert 1e6 * own <= busy * (1 + 1e-6)
     preempted = {i for step in trace.steps for i in step.preempted}
-    waits = [e["tid"] for e in events if e["name"] == "waiting"]
+    waits = [e["args"]["request_id"] for e in events if e["name"] == "waiting"]
     assert preempted and all(waits.count(i) > 1 for i in preempted)
 
 
@@ -160,7 +160,7 @@ def test_plot(llm: LLM, prompts: list[list[int]], tmp_path: Path, monkeypatch: p
     rows, cache = figure.axes
     assert [text.get_text() for text in rows.get_legend().get_texts()] == ["waiting", "prefill", "decode"]
     assert cache.get_xlabel().endswith("(s)") and cache.get_ylabel() and rows.get_ylabel()
-    num_bars = sum(e["pid"] == 1 and e["ph"] == "X" for e in trace.events())
+    num_bars = sum(e["pid"] == 2 and e["ph"] == "X" for e in trace.events())
     assert len(rows.patches) == num_bars
     figure.savefig(tmp_path / "timeline.png")
 
@@ -230,6 +230,30 @@ def test_a_trace_outlives_an_error_and_a_reset(
     with pytest.raises(KeyError), llm.trace():
         raise KeyError
     assert llm._trace is None
+
+
+def test_completions_streams_and_aborted_requests(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint.path, 1)
+    params = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, n=3)
+    with llm.trace() as trace:
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+        aborted = llm.add_request([4, 5, 6], greedy(50))
+        for _ in range(5):
+            llm.step()
+        llm.abort(aborted)
+        while not llm.is_finished():
+            llm.step()
+        for _ in llm.stream([[7, 8, 9]], greedy(4)):
+            pass
+    assert len(trace.requests) == 3 + 1 + 1
+    lengths = [len(request.completion_token_ids) for request in trace.requests.values()]
+    assert lengths[:3] == [6, 6, 6] and 0 < lengths[3] < 50 and lengths[4] == 4
+    unfinished = [i for i, request in trace.requests.items() if request.finished_at is None]
+    assert unfinished == [aborted]
+    assert trace.requests[aborted].finish_reason == "abort"
+    assert trace.summary()["requests_finished"] == 4
+    assert llm.stats()["requests"] == 5 and llm.stats()["completion_tokens"] == sum(lengths)
+    assert_idle(llm)
 
 
 def test_stats_count_since_the_start(llm: LLM, prompts: list[list[int]]) -> None:
