@@ -16,7 +16,7 @@ class SamplingParams:
     ignore_eos: bool = False  # keep generating after the end-of-sequence token (for benchmarks)
     seed: Annotated[int | None, 0, 2**63 - 1] = None  # same seed, same tokens; None: drawn from the engine's
     n: Annotated[int, 1] = 1  # completions of the prompt, each with a seed of its own
-    top_k: Annotated[int, -1] = 0  # sample among so many of the likeliest tokens; 0 or -1: all
+    top_k: Annotated[int, -1, 2**24] = 0  # sample among so many of the likeliest tokens; 0 or -1: all
     top_p: Annotated[float, ABOVE_0, 1] = 1.0  # sample among the likeliest that together have this probability
     min_p: Annotated[float, 0, 1] = 0.0  # leave out what is less likely than this share of the likeliest
     repetition_penalty: Annotated[float, ABOVE_0, 10**6] = 1.0  # above 1: less of what prompt and completion hold

@@ -134,8 +134,7 @@ class Trace:
             events = [event for event in self.events() if event["pid"] == 2 and event["name"] == what]
             tids, starts, widths = (np.array([event[key] for event in events]) for key in ("tid", "ts", "dur"))
             rows.barh(tids - 1, widths / 1e6, left=starts / 1e6, color=color, label=what)
-        rows.set_title("gap: a step without this request", loc="right", fontsize="medium")
-        rows.set(ylabel="request id", ylim=rows.get_ylim()[::-1])
+        rows.set(ylabel="request id", xlabel="gap: a step without the request", ylim=rows.get_ylim()[::-1])
         times = [step.start - self.began for step in self.steps]
         for key, label, color in (("blocks_in_use", "in use", "black"), ("blocks_cached", "can be shared", "green")):
             cache.step(times, [step.blocks[key] for step in self.steps], where="post", label=label, color=color)

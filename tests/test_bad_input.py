@@ -246,6 +246,7 @@ def test_a_tokenizer_that_cannot_be_read(copy: Path) -> None:
         ("seed", 0.5, TypeError),
         ("seed", False, TypeError),
         ("top_k", -2, ValueError),
+        ("top_k", 2**25, ValueError),
         ("top_k", 2.0, TypeError),
         ("top_p", 0, ValueError),
         ("top_p", 1.01, ValueError),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,6 +265,15 @@ def test_min_tokens_hold_off_every_end(checkpoint: Checkpoint, plain: list[list[
         llm.exit()
 
 
+def test_the_token_after_min_tokens_may_end_it(deep: LLM, plain: list[list[int]]) -> None:
+    end = first_new(plain[0], 5)
+    for min_tokens in (end - 1, end, end + 1):
+        stops = [plain[0][end]]
+        params = SamplingParams(temperature=0, max_tokens=20, min_tokens=min_tokens, stop_token_ids=stops)
+        (tokens,) = generate_ids(deep, PROMPTS[:1], params)
+        assert (tokens == plain[0][: end + 1]) == (min_tokens <= end) and len(tokens) > min_tokens
+
+
 def test_min_tokens_and_stop_strings(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (byte_token(ord(char)) for char in "ab")
     scripted(monkeypatch, [a, b, a, a, b])
@@ -392,6 +402,9 @@ def test_n_completions_of_a_prompt(checkpoint: Checkpoint, record_hits: Callable
     again = llm.generate([PROMPTS[4], PROMPTS[4]], [fewer, single], use_tqdm=False)
     assert summary(again[0]) == summary(one)[:3]
     assert again[1]["token_ids"] == one["token_ids"] and "completions" not in again[1]
+    neighbour = dataclasses.replace(params, n=1, seed=6)
+    (other,) = llm.generate([PROMPTS[4]], neighbour, use_tqdm=False)
+    assert summary(other)[0] not in summary(one)
     unseeded = dataclasses.replace(params, seed=None)
     first, second = llm.generate([PROMPTS[1]] * 2, unseeded, use_tqdm=False)
     assert len({tuple(c["token_ids"]) for output in (first, second) for c in output["completions"]}) == 8
@@ -665,10 +678,24 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
         ("temperature", 0.2), ("top_k", 1), ("top_p", 0.01), ("min_p", 1), ("repetition_penalty", 2.0),
         ("presence_penalty", 2), ("frequency_penalty", 2), ("logit_bias", {3: 100}), ("seed", 77),
     ]:  # fmt: skip
-        base = everything(1, stop_token_ids=[])
+        base = everything(1, stop_token_ids=[], min_tokens=0)
         changed = dataclasses.replace(base, **{name: off})
         assert generate_ids(llm, PROMPTS[:1], changed) != generate_ids(llm, PROMPTS[:1], base), name
     llm.exit()
+
+
+def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
+    seq = Sequence(list(range(5000)), everything(1))
+    assert everything(1).has_penalties and not everything(1).is_plain
+    seq.schedule(5000, is_prefill=True)
+    copy = pickle.loads(pickle.dumps(seq))
+    assert copy.options == seq.options and copy.options[0] == everything(1) and copy.options[3] == seq.token_ids
+    seq.token_ids.append(1)
+    seq.schedule(1)
+    assert len(pickle.dumps(seq)) < 200
+    # What changes nothing costs nothing: no options are sent, and the graph's own samples are taken.
+    for params in (SamplingParams(temperature=0, top_k=5, top_p=0.5), SamplingParams(top_k=-1, n=3, stop="x")):
+        assert params.is_plain
 
 
 class Replay:

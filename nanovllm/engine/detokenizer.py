@@ -1,7 +1,8 @@
 """From token ids to text, one token at a time."""
 
+from typing import Any
+
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -10,9 +11,10 @@ class Detokenizer:
     """The text of one completion while it grows, for requests with stop strings or a reader.
 
     `text` ends with a whole character: a token with only some of its bytes adds nothing until the rest is there.
+    `tokenizer` is one of `transformers`, with the tokenizers library beneath.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         self.tokenizer, self.params = tokenizer, params
         self.stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self.token_ids: list[int] = []

@@ -39,7 +39,6 @@ class SamplingTable:
         params, min_length, _, prompt_ids, completion_ids = self.options[row] = options
         self.is_used[row], self.min_lengths[row] = options is not PLAIN, min_length
         self.numbers[row] = params.sampler_row
-        self.numbers[row, 0] *= params.top_k < self.vocab_size  # off, if there are no more tokens than that
         self._last = None, None
         if params.has_penalties:
             if self.counts is None:

@@ -1,16 +1,11 @@
 """The state of one request."""
 
-from __future__ import annotations
-
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):
