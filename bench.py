@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.config import Config
+from nanovllm.trace import Trace
 
 OURS = "nanovllm"
 MAX_MODEL_LEN = 4096
@@ -140,10 +142,13 @@ def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
     return Load(prompts, [length(workload.output_len) for _ in prompts])
 
 
-def run_engine(llm: LLM, load: Load, temperature: float) -> None:
-    """Generate exactly the tokens that `load` asks for."""
+def run_engine(llm: LLM, load: Load, temperature: float, traces: list[Trace] | None = None) -> None:
+    """Generate exactly the tokens that `load` asks for; with `traces`, record it and keep the last record there."""
     params = [SamplingParams(temperature, max_tokens=n, ignore_eos=True) for n in load.output_lens]
-    outputs = llm.generate(load.prompts, params, use_tqdm=False)
+    with nullcontext() if traces is None else llm.trace() as trace:
+        outputs = llm.generate(load.prompts, params, use_tqdm=False)
+    if traces is not None:
+        traces[:] = [trace]
     made = sum(len(output["token_ids"]) for output in outputs)
     if made != sum(load.output_lens):
         raise RuntimeError(f"the engine made {made} tokens of the {sum(load.output_lens)} asked for")
@@ -223,6 +228,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="timed runs of each workload, of which the best counts")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--json", metavar="FILE", help="write the results there, for machines")
+    add("--trace", metavar="FILE", help="trace the runs; the last one's goes there: .json for ui.perfetto.dev, "
+        ".svg or .png for a picture (needs matplotlib)")
     add("--compare", choices=["transformers"], help="run the same load through another engine, greedily")
     add("--compare-batch-size", type=int, metavar="N", help="its static batch (default: 256; on a CPU 16)")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
@@ -240,8 +247,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         SamplingParams(args.temperature)
     except ValueError as error:
         parser.error(f"--temperature: {error}")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        parser.error(f"--json {args.json} cannot be written: it must name a file in a directory that exists")
+    for option, file in (("--json", args.json), ("--trace", args.trace)):
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            parser.error(f"{option} {file} cannot be written: it must name a file in a directory that exists")
     return args
 
 
@@ -343,11 +351,19 @@ def main(argv: list[str] | None = None) -> None:
                 f"bench.py: the load has sequences of up to {longest} tokens, the model takes "
                 f"{config.max_model_len}; give --small, or --shape or --model of a model that takes more"
             )
-        run = partial(run_engine, llm, temperature=args.temperature)
+        traces: list[Trace] | None = [] if args.trace else None
+        run = partial(run_engine, llm, temperature=args.temperature, traces=traces)
         results = []
         for workload in workloads:
             llm.reset()  # one workload must not find another's prompts in the prefix cache
             results.append(measure(OURS, workload, args.repeats, vocab_size, run))
+        if traces:
+            print(f"\nThe last run, written to {args.trace}:")
+            traces[0].summary()
+            if args.trace.endswith((".svg", ".png")):
+                traces[0].plot().savefig(args.trace)
+            else:
+                traces[0].save(args.trace)
         llm.exit()
         if args.compare:
             del llm, run  # nothing else holds the engine's memory

@@ -171,6 +171,16 @@ def test_bench_writes_json(bench_run: tuple[str, dict]) -> None:
             assert run["tokens_per_second"] == pytest.approx(run["output_tokens"] / run["seconds"])
 
 
+def test_bench_writes_a_trace_of_the_last_run(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    bench.main(["--device", "cpu", "--workload", "single", "--repeats", "2", "--trace", str(file)])
+    events = json.loads(file.read_text())["traceEvents"]
+    steps = [event["args"] for event in events if event["pid"] == 1 and event["ph"] == "X"]
+    assert [step["kind"] for step in steps] == ["prefill"] + ["decode"] * 127
+    bench.main(["--device", "cpu", "--workload", "single", "--trace", str(file.with_suffix(".png"))])
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workloads' token ids come from the same generator: one's prompts may begin like another's."""
     tiny = [bench.Workload(name, "tiny", 3, (300, 300), (2, 2)) for name in ("first", "second")]
@@ -196,6 +206,7 @@ def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.Monkey
         (["--repeats", "0"], r"--repeats is 0; it must be at least 1"),
         (["--compare-batch-size", "-1"], r"--compare-batch-size is -1"),
         (["--workload", "none"], r"invalid choice: 'none'"),
+        (["--trace", "no/such/place.json"], r"--trace no/such/place.json cannot be written"),
         (["--full", "--small"], r"not allowed with"),
         (["--model", "somewhere", "--shape", "qwen3-8b"], r"not allowed with"),
     ],

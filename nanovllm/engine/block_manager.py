@@ -40,6 +40,11 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def usage(self) -> dict[str, int]:
+        """Blocks that nobody holds, that sequences hold, and, of both kinds, that a prompt could share."""
+        free, num_cached = len(self.free_block_ids), len(self.cached_blocks)
+        return {"blocks_free": free, "blocks_in_use": len(self.blocks) - free, "blocks_cached": num_cached}
+
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
         hits = self._find_cached_prefix(seq)

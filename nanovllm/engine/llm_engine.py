@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.trace import Trace
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
@@ -86,6 +87,8 @@ class LLMEngine:
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
         # On a GPU one step is always queued behind the one that runs, so that the device never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
+        self._counters = Counter(requests=0, prompt_tokens=0, completion_tokens=0, prefix_hit_tokens=0, preemptions=0)
+        self._trace: Trace | None = None
         self.reset()
 
     def exit(self) -> None:
@@ -203,8 +206,11 @@ class LLMEngine:
         ended, self._ended = self._ended, []
         if self.is_finished():
             return ended, 0
+        start = time.perf_counter()
         try:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
+                if self._trace is not None:
+                    self._trace.scheduled(step, self.scheduler)
                 with _uninterrupted():  # Ctrl-C here would reach one rank and not the others
                     self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
             step, pending = self._pending.popleft()
@@ -212,6 +218,8 @@ class LLMEngine:
             if self.model_runner.channel is not None:
                 self.model_runner.channel.check_workers()  # what comes of a dead rank is garbage
             finished = self.scheduler.postprocess(step, *sampled)
+            if self._trace is not None:
+                self._trace.completed(step, pending, finished, start)
         except BaseException as error:
             failure = None
             if self.model_runner.channel is not None and isinstance(error, Exception):
@@ -232,10 +240,23 @@ class LLMEngine:
 
     def reset(self) -> None:
         """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.config, self._counters)
         self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
         self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: id -> the sequences of its n completions
         self._ended: list[tuple[int, dict[str, Any]]] = []  # results for the next step to report
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """`with llm.trace() as trace:` records what runs inside it, except inside another such `with`."""
+        outer, self._trace = self._trace, Trace(self.scheduler, self.config.device == "cuda")
+        try:
+            yield self._trace
+        finally:
+            self._trace = outer
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now."""
+        return {**self._counters, **self.scheduler.block_manager.usage()}
 
     def _result(self, seqs: list[Sequence]) -> dict[str, Any]:
         completions = [

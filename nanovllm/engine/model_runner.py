@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import time
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class PendingTokens:
         self.parts = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
         for part, tensor in zip(self.parts, tensors, strict=True):
             part.copy_(tensor, non_blocking=True)
-        self.copied = torch.cuda.Event() if token_ids.is_cuda else None
+        self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
+        self.launched_at = time.perf_counter()  # on a CPU the step has run by now
         if self.copied is not None:
             self.copied.record()
 

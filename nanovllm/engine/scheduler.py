@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class Scheduler:
     known, since everything it needs of them on the host is their number.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self.eos = (config.eos,) if isinstance(config.eos, int) else config.eos
         num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
@@ -43,6 +43,7 @@ class Scheduler:
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = 0  # steps scheduled and not yet postprocessed
         self.num_preemptions = 0
+        self.counters = Counter() if counters is None else counters  # the engine's outlive this scheduler
 
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
@@ -50,6 +51,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         eos = () if seq.params.ignore_eos else self.eos
         seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids} | dict.fromkeys(eos)
+        self.counters.update(requests=1, prompt_tokens=seq.num_prompt_tokens)
         self.waiting.append(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
@@ -83,6 +85,7 @@ class Scheduler:
                 if not self.block_manager.can_allocate(seq):
                     break
                 self.block_manager.allocate(seq)
+                self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
                 if seq.num_cached_prompt_tokens is None:
                     seq.num_cached_prompt_tokens = seq.num_cached_tokens
                 seq.row = self.free_rows.pop()
@@ -127,6 +130,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
+        self.counters["preemptions"] += 1
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.deallocate(seq)
@@ -141,11 +145,13 @@ class Scheduler:
         sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
+        self.counters["completion_tokens"] += len(token_ids)  # less those skipped below
         finished: list[Sequence] = []
         entries = iter(logprobs or ())
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
             entry = None if seq.logprobs is None else next(entries)
             if not yields or seq.is_finished:  # finished: the step was launched before its end was known
+                self.counters["completion_tokens"] -= 1
                 continue
             is_last = seq.append(token_id, entry)
             self.block_manager.register(seq)

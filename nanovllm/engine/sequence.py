@@ -2,6 +2,7 @@
 
 from enum import Enum, auto
 from itertools import count
+from time import perf_counter
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
@@ -47,6 +48,7 @@ class Sequence:
         self.options: tuple | None = None  # see `_sampler_options`; in prefill steps, where the request is not plain
         self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
         self.seed = seed
+        self.queued_at, self.first_token_at, self.finished_at = perf_counter(), None, None  # s; a Trace fills them in
         self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property

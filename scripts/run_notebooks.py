@@ -1,0 +1,88 @@
+"""Execute notebooks from a clean kernel and store their outputs: every run leaves the same kind of file behind.
+
+    python scripts/run_notebooks.py                           # all of notebooks/
+    python scripts/run_notebooks.py notebooks/1_one_request.ipynb
+
+It needs the extra `notebook`. The kernel is this interpreter, whatever kernels are registered. Cells get fixed ids;
+execution times, the kernel's version and anything with a path of this machine in it are not kept.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTION = re.compile(r"<details>.*?</details>", re.DOTALL)
+CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def execute(notebook: NotebookNode, timeout: int = 60) -> None:
+    """Run all cells, in this interpreter and in notebooks/; an error of a cell is a CellExecutionError.
+
+    Args:
+        timeout: most seconds for a cell.
+    """
+    manager = AsyncKernelManager()
+    manager._kernel_spec = KernelSpec(**get_kernel_dict())  # this interpreter, not what is registered as python3
+    # One thread: the model is so small that a second one only waits. No GPU: a reader has the same outputs without.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    resources = {"metadata": {"path": ROOT / "notebooks"}}
+    client = NotebookClient(notebook, km=manager, timeout=timeout, resources=resources, coalesce_streams=True)
+    client.execute(env=env, cleanup_kc=True)  # ends the kernel too
+
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """A copy whose folded solutions follow as cells, so that they are run too."""
+    copy = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for solution in SOLUTION.findall(cell.source):
+                copy.cells += [nbformat.v4.new_code_cell(code) for code in CODE.findall(solution)]
+    return copy
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Leave out what differs from run to run or tells of the machine."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat_minor = 5
+    for index, cell in enumerate(notebook.cells, start=1):
+        cell.id, cell.metadata = f"cell-{index:02}", nbformat.from_dict({})
+        if cell.cell_type == "code":
+            for output in cell.outputs:
+                output.get("metadata", {}).clear()
+    text = re.sub(r'"image/png": "[^"]*"', "", nbformat.writes(notebook))
+    for path in {str(ROOT), str(Path.home()), sys.prefix}:
+        if len(path) > 3 and f"{path}/" in text:
+            raise ValueError(f"the output of a cell contains {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Execute notebooks and store their outputs.")
+    parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS)
+    for path in parser.parse_args().notebooks:
+        start = time.perf_counter()
+        notebook = nbformat.read(path, as_version=4)
+        execute(notebook)
+        clean(notebook)
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

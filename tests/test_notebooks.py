@@ -1,0 +1,74 @@
+"""Every notebook runs from a clean kernel, its folded solutions too, and together they meet every class by name."""
+
+import ast
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from run_notebooks import CODE, NOTEBOOKS, SOLUTION, clean, execute, with_solutions  # noqa: E402
+
+SECONDS = 60  # each, its solutions included; a tenth of that on an idle machine
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def test_there_are_seven_in_reading_order() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number}_" for number in range(1, 8)]
+    readme = (ROOT / "README.md").read_text()
+    links = [readme.index(f"(notebooks/{path.name})") for path in NOTEBOOKS]
+    assert links == sorted(links)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path: Path) -> None:
+    notebook = with_solutions(read(path))
+    start = time.perf_counter()
+    execute(notebook, timeout=SECONDS)
+    assert time.perf_counter() - start < SECONDS
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            assert output.output_type != "error" and output.get("name") != "stderr", output
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_stored_with_outputs_and_nothing_of_the_machine(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    stored = nbformat.writes(notebook)
+    clean(notebook)
+    assert nbformat.writes(notebook) == stored, "run scripts/run_notebooks.py"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    text = re.sub(r'"image/png": "[^"]*"', "", stored)
+    assert not re.search(r"/(?:root|home|work|tmp|Users)/|0x[0-9a-f]{6,}", text)  # paths, addresses of objects
+    # Two or three exercises, each with its solution folded.
+    last = notebook.cells[-1].source
+    exercises = re.findall(r"^\d\. ", last[last.index("## Exercises") : last.index("<details>")], re.MULTILINE)
+    solutions = SOLUTION.findall(last)
+    assert 2 <= len(exercises) == len(solutions) <= 3
+    assert all(CODE.search(solution) and "<summary>" in solution for solution in solutions)
+
+
+def test_every_class_is_met_by_name() -> None:
+    text = "".join(cell.source + str(cell.get("outputs", "")) for path in NOTEBOOKS for cell in read(path).cells)
+    classes = [
+        node.name
+        for file in (ROOT / "nanovllm").rglob("*.py")
+        if file.parent.name != "kernels"  # how large their tiles are
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(classes) > 30
+    assert [name for name in classes if not re.search(rf"\b{name}s?\b", text)] == []
