@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from ast import literal_eval
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -142,9 +143,9 @@ def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
     return Load(prompts, [length(workload.output_len) for _ in prompts])
 
 
-def run_engine(llm: LLM, load: Load, temperature: float, traces: list[Trace] | None = None) -> None:
+def run_engine(llm: LLM, load: Load, sampling: dict[str, Any], traces: list[Trace] | None = None) -> None:
     """Generate exactly the tokens that `load` asks for; with `traces`, record it and keep the last record there."""
-    params = [SamplingParams(temperature, max_tokens=n, ignore_eos=True) for n in load.output_lens]
+    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
     with nullcontext() if traces is None else llm.trace() as trace:
         outputs = llm.generate(load.prompts, params, use_tqdm=False)
     if traces is not None:
@@ -233,6 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", choices=["transformers"], help="run the same load through another engine, greedily")
     add("--compare-batch-size", type=int, metavar="N", help="its static batch (default: 256; on a CPU 16)")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
+    add("--sampling", nargs="+", default=[], metavar="NAME=VALUE", help="more SamplingParams: top_k=20 top_p=0.95")
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
     add("--attention-backend", default="auto", help="auto, flash_attn, triton or torch")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks to split the model over")
@@ -244,9 +246,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
     try:
-        SamplingParams(args.temperature)
-    except ValueError as error:
-        parser.error(f"--temperature: {error}")
+        pairs = (pair.partition("=") for pair in args.sampling)
+        args.sampling = {"temperature": args.temperature} | {name: literal_eval(value) for name, _, value in pairs}
+        SamplingParams(**args.sampling)
+    except (SyntaxError, TypeError, ValueError) as error:
+        parser.error(f"--temperature, --sampling: {error}")
     for option, file in (("--json", args.json), ("--trace", args.trace)):
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             parser.error(f"{option} {file} cannot be written: it must name a file in a directory that exists")
@@ -352,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{config.max_model_len}; give --small, or --shape or --model of a model that takes more"
             )
         traces: list[Trace] | None = [] if args.trace else None
-        run = partial(run_engine, llm, temperature=args.temperature, traces=traces)
+        run = partial(run_engine, llm, sampling=args.sampling, traces=traces)
         results = []
         for workload in workloads:
             llm.reset()  # one workload must not find another's prompts in the prefix cache

@@ -38,14 +38,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chat(llm: LLM, message: str) -> str:
-    """The text that the model should continue to answer `message`: its chat template's, if it has one."""
-    if not getattr(llm.tokenizer, "chat_template", None):
-        return message
-    conversation = [{"role": "user", "content": message}]
-    return llm.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-
-
 def show(label: str, text: str) -> None:
     """Print `text`, wrapped, with `label` in a left margin of its own."""
     lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, 96) or [""]]
@@ -66,7 +58,10 @@ def main(argv: list[str] | None = None) -> None:
             enforce_eager=args.enforce_eager,
             device=args.device,
         )
-        outputs = llm.generate([chat(llm, message) for message in messages], params)
+        if getattr(llm.tokenizer, "chat_template", None):
+            outputs = llm.chat([[{"role": "user", "content": message}] for message in messages], params)
+        else:  # a base model continues the text
+            outputs = llm.generate(messages, params)
     except ValueError as error:  # the message says what to change; a traceback would only hide it
         sys.exit(f"example.py: {error}")
 
