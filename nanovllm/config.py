@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,6 @@ from transformers import AutoConfig, PretrainedConfig
 from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(slots=True)
@@ -33,10 +33,10 @@ class Config:
     num_kvcache_blocks: Annotated[int, -1] = -1  # blocks in the cache; -1 works it out from the memory that is left
     hf_config: PretrainedConfig | None = None  # the model's configuration, when it is not to be read from `model`
     eos: tuple[int, ...] | int = -1  # ids that end a sequence; -1: generation_config.json's, tokenizer's and model's
-    device: str = "auto"  # "auto" (CUDA if there is any, else the CPU), "cuda" or "cpu"
-    dtype: str | torch.dtype = "auto"  # "auto" (the checkpoint's; on a CPU float32) or a name in DTYPES
-    attention_backend: str = "auto"  # "auto" (the fastest that is there), "triton", "flash_attn" or "torch"
-    load_format: str = "auto"  # "auto" reads safetensors files; "dummy" makes random weights and reads none
+    device: Annotated[str, "auto", "cuda", "cpu"] = "auto"  # "auto": CUDA if there is any, else the CPU
+    dtype: Annotated[str | torch.dtype, "auto", "bfloat16", "float16", "float32"] = "auto"  # as stored; CPU: float32
+    attention_backend: Annotated[str, "auto", "triton", "flash_attn", "torch"] = "auto"  # "auto": the fastest
+    load_format: Annotated[str, "auto", "dummy"] = "auto"  # "dummy": random weights; no weight files are read
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
     seed: Annotated[int, 0, 2**63 - 1] = 0  # of the requests that bring none, and of dummy weights
 
@@ -44,39 +44,35 @@ class Config:
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
         """Build a Config; an unknown option is a TypeError that names the nearest field."""
         names = [field.name for field in fields(cls) if field.name != "model"]
-        for name in options:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise TypeError(f"unknown option {name!r}; did you mean {near!r}? (options: {', '.join(names)})")
+        if unknown := [name for name in options if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
+            raise TypeError(f"unknown option {unknown[0]!r}; did you mean {near!r}? (options: {', '.join(names)})")
         return cls(model, **options)
 
     def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
         check_fields(self)
-        if self.num_kvcache_blocks == 0:
-            raise ValueError("num_kvcache_blocks must be at least 1, or -1 to have it worked out, not 0")
         for eos in self.eos if isinstance(self.eos, tuple) else (self.eos,):
             check_value("eos", eos, int, -1)
-        self._check_choice("device", ("auto", "cuda", "cpu"))
-        self._check_choice("dtype", ("auto", *DTYPES, *DTYPES.values()))
-        self._check_choice("attention_backend", ("auto", "triton", "flash_attn", "torch"))
-        self._check_choice("load_format", ("auto", "dummy"))
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and (num_gpus := torch.cuda.device_count()) < self.tensor_parallel_size:
-            raise ValueError(
-                f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as many GPUs, and "
-                f"{num_gpus} can be seen; lower it or pass device='cpu'"
-            )
+            needed = f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as many GPUs"
+            raise ValueError(f"{needed}, and {num_gpus} can be seen; lower it or pass device='cpu'")
         if self.hf_config is None or self.load_format != "dummy":
-            self.model = resolve_model(self.model, self.load_format != "dummy")
-        if self.hf_config is not None and not isinstance(self.hf_config, PretrainedConfig):
-            raise TypeError(f"hf_config must be a transformers configuration, not {self.hf_config!r}")
+            self.model = resolve_model(self.model, needs_weights=self.load_format != "dummy")
         if self.hf_config is None:
             self.hf_config = read_hf_config(Path(self.model))
+        elif not isinstance(self.hf_config, PretrainedConfig):
+            raise TypeError(f"hf_config must be a transformers configuration, not {self.hf_config!r}")
         check_architecture(self.hf_config.architectures, "hf_config")
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
-        self.dtype = self._resolve_dtype()
-        if self.num_kvcache_blocks > 0:
+        if self.dtype == "auto":  # transformers 5 calls it dtype, 4 torch_dtype; either may hold a string
+            stored = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)
+            self.dtype = "float32" if self.device == "cpu" else str(stored or "bfloat16").removeprefix("torch.")
+        self.dtype = getattr(torch, self.dtype)
+        if self.num_kvcache_blocks != -1:
             self.check_kvcache(self.num_kvcache_blocks)
 
     def check_kvcache(self, num_blocks: int) -> None:
@@ -89,43 +85,28 @@ class Config:
                 "or raise num_kvcache_blocks or gpu_memory_utilization"
             )
 
-    def _check_choice(self, name: str, choices: tuple) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
 
-    def _resolve_dtype(self) -> torch.dtype:
-        if self.dtype != "auto":
-            return DTYPES.get(self.dtype, self.dtype)
-        if self.device == "cpu":
-            return torch.float32
-        # transformers 5 calls it dtype, 4 torch_dtype; either may hold a string.
-        dtype = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)
-        return DTYPES.get(dtype, dtype) or torch.bfloat16
-
-
-def resolve_model(model: str, needs_weights: bool = True) -> str:
+def resolve_model(model: str, needs_weights: bool) -> str:
     """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id; or an error."""
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a path or a hub id, not {model!r}")
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
+    if (path := Path(model).expanduser()).is_dir():
+        return str(path)
     from huggingface_hub import snapshot_download  # here: most runs never need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     needed = ["config.json"] + ["*.safetensors"] * needs_weights
-    files = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
+    files = {"repo_id": str(model), "allow_patterns": ["*.json", "*.txt", "*.jinja", "*.model", *needed]}
     try:
-        try:
-            path = snapshot_download(str(model), allow_patterns=files, local_files_only=True)
-            if all(any(Path(path).glob(pattern)) for pattern in needed):
-                return path
-        except LocalEntryNotFoundError:
-            pass
-        return snapshot_download(str(model), allow_patterns=files)  # of what the cache lacks
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        with suppress(FileNotFoundError):
+            path = Path(snapshot_download(**files, local_files_only=True))
+            if all(any(path.glob(pattern)) for pattern in needed):
+                return str(path)
+        return snapshot_download(**files)  # of what the cache lacks
+    except (OSError, ValueError) as error:  # the hub's own exceptions are of these
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched "
-            f"({str(error).strip().splitlines()[0]}); pass the path of a checkpoint in Hugging Face format"
+            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched ({reason}); pass "
+            "the path of a checkpoint in Hugging Face format"
         ) from error
 
 
@@ -134,8 +115,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format")
-    raw = read_json(file)
-    check_architecture(raw.get("architectures"), str(file))
+    check_architecture(read_json(file).get("architectures"), str(file))
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever a malformed file makes transformers raise

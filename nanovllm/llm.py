@@ -1,12 +1,10 @@
 """The user's entry to the library."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
 
 Conversation = list[dict[str, Any]]
 
@@ -21,7 +19,7 @@ class LLM(LLMEngine):
     def chat(
         self, messages: Conversation | list[Conversation], sampling_params: Params = None, use_tqdm: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None, **template_options: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Result]:  # fmt: skip
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's chat template.
@@ -33,12 +31,10 @@ class LLM(LLMEngine):
             raise TypeError(f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
         options = {"add_generation_prompt": True, **(chat_template_kwargs or {}), **template_options}
-        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
-        # The template has written the special tokens that a tokenizer adds by itself to plain text.
-        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        prompts = self.tokenizer.apply_chat_template(conversations, return_dict=False, **options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[dict[str, Any]]:
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Result]:
         """Complete prompts as `generate` does, and yield what is new of each completion as it comes.
 
         Yields dicts: `index` of the prompt, `completion` (0 to n - 1), new `text` (it can lag behind, by part of a
@@ -47,33 +43,22 @@ class LLM(LLMEngine):
         """
         return self._stream(self._checked(prompts, sampling_params))
 
-    def _stream(self, requests: list[tuple[list[int], SamplingParams]]) -> Iterator[dict[str, Any]]:
+    def _stream(self, requests: list[Request]) -> Iterator[Result]:
         scheduler = self.scheduler
-        live: list[tuple[int, int, Sequence]] = []
-        num_sent: dict[Sequence, int] = defaultdict(int)
+        live: dict[Sequence, tuple[int, int, int]] = {}  # prompt, completion, number of tokens that were yielded
         try:
             for index, request in enumerate(requests):
-                live += [(index, i, seq) for i, seq in enumerate(self._queue(*request, is_streamed=True))]
+                live |= {seq: (index, i, 0) for i, seq in enumerate(self._queue(*request, is_streamed=True))}
             while live and self.scheduler is scheduler:  # not after a reset
-                self._step_for_others()
-                for index, number, seq in live:
-                    start, num_sent[seq] = num_sent[seq], len(seq.token_ids) - seq.num_prompt_tokens
-                    if start < num_sent[seq]:
+                self._ended, _ = self.step()  # what it reports is kept for whoever calls `step` next
+                for seq, (index, i, start) in live.items():
+                    if start < (end := len(seq.token_ids) - seq.num_prompt_tokens):
                         text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
-                        yield {
-                            "index": index, "completion": number, "text": text,
-                            "token_ids": seq.token_ids[seq.num_prompt_tokens + start :],
-                            "logprobs": None if seq.logprobs is None else seq.logprobs[start:],
-                            "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason,
-                        }  # fmt: skip
-                live = [item for item in live if not item[2].is_finished]
+                        live[seq] = index, i, end
+                        yield {"index": index, "completion": i, **self._completion(seq, text, start)}
+                live = {seq: place for seq, place in live.items() if not seq.is_finished}
         finally:
             if self.scheduler is scheduler and self.model_runner is not None:
-                scheduler.abort([seq for *_, seq in live])
+                scheduler.abort(list(live))
                 while self._pending and scheduler.is_finished():  # steps launched ahead
-                    self._step_for_others()
-
-    def _step_for_others(self) -> None:
-        """A step; what it reports is kept for whoever calls `step` next."""
-        ended, _ = self.step()
-        self._ended += ended
+                    self._ended, _ = self.step()

@@ -66,8 +66,7 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the sampler has to know."""
-        row_is_neutral = self.sampler_row == NEUTRAL_ROW
-        return row_is_neutral and not self.logit_bias and not self.min_tokens and self.logprobs is None
+        return self.sampler_row == NEUTRAL_ROW and not (self.logit_bias or self.min_tokens) and self.logprobs is None
 
 
 NEUTRAL_ROW = (0, 1, 0, 1, 0, 0)  # a sampler_row that changes nothing

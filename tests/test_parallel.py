@@ -30,64 +30,38 @@ from nanovllm.engine.sequence import Sequence
 # --- sequences on their way to other ranks ------------------------------------------------------------------
 
 
-def sent(seq: Sequence) -> Sequence:
-    return pickle.loads(pickle.dumps(seq))
-
-
 def check_equal_for_a_worker(seq: Sequence) -> None:
-    copy = sent(sent(seq))  # a copy of a copy is still right
+    copy = pickle.loads(pickle.dumps(seq))
     for name in (
-        "num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed",
+        "num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed", "options",
         "scheduled_token_ids",
     ):  # fmt: skip
         assert getattr(copy, name) == getattr(seq, name), name
-    assert copy.token_ids == seq.scheduled_token_ids  # and no more than that
-    assert copy.token_ids[-1:] == seq.token_ids[seq.num_computed_tokens - 1 : seq.num_computed_tokens]
+    end = seq.num_computed_tokens  # all of the step's tokens are known, of a preempted sequence too
+    assert copy.token_ids == seq.token_ids[end - seq.num_scheduled_tokens : end]  # and no more than that is sent
+    assert len(copy.token_ids) == seq.num_scheduled_tokens
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_is_pickled_of_a_sequence(lag: int) -> None:
-    """Chunks of a prompt, decoding, and the chunks of the prefill after a preemption.
-
-    With a lag, a decoding sequence's token is not known: the ranks take it from their own devices.
-    """
+    """Chunks of a prompt, and the chunks of the prefill after a preemption. Of decode steps, arrays are sent."""
     # 10 blocks of 4: both prompts fit, and one of them must give way while they decode.
     scheduler = make_scheduler(10, 4, max_num_batched_tokens=6)
     seqs = [make_sequence(list(range(start, start + 15)), max_tokens=20) for start in (100, 200)]
     for seq in seqs:
         scheduler.add(seq)
     kinds: set[tuple[bool, bool]] = set()
-    num_unknown = 0
     pending: deque[Step] = deque()
     while not scheduler.is_finished():
         while len(pending) <= lag and (step := scheduler.schedule()) is not None:
             pending.append(step)
-            for seq in step.seqs:
+            for seq, yields in zip(step.seqs, step.yields) if step.is_prefill else ():
                 check_equal_for_a_worker(seq)
-                end = seq.num_computed_tokens
-                has_completion = end - seq.num_scheduled_tokens >= seq.num_prompt_tokens
-                if step.is_prefill:  # all of it is known, of a preempted sequence too
-                    assert sent(seq).token_ids == seq.token_ids[end - seq.num_scheduled_tokens : end]
-                    assert len(sent(seq).token_ids) == seq.num_scheduled_tokens
-                    has_completion = bool(seq.completion_token_ids)
-                elif len(seq.token_ids) == end:
-                    assert sent(seq).token_ids == [seq.token_ids[-1]]
-                else:
-                    assert sent(seq).token_ids == []
-                    num_unknown += 1
-                kinds.add((step.is_prefill, has_completion))
+                kinds.add((bool(seq.completion_token_ids), yields))
         step = pending.popleft()
         scheduler.postprocess(step, [1] * len(step.seqs))
     assert scheduler.num_preemptions > 0
-    assert kinds == {(True, False), (False, True), (True, True)}
-    assert (num_unknown > 10) == (lag > 0) and (num_unknown > 0) == (lag > 0)
-
-
-def test_a_decoding_sequence_is_small() -> None:
-    seq = make_sequence(list(range(10_000)))
-    seq.num_computed_tokens, seq.num_scheduled_tokens = 9_999, 1
-    seq.block_table = list(range(40))
-    assert len(pickle.dumps(seq)) < 500
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 
 
 # --- the channel --------------------------------------------------------------------------------------------

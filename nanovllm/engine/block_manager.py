@@ -28,8 +28,7 @@ class BlockManager:
     """Hands out blocks, counts their holders, finds cached prefixes, in time independent of the cache's size."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of the middle of this
         # queue, which an OrderedDict does in constant time.
@@ -37,54 +36,55 @@ class BlockManager:
         self.cached_blocks: dict[int, Block] = {}  # key -> a full block, held or free
         self._content_ids = count(NO_CONTENT + 1)  # never reused, so a stale parent_id matches nothing
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
     def usage(self) -> dict[str, int]:
         """Blocks that nobody holds, that sequences hold, and, of both kinds, that a prompt could share."""
         free, num_cached = len(self.free_block_ids), len(self.cached_blocks)
         return {"blocks_free": free, "blocks_in_use": len(self.blocks) - free, "blocks_cached": num_cached}
 
+    def num_missing(self, seq: Sequence) -> int:
+        """How many more blocks all tokens of a sequence need."""
+        return -(-seq.num_tokens // self.block_size) - len(seq.block_table)
+
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
-        hits = self._find_cached_prefix(seq)
-        num_free = len(self.free_block_ids) - sum(block.ref_count == 0 for block in hits)
-        return self.num_blocks_for(seq.num_tokens) - len(hits) <= num_free
+        num_held = sum(block.ref_count > 0 for block in self._find_cached_prefix(seq))  # the other hits are free ones
+        return self.num_missing(seq) - num_held <= len(self.free_block_ids)
 
     def allocate(self, seq: Sequence) -> None:
         """Fill the block table of a waiting sequence: shared blocks for its cached prefix, new ones for the rest."""
         assert not seq.block_table
-        hits = self._find_cached_prefix(seq)
-        for block in hits:
-            if block.ref_count == 0:
-                del self.free_block_ids[block.block_id]
+        for block in self._find_cached_prefix(seq):
+            self.free_block_ids.pop(block.block_id, None)
             block.ref_count += 1
             seq.block_table.append(block.block_id)
-        for _ in range(self.num_blocks_for(seq.num_tokens) - len(hits)):
-            seq.block_table.append(self._take_free_block())
-        seq.num_registered_blocks = len(hits)
-        seq.num_cached_tokens = seq.num_computed_tokens = len(hits) * self.block_size
+        seq.num_registered_blocks = len(seq.block_table)
+        seq.num_cached_tokens = seq.num_computed_tokens = len(seq.block_table) * self.block_size
+        seq.block_table += [self._take_free_block() for _ in range(self.num_missing(seq))]
 
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
         """The longest run of cached blocks that `seq` begins with, always leaving a token to compute."""
         hits: list[Block] = []
-        parent_id = NO_CONTENT
         for index in range((seq.num_tokens - 1) // self.block_size):
-            block = self.cached_blocks.get(self._block_key(seq, index))
-            # The key is only a hash. Equal tokens after an equal prefix are a proof.
-            if block is None or block.parent_id != parent_id or block.token_ids != self._block_tokens(seq, index):
+            block = self._find_block(seq, index, hits[-1].content_id if hits else NO_CONTENT)
+            if block is None:
                 break
             hits.append(block)
-            parent_id = block.content_id
         return hits
+
+    def _find_block(self, seq: Sequence, index: int, parent_id: int) -> Block | None:
+        """The cached block that equals a full one of `seq`, given the content id of the block before it."""
+        block = self.cached_blocks.get(self._block_key(seq, index))
+        # The key is only a hash. Equal tokens after an equal prefix are a proof.
+        is_same = block and block.parent_id == parent_id and block.token_ids == self._block_tokens(seq, index)
+        return block if is_same else None
 
     def can_append(self, seq: Sequence) -> bool:
         """Whether the last token of a running sequence has a slot, or can be given one."""
-        return self.num_blocks_for(seq.num_tokens) <= len(seq.block_table) or bool(self.free_block_ids)
+        return bool(self.free_block_ids) or self.num_missing(seq) <= 0
 
     def may_append(self, seq: Sequence) -> None:
         """Give a running sequence a new block if its last token is the first of one."""
-        if self.num_blocks_for(seq.num_tokens) > len(seq.block_table):
+        if self.num_missing(seq) > 0:
             seq.block_table.append(self._take_free_block())
 
     def register(self, seq: Sequence) -> None:
@@ -94,14 +94,14 @@ class BlockManager:
             return
         for index in range(seq.num_registered_blocks, num_full):
             block = self.blocks[seq.block_table[index]]
-            key, token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
             block.parent_id = self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
-            known = self.cached_blocks.get(key)
-            if known is not None and known.parent_id == block.parent_id and known.token_ids == token_ids:
+            known = self._find_block(seq, index, block.parent_id)
+            if known is not None:
                 block.content_id = known.content_id  # a second copy: the first one stays the shared one
-            else:
-                block.key, block.token_ids, block.content_id = key, token_ids, next(self._content_ids)
-                self.cached_blocks[key] = block
+                continue
+            block.key, block.token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
+            block.content_id = next(self._content_ids)
+            self.cached_blocks[block.key] = block
         seq.num_registered_blocks = num_full
 
     def deallocate(self, seq: Sequence) -> None:

@@ -4,7 +4,6 @@ import multiprocessing
 import multiprocessing.connection
 import pickle
 import struct
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
@@ -16,8 +15,8 @@ HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this
 class Channel:
     """One shared-memory block, of a fresh name, that rank 0 writes and every worker reads.
 
-    Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and the last frame copied
-    out). Rank 0 waits for all `taken` before it writes again, so a long message takes several frames.
+    Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and has copied the last one
+    out). Rank 0 waits for all `taken` before it writes again; a long message takes several frames.
     """
 
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
@@ -27,7 +26,7 @@ class Channel:
         self.taken = [context.Event() for _ in range(num_workers)]
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
         self.processes: list[multiprocessing.process.BaseProcess] = []
-        self.is_closing = False
+        self.is_closing, self.failure = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "processes": []}  # a worker's copy needs no handles of its siblings
@@ -63,34 +62,32 @@ class Channel:
         return pickle.loads(message)
 
     def watch(self, on_death: Callable[[], None]) -> None:
-        """Rank 0: have `on_death` called, by a thread, if a worker dies, so that nothing goes on waiting for it."""
-
-        def wait() -> None:
-            multiprocessing.connection.wait([process.sentinel for process in self.processes])
-            if not self.is_closing:
-                on_death()
-
-        threading.Thread(target=wait, daemon=True).start()
+        """Rank 0, in a thread: call `on_death` when a worker dies, so that nothing goes on waiting for it."""
+        multiprocessing.connection.wait([process.sentinel for process in self.processes])
+        if not self.is_closing:
+            on_death()
 
     def check_workers(self) -> None:
-        """Rank 0: raise a RuntimeError with the worker's traceback if one has failed."""
+        """Rank 0: raise a RuntimeError, with the worker's traceback, if one has failed."""
         dead = [(rank, process) for rank, process in enumerate(self.processes, start=1) if not process.is_alive()]
-        if not self.errors.empty():  # after is_alive: a worker says why before it dies
+        if not self.failure and not self.errors.empty():  # after is_alive: a worker says why before it dies
             rank, traceback = self.errors.get()
-            raise RuntimeError(f"tensor-parallel rank {rank} failed:\n{traceback}")
-        for rank, process in dead:
-            raise RuntimeError(
+            self.failure = f"tensor-parallel rank {rank} failed:\n{traceback}"
+        if not self.failure and dead:
+            rank, process = dead[0]
+            self.failure = (
                 f"tensor-parallel rank {rank} died with exit code {process.exitcode} (if it never started: does the "
                 "script guard its main part with `if __name__ == '__main__'`?)"
             )
+        if self.failure:
+            raise RuntimeError(self.failure)
 
     def kill(self) -> RuntimeError | None:
         """Rank 0: end the workers wherever they are; returns what `check_workers` had to say of them."""
         time.sleep(0.5)  # a worker that failed first is about to say why
-        self.is_closing = True
+        self.is_closing, failure = True, None
         try:
             self.check_workers()
-            failure = None
         except RuntimeError as error:
             failure = error
         for process in self.processes:

@@ -33,21 +33,18 @@ class Detokenizer:
         if is_last:  # with what is left of a character
             whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.params.skip_special_tokens)
             self.text = whole if whole.startswith(self.text) else self.text
-        found = []
-        for stop in self.params.stop if may_stop else ():
-            index = self.text.find(stop, max(start + 1 - len(stop), 0))
-            found += [(index + len(stop), stop)] if index >= 0 else []
+        stops = self.params.stop if may_stop else ()
+        begins = [(self.text.find(stop, max(start + 1 - len(stop), 0)), stop) for stop in stops]
+        found = [(begin, begin + len(stop), stop) for begin, stop in begins if begin >= 0]
         if not found:
             return None
-        end, stop = min(found, key=lambda match: match[0])
-        self.text = self.text[: end if self.params.include_stop_str_in_output else end - len(stop)]
+        begin, end, stop = min(found, key=lambda match: match[1])
+        self.text = self.text[: end if self.params.include_stop_str_in_output else begin]
         return stop
 
     def take(self, is_finished: bool) -> str:
         """The text that is new since the last call, less an ending that could become a stop string."""
-        held = 0
-        if not is_finished and not self.params.include_stop_str_in_output:
-            lengths = {k for stop in self.params.stop for k in range(1, len(stop)) if self.text.endswith(stop[:k])}
-            held = max(lengths, default=0)
-        start, self.num_taken = self.num_taken, max(self.num_taken, len(self.text) - held)
+        stops = () if is_finished or self.params.include_stop_str_in_output else self.params.stop
+        held = [k for stop in stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])]
+        start, self.num_taken = self.num_taken, max(self.num_taken, len(self.text) - max(held, default=0))
         return self.text[start : self.num_taken]

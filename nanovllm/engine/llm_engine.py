@@ -2,7 +2,6 @@
 
 import multiprocessing
 import random
-import reprlib
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ from nanovllm.trace import Trace
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+Request = tuple[list[int], SamplingParams]
+Result = dict[str, Any]
 
 
 class LLMEngine:
     """Drives a Scheduler and a rank-0 ModelRunner.
 
-    `model` is a checkpoint directory in Hugging Face format or a hub id; `options` are the fields of `Config`.
-    What is not right about them is a TypeError or ValueError.
+    `model` and `options` are the fields of `Config`; what is not right about them is a TypeError or ValueError.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -48,65 +48,62 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(config.model)
         self._generation_config = read_json(Path(config.model) / "generation_config.json")
         if config.eos == -1:
-            named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, config.hf_config)]
-            config.eos = find_eos(self._generation_config.get("eos_token_id"), *named)
-        self._seeds = random.Random(config.seed)  # of the requests that bring none
-        channel = store = None
-        if config.tensor_parallel_size > 1 and dist.is_initialized():
-            raise ValueError(
-                f"tensor_parallel_size {config.tensor_parallel_size} needs torch.distributed's default process "
-                "group, and this process uses it already; exit() the other engine, or use another process"
-            )
-        try:
-            if config.tensor_parallel_size > 1:
-                size = config.tensor_parallel_size
-                channel = Channel(size - 1)
-                # Port 0: the system picks one that is free.
-                store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-                context = multiprocessing.get_context("spawn")
-                for rank in range(1, size):
-                    args = (config, rank, channel, store.port)
-                    process = context.Process(target=run_worker, args=args, daemon=True)
-                    process.start()
-                    channel.processes.append(process)
-                channel.wait_taken()  # a worker that cannot start is found out here, not in a collective
-            self.model_runner: ModelRunner | None = ModelRunner(config, 0, channel, store)
-            if channel is not None:
-                channel.check_workers()
-        except BaseException as error:
-            failure = None
-            if channel is not None:
-                failure = channel.kill()
-                channel.close()
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-            if failure is not None and isinstance(error, Exception):
-                raise failure from error
-            raise
+            config.eos = find_eos(self._generation_config, self.tokenizer, config.hf_config)
+        self.model_runner: ModelRunner | None = start_ranks(config)
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
-        self._finalizer = weakref.finalize(self, shut_down, self.model_runner, channel)
+        self._finalizer = weakref.finalize(self, shut_down, self.model_runner)
         # On a GPU one step is always queued behind the one that runs, so that the device never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
+        self._seeds = random.Random(config.seed)  # of the requests that bring none
         self._counters = Counter(requests=0, prompt_tokens=0, completion_tokens=0, prefix_hit_tokens=0, preemptions=0)
         self._trace: Trace | None = None
         self.reset()
+
+    def reset(self) -> None:
+        """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
+        self.scheduler = Scheduler(self.config, self._counters)
+        self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: id -> the sequences of its n completions
+        self._ended: list[tuple[int, Result]] = []  # results for the next step to report
 
     def exit(self) -> None:
         """End the workers and free the memory. The engine cannot be used afterwards."""
         self._finalizer()
         self.model_runner = None
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What a request without parameters gets: those that the model's generation_config.json recommends."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-        recommended = {name: self._generation_config.get(name) for name in names}
-        options = {name.replace("_new", ""): value for name, value in recommended.items() if value is not None}
-        if self._generation_config.get("do_sample") is False:
-            options["temperature"] = 0
+    def _check_alive(self) -> None:
+        if self.model_runner is None:
+            raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
+
+    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[Result]:
+        """Complete prompts (one string, or a list of strings and token-id lists), batched as the cache allows.
+
+        `sampling_params`: one for all, one for each, or None for `get_default_sampling_params`. Returns a dict for
+        each prompt, in order: `text` ("" without a tokenizer) and `token_ids` of the completion, the token that ended
+        it included; `finish_reason`, "stop" or "length" (`max_tokens` or `max_model_len` was reached); `stop_reason`,
+        the stop string or stop token id, else None; `logprobs`, None or for each token a dict of token id ->
+        log-probability, the sampled one first; `prompt_token_ids`, and `num_cached_tokens` of them. With n > 1 these
+        are the first completion's, and `completions` is a list of n such dicts. Raises TypeError or ValueError for a
+        wrong prompt or parameter (nothing is queued then), RuntimeError beside requests that are not finished.
+        """
+        if not self.is_finished():
+            raise RuntimeError("requests of add_request or stream are unfinished; step() until they are, or reset()")
+        requests, rates = self._checked(prompts, sampling_params), {"prefill": "-", "decode": "-"}
         try:
-            return SamplingParams(**options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.config.model}/generation_config.json: {error}; pass sampling_params") from error
+            results: dict[int, Result] = {self._queue(*request)[0].seq_id: {} for request in requests}
+            with tqdm(total=len(results), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
+                while not self.is_finished():
+                    start = time.perf_counter()
+                    finished, num_tokens = self.step()
+                    kind = "prefill" if num_tokens > 0 else "decode"
+                    rates[kind] = f"{abs(num_tokens) / (time.perf_counter() - start):.0f}tok/s"
+                    progress.set_postfix(rates, refresh=False)
+                    progress.update(len(finished))
+                    results.update(finished)
+        except BaseException:  # Ctrl-C too: the abandoned requests must not come back in the next call
+            self.reset()
+            raise
+        return list(results.values())
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one prompt; returns the id by which `step` reports its result. Raises as `generate` does."""
@@ -118,6 +115,60 @@ class LLMEngine:
             self.scheduler.abort(seqs)
             self._ended.append((request_id, self._result(seqs)))
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters gets: those that the model's generation_config.json recommends."""
+        given = self._generation_config
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+        options = {name.replace("_new", ""): given[name] for name in names if given.get(name) is not None}
+        if given.get("do_sample") is False:
+            options["temperature"] = 0
+        try:
+            return SamplingParams(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.config.model}/generation_config.json: {error}; pass sampling_params") from error
+
+    def _checked(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
+        """Token ids and parameters of each prompt; or an exception as `generate` describes."""
+        self._check_alive()
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; pass one for each")
+        return [self._checked_request(index, *pair) for index, pair in enumerate(zip(prompts, params))]
+
+    def _checked_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}")
+        config, is_text = self.config, isinstance(prompt, str)
+        if self.tokenizer is None and (is_text or params.stop):
+            what = "is text" if is_text else "has stop strings"
+            raise ValueError(f"prompt {index} {what}, and {config.model} has no tokenizer; pass ids (stop_token_ids)")
+        try:
+            if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
+                raise TypeError
+            token_ids = self.tokenizer.encode(prompt) if is_text else array("q", prompt)
+        except OverflowError as error:
+            raise ValueError(f"prompt {index} has a token id far outside the vocabulary: {error}") from None
+        except Exception as error:
+            if is_text:  # with a lone surrogate, say
+                raise ValueError(f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}") from error
+            expected = "a string or a list of token ids (one prompt of token ids is passed as a list of one list)"
+            raise TypeError(f"prompt {index} must be {expected}, not {prompt!r:.60}") from error
+        if not token_ids:
+            raise ValueError(f"prompt {index} is empty; it must have at least one token")
+        vocab = config.hf_config.vocab_size
+        ends = np.min(token_ids), np.max(token_ids)  # of an array of 2048 ten times faster than min
+        for token_id in (*ends, *params.stop_token_ids, *(params.logit_bias or ())):
+            if not 0 <= token_id < vocab:
+                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
+        if len(token_ids) >= config.max_model_len:
+            limit = f"max_model_len {config.max_model_len} must hold them and one more; shorten it or raise the limit"
+            raise ValueError(f"prompt {index} has {len(token_ids)} tokens, and {limit}")
+        return token_ids, params
+
     def _queue(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> list[Sequence]:
         """One sequence a completion. The first has the request's seed, the others seeds that follow from it."""
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
@@ -125,7 +176,7 @@ class LLMEngine:
         seqs = [Sequence(token_ids, params, others.getrandbits(63) if i else seed) for i in range(params.n)]
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
-            seq.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+            seq.max_tokens = min(params.max_tokens or room, room)
             if self.tokenizer is not None and (is_streamed or params.stop):
                 seq.detokenizer = Detokenizer(self.tokenizer, params)
             self.scheduler.add(seq)
@@ -133,80 +184,21 @@ class LLMEngine:
             self._requests[seqs[0].seq_id] = seqs
         return seqs
 
-    def _check_alive(self) -> None:
-        if self.model_runner is None:
-            raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
-
-    def _checked(self, prompts: Prompts, sampling_params: Params) -> list[tuple[list[int], SamplingParams]]:
-        """Token ids and parameters of each prompt; or an exception as `generate` describes."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)):
-            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
-        if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one for each")
-        checked = map(self._checked_prompt, prompts, sampling_params, range(len(prompts)))
-        return list(zip(checked, sampling_params, strict=True))
-
-    def _checked_prompt(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
-        """The token ids of a request that can be served; else an exception that says what is wrong with it."""
-        self._check_alive()
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompt {index} is text, and {self.config.model} has no tokenizer; pass token ids")
-            try:
-                token_ids = self.tokenizer.encode(prompt)
-            except Exception as error:  # a lone surrogate, say
-                raise ValueError(f"prompt {index} cannot be tokenised: {reprlib.repr(prompt)}: {error}") from error
-        else:
-            try:
-                if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
-                    raise TypeError
-                token_ids = array("q", prompt)
-            except OverflowError as error:
-                raise ValueError(f"prompt {index} has a token id far outside the vocabulary: {error}") from None
-            except TypeError:
-                raise TypeError(
-                    f"prompt {index} must be a string or a list of token ids, not {reprlib.repr(prompt)} (one prompt "
-                    "of token ids is passed as a list of one list)"
-                ) from None
-        if not token_ids:
-            raise ValueError(f"prompt {index} is empty; it must have at least one token")
-        vocab = self.config.hf_config.vocab_size
-        ends = np.min(token_ids), np.max(token_ids)  # of an array of 2048 ten times faster than min
-        for token_id in (*ends, *params.stop_token_ids, *(params.logit_bias or ())):
-            if not 0 <= token_id < vocab:
-                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"prompt {index} has stop strings, and {self.config.model} has no tokenizer")
-        if len(token_ids) >= self.config.max_model_len:
-            raise ValueError(
-                f"prompt {index} has {len(token_ids)} tokens, and max_model_len {self.config.max_model_len} must "
-                "hold it and at least one new token; shorten the prompt or raise max_model_len"
-            )
-        return token_ids
-
     def is_finished(self) -> bool:
         """Whether no request is queued or running."""
         return self.scheduler.is_finished() and not self._pending and not self._ended
 
-    def step(self) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    def step(self) -> tuple[list[tuple[int, Result]], int]:
         """Complete one forward pass, having launched the next one behind it.
 
-        Returns:
-            (request id, result) of each request that finished, and the number of tokens: of a prefill step, those
-            computed; of a decode step, minus the number of sequences; 0 when there was nothing to do.
+        Returns (request id, result) of each request that finished, and the number of tokens: of a prefill step, those
+        computed; of a decode step, minus the number of sequences; 0 when there was nothing to do.
         """
         self._check_alive()
         ended, self._ended = self._ended, []
         if self.is_finished():
             return ended, 0
-        start = time.perf_counter()
+        start, channel = time.perf_counter(), self.model_runner.channel
         try:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
                 if self._trace is not None:
@@ -215,35 +207,45 @@ class LLMEngine:
                     self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
             step, pending = self._pending.popleft()
             sampled = pending.wait()
-            if self.model_runner.channel is not None:
-                self.model_runner.channel.check_workers()  # what comes of a dead rank is garbage
+            if channel is not None:
+                channel.check_workers()  # what comes of a dead rank is garbage
             finished = self.scheduler.postprocess(step, *sampled)
             if self._trace is not None:
                 self._trace.completed(step, pending, finished, start)
         except BaseException as error:
-            failure = None
-            if self.model_runner.channel is not None and isinstance(error, Exception):
-                # The ranks may stand at different collectives now: nothing can go on from here.
-                failure = self.model_runner.channel.kill()
-                self.model_runner.let_go()
-                self.exit()
             self.reset()
-            if failure is not None:
-                raise failure from error
-            raise
-        num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
+            if channel is None or not isinstance(error, Exception):
+                raise
+            failure = channel.kill()  # the ranks may stand at different collectives now: nothing can go on from here
+            self.model_runner.let_go()
+            self.exit()
+            raise failure or error
         for seq in finished:
             seqs = self._requests.get(seq.request_id)  # None: a stream's
             if seqs is not None and all(other.is_finished for other in seqs):
                 ended.append((seq.request_id, self._result(self._requests.pop(seq.request_id))))
-        return ended, num_tokens
+        return ended, step.num_tokens if step.is_prefill else -step.num_tokens
 
-    def reset(self) -> None:
-        """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
-        self.scheduler = Scheduler(self.config, self._counters)
-        self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
-        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: id -> the sequences of its n completions
-        self._ended: list[tuple[int, dict[str, Any]]] = []  # results for the next step to report
+    def _result(self, seqs: list[Sequence]) -> Result:
+        completions = [self._completion(seq, self._text(seq)) for seq in seqs]
+        prompt, num_cached = seqs[0].token_ids[: seqs[0].num_prompt_tokens], seqs[0].num_cached_prompt_tokens or 0
+        result = {**completions[0], "prompt_token_ids": prompt, "num_cached_tokens": num_cached}
+        return result if len(seqs) == 1 else {**result, "completions": completions}
+
+    def _completion(self, seq: Sequence, text: str, start: int = 0) -> Result:
+        """From its token number `start` on."""
+        token_ids, logprobs = seq.token_ids[seq.num_prompt_tokens + start :], seq.logprobs and seq.logprobs[start:]
+        reasons = {"finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason}
+        return {"text": text, "token_ids": token_ids, **reasons, "logprobs": logprobs}
+
+    def _text(self, seq: Sequence) -> str:
+        if self.tokenizer is None:
+            return ""
+        if seq.detokenizer is not None:
+            return seq.detokenizer.text
+        hides_end = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
+        token_ids = seq.completion_token_ids[:-1] if hides_end else seq.completion_token_ids
+        return self.tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -258,96 +260,6 @@ class LLMEngine:
         """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now."""
         return {**self._counters, **self.scheduler.block_manager.usage()}
 
-    def _result(self, seqs: list[Sequence]) -> dict[str, Any]:
-        completions = [
-            {
-                "text": self._text(seq), "token_ids": seq.completion_token_ids, "finish_reason": seq.finish_reason,
-                "stop_reason": seq.stop_reason, "logprobs": seq.logprobs,
-            } for seq in seqs
-        ]  # fmt: skip
-        prompt, num_cached = seqs[0].token_ids[: seqs[0].num_prompt_tokens], seqs[0].num_cached_prompt_tokens or 0
-        result = {**completions[0], "prompt_token_ids": prompt, "num_cached_tokens": num_cached}
-        return result if len(seqs) == 1 else {**result, "completions": completions}
-
-    def _text(self, seq: Sequence) -> str:
-        if seq.detokenizer is not None or self.tokenizer is None:
-            return "" if seq.detokenizer is None else seq.detokenizer.text
-        hides_end = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
-        token_ids = seq.completion_token_ids[:-1] if hides_end else seq.completion_token_ids
-        return self.tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
-
-    def generate(
-        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
-    ) -> list[dict[str, Any]]:
-        """Complete prompts, batched as the cache allows.
-
-        Args:
-            prompts: one string, or a list whose items are strings or lists of token ids.
-            sampling_params: one for all prompts, or one for each; None: `get_default_sampling_params`.
-            use_tqdm: show a progress bar.
-
-        Returns:
-            For each prompt, in order, a dict with `text` (the completion; "" without a tokenizer), `token_ids` (of
-            the completion, the one that ended it included), `finish_reason` ("stop", or "length": `max_tokens`, or
-            `max_model_len`, was reached), `stop_reason` (which stop string or stop token id, else None), `logprobs`
-            (None, or for each token a dict of token id -> log-probability, the sampled one first),
-            `prompt_token_ids`, `num_cached_tokens` (of the prompt). With n > 1 these are the first completion's, and
-            `completions` is a list of n such dicts.
-
-        Raises:
-            TypeError, ValueError: a prompt or its parameters are not right; nothing is queued then.
-            RuntimeError: requests of `add_request` or of a stream are unfinished.
-        """
-        if not self.is_finished():
-            raise RuntimeError("requests of add_request or stream are unfinished; step() until they are, or reset()")
-        requests = self._checked(prompts, sampling_params)
-        results: dict[int, dict[str, Any]] = {}
-        rates = {"prefill": "-", "decode": "-"}
-        try:
-            request_ids = [self._queue(*request)[0].seq_id for request in requests]
-            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
-                while not self.is_finished():
-                    start = time.perf_counter()
-                    finished, num_tokens = self.step()
-                    kind = "prefill" if num_tokens > 0 else "decode"
-                    rates[kind] = f"{abs(num_tokens) / (time.perf_counter() - start):.0f}tok/s"
-                    progress.set_postfix(rates, refresh=False)
-                    results.update(finished)
-                    progress.update(len(finished))
-        except BaseException:  # Ctrl-C too: the abandoned requests must not come back in the next call
-            self.reset()
-            raise
-        return [results[request_id] for request_id in request_ids]
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the `with`."""
-    if threading.current_thread() is not threading.main_thread():  # it only ever comes to that one
-        yield
-        return
-    caught: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])
-
-
-def shut_down(model_runner: ModelRunner, channel: Channel | None) -> None:
-    if channel is not None:
-        channel.is_closing = True
-    try:
-        if channel is None or all(process.is_alive() for process in channel.processes):
-            model_runner.call("exit")
-        else:
-            model_runner.exit()
-    finally:
-        if channel is not None:
-            channel.close()
-
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
@@ -360,7 +272,66 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
 
 
-def find_eos(*named: int | SequenceOf[int] | None) -> tuple[int, ...]:
-    """All ids that any of these sources names as an end of sequence."""
-    ids = (token_id for eos in named for token_id in (eos if isinstance(eos, (list, tuple)) else [eos]))
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+def find_eos(generation_config: dict[str, Any], *sources: Any) -> tuple[int, ...]:
+    """All ids that any of these names as an end of sequence, each as `eos_token_id`: one, a list of them or None."""
+    named = [generation_config.get("eos_token_id"), *(getattr(source, "eos_token_id", None) for source in sources)]
+    lists = [eos if isinstance(eos, list) else [eos] for eos in named if eos is not None]
+    return tuple(dict.fromkeys(token_id for eos in lists for token_id in eos))
+
+
+def start_ranks(config: Config) -> ModelRunner:
+    """Rank 0's ModelRunner; with tensor parallelism, worker processes with the other ranks' stand behind it."""
+    size = config.tensor_parallel_size
+    if size == 1:
+        return ModelRunner(config)
+    if dist.is_initialized():
+        needed = f"tensor_parallel_size {size} needs torch.distributed's default process group"
+        raise ValueError(f"{needed}, and it is in use; exit() the other engine, or use another process")
+    channel, context = Channel(size - 1), multiprocessing.get_context("spawn")
+    try:
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # port 0: any free one
+        for rank in range(1, size):
+            process = context.Process(target=run_worker, args=(config, rank, channel, store.port), daemon=True)
+            process.start()
+            channel.processes.append(process)
+        channel.wait_taken()  # a worker that cannot start is found out here, not in a collective
+        model_runner = ModelRunner(config, 0, channel, store)
+        channel.check_workers()
+        return model_runner
+    except BaseException as error:
+        failure = channel.kill()
+        channel.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if failure is not None and isinstance(error, Exception):
+            raise failure from error
+        raise
+
+
+def shut_down(model_runner: ModelRunner) -> None:
+    channel = model_runner.channel
+    if channel is None:
+        return model_runner.exit()
+    channel.is_closing = True
+    with closing(channel):
+        if all(process.is_alive() for process in channel.processes):
+            model_runner.call("exit")
+        else:
+            model_runner.exit()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the `with`."""
+    # It only ever comes to the main thread; None: its handler is not Python's.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)

@@ -17,8 +17,8 @@ PLAIN = (SamplingParams(), 0, (), [], [])  # as the `options` of a sequence
 class SamplingTable:
     """What each admitted sequence asks of the sampler beyond temperature and seed: one row for each.
 
-    It is written when a sequence is prefilled. A step whose sequences are those of the step before takes its tensors
-    over, so that most decode steps cost one comparison; a step of plain requests builds none at all.
+    A step whose sequences are those of the step before takes its tensors over, so that most decode steps cost one
+    comparison; a step of plain requests has none.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class SamplingTable:
     ) -> None:
         self.num_rows, self.vocab_size, self.device, self.to_device = num_rows, vocab_size, device, to_device
         self.counts: torch.Tensor | None = None  # of tokens, for penalties; made for the first request that has any
-        self.is_used, self.min_lengths = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype=np.int64)
+        self.min_lengths = np.zeros(num_rows, dtype=np.int64)  # 0: plain, for no prompt is empty
         self.numbers = np.tile(np.array(NEUTRAL_ROW, dtype=np.float32), (num_rows, 1))
         self.options: list[tuple] = [PLAIN] * num_rows
         self._last: tuple[tuple[bytes, bytes] | None, SamplingExtras | None] = None, None
@@ -37,8 +37,7 @@ class SamplingTable:
         if options is self.options[row]:
             return  # plain, as the one before it
         params, min_length, _, prompt_ids, completion_ids = self.options[row] = options
-        self.is_used[row], self.min_lengths[row] = options is not PLAIN, min_length
-        self.numbers[row] = params.sampler_row
+        self.min_lengths[row], self.numbers[row] = min_length, params.sampler_row
         self._last = None, None
         if params.has_penalties:
             if self.counts is None:
@@ -47,16 +46,16 @@ class SamplingTable:
 
     def build(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
         """The extras of a step; `[n]` each: the sequences' rows, and how many of their tokens are computed."""
-        if not self.is_used[rows].any():
+        min_lengths = self.min_lengths[rows]
+        if not min_lengths.any():
             return None
-        may_not_end = lengths < self.min_lengths[rows]
+        may_not_end = lengths < min_lengths
         key = rows.tobytes(), may_not_end.tobytes()
         if key != self._last[0]:
             self._last = key, self._build(rows, may_not_end)
         return self._last[1]
 
     def _build(self, rows: np.ndarray, may_not_end: np.ndarray) -> SamplingExtras | None:
-        is_changed = (self.numbers[rows] != NEUTRAL_ROW).any(axis=0)
         wanted, biases = [], []
         for index, (row, forbid) in enumerate(zip(rows.tolist(), may_not_end.tolist(), strict=True)):
             params, _, end_ids, *_ = self.options[row]
@@ -65,15 +64,14 @@ class SamplingTable:
             biases += [(index, *entry) for entry in (params.logit_bias or {}).items()]
             biases += [(index, token_id, -inf) for token_id in end_ids if forbid]
         extras: dict[str, Any] = {}
-        top_k, top_p, min_p, *penalties = self.to_device(np.ascontiguousarray(self.numbers[rows].T))
+        is_changed = (self.numbers[rows] != NEUTRAL_ROW).any(axis=0)
+        top_k, top_p, min_p, *penalties = self.to_device(self.numbers[rows].T.copy())
         if is_changed[:3].any():
             extras["filters"] = top_k.int(), top_p, min_p
         if is_changed[3:].any():
-            rows_on_device = self.to_device(rows, np.int64)
-            extras.update(penalties=tuple(penalties), counts=self.counts, rows=rows_on_device)
+            extras.update(penalties=tuple(penalties), counts=self.counts, rows=self.to_device(rows, np.int64))
         if biases:
-            dtypes = np.int64, np.int64, np.float32
-            extras["bias"] = tuple(map(self.to_device, zip(*biases, strict=True), dtypes))
+            extras["bias"] = tuple(map(self.to_device, zip(*biases, strict=True), (np.int64, np.int64, np.float32)))
         if wanted:
             indices, numbers = zip(*wanted, strict=True)
             extras["logprobs"] = self.to_device(indices, np.int64), max(numbers)

@@ -29,8 +29,7 @@ class Scheduler:
     `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose prompt is computed
     in chunks stays there, with its blocks, until its last chunk. `running` holds those that decode, oldest first.
 
-    `schedule` can run ahead of `postprocess`: a step may be scheduled before the tokens of the step before it are
-    known, since everything it needs of them on the host is their number.
+    A step may be scheduled before the tokens of the one before it are known: only their number matters here.
     """
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
@@ -41,8 +40,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
         self.free_rows = list(reversed(range(self.max_num_seqs)))
-        self.num_pending = 0  # steps scheduled and not yet postprocessed
-        self.num_preemptions = 0
+        self.num_pending = self.num_preemptions = 0  # pending: scheduled and not yet postprocessed steps
         self.counters = Counter() if counters is None else counters  # the engine's outlive this scheduler
 
     def is_finished(self) -> bool:
@@ -56,39 +54,33 @@ class Scheduler:
 
     def abort(self, seqs: list[Sequence]) -> None:
         """End those of `seqs` that have not finished. Their blocks are free; tokens under way will be dropped."""
-        for seq in seqs:
-            if not seq.is_finished:
-                if seq.block_table:
-                    self._release(seq)
-                seq.finish("abort")
+        for seq in (seq for seq in seqs if not seq.is_finished):
+            if seq.block_table:
+                self._release(seq)
+            seq.finish("abort")
         self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
         self.running = deque(seq for seq in self.running if not seq.is_finished)
 
     def schedule(self) -> Step | None:
-        """Pick the sequences of the next step and give them their blocks; None if a pending step must end first.
-
-        Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
-        """
+        """Pick the sequences of the next step and give them their blocks; None if a pending step must end first."""
+        # Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
         step = self._schedule_prefill() or self._schedule_decode()
-        if step is not None:
-            self.num_pending += 1
-        assert step is not None or self.num_pending or self.is_finished(), "work is left and none can be scheduled"
+        self.num_pending += step is not None
+        assert self.num_pending or self.is_finished(), "work is left and none can be scheduled"
         return step
 
     def _schedule_prefill(self) -> Step | None:
-        seqs: list[Sequence] = []
-        yields: list[bool] = []
-        budget = self.max_num_batched_tokens
+        seqs, yields, budget = [], [], self.max_num_batched_tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if not seq.block_table:
                 if not self.block_manager.can_allocate(seq):
                     break
                 self.block_manager.allocate(seq)
+                seq.row = self.free_rows.pop()
                 self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
                 if seq.num_cached_prompt_tokens is None:
                     seq.num_cached_prompt_tokens = seq.num_cached_tokens
-                seq.row = self.free_rows.pop()
             # Only after allocate is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
@@ -113,10 +105,9 @@ class Scheduler:
                     return None  # it may end a sequence; and one whose tokens are not all known cannot start again
                 # The newest has the least work to lose. The oldest is never chosen while another one runs, and
                 # alone it always fits (the engine checks the size of the cache), so there is always progress.
-                victim = queue.pop() if queue else seq
-                self._preempt(victim)
-                if victim is seq:
+                if self._preempt_newest() is seq:
                     break
+                queue.pop()
             else:
                 block_manager.may_append(seq)
                 seqs.append(seq)
@@ -124,13 +115,14 @@ class Scheduler:
             seq.schedule(1)
         return Step(seqs, [True] * len(seqs), len(seqs), False) if seqs else None
 
-    def _preempt(self, seq: Sequence) -> None:
-        assert self.running[-1] is seq
-        self._release(self.running.pop())
+    def _preempt_newest(self) -> Sequence:
+        seq = self.running.pop()
+        self._release(seq)
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
         self.counters["preemptions"] += 1
+        return seq
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.deallocate(seq)
@@ -139,15 +131,13 @@ class Scheduler:
     def postprocess(
         self, step: Step, token_ids: list[int], logprobs: list[tuple[list[int], list[float]]] | None = None
     ) -> list[Sequence]:
-        """Account for the oldest pending step, given one sampled token for each of its sequences.
+        """Account for the oldest pending step, given a token of each sequence, and `logprobs` of each that asked.
 
-        `logprobs` has an entry for each sequence that asked. An unfinished chunk's token is ignored. Returns the
-        sequences that finished; their blocks are free again.
+        An unfinished chunk's token is ignored. Returns the sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
         self.counters["completion_tokens"] += len(token_ids)  # less those skipped below
-        finished: list[Sequence] = []
-        entries = iter(logprobs or ())
+        finished, entries = [], iter(logprobs or ())
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
             entry = None if seq.logprobs is None else next(entries)
             if not yields or seq.is_finished:  # finished: the step was launched before its end was known

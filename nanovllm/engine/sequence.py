@@ -18,10 +18,10 @@ class Sequence:
     """A prompt, its completion so far, and where its K and V lie in the cache.
 
     A step is launched before the tokens of the step before it have been read back, so the counters run ahead of
-    the token ids. `num_tokens` counts prompt, completion and tokens that launched steps will yield; `token_ids`
-    holds those that are known. `num_computed_tokens` have their K and V in the cache once the launched steps have
-    run; `num_scheduled_tokens` of them are the last step's. A step yields a token for the sequence exactly when it
-    computes the last one there is: that holds for prompts, chunks, decoding and preempted sequences alike.
+    `token_ids`, which holds the known ones. `num_tokens` counts those that launched steps will yield too;
+    `num_computed_tokens` have their K and V in the cache once these steps have run, `num_scheduled_tokens` of them by
+    the last one. A step yields a token for the sequence exactly when it computes the last one there is: that holds
+    for prompts, chunks, decoding and preempted sequences alike.
     """
 
     _ids = count()
@@ -31,13 +31,13 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = self.num_tokens = len(token_ids)
+        self.num_computed_tokens = self.num_scheduled_tokens = 0
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # at the first one
-        self.num_computed_tokens = self.num_scheduled_tokens = 0
         self.row = -1  # in the model runner's arrays of admitted sequences
         self.block_table: list[int] = []
-        self.num_registered_blocks = 0  # the leading blocks that others can share
         self.block_keys: list[int] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
+        self.num_registered_blocks = 0  # the leading blocks that others can share
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None  # the stop string, or the id of stop_token_ids, that ended it
         self.request_id = self.seq_id  # the first one's id, where a request has several
@@ -46,10 +46,9 @@ class Sequence:
         self.detokenizer: Detokenizer | None = None  # for those whose text is needed while they run
         self.logprobs: list[dict[int, float]] | None = None if sampling_params.logprobs is None else []
         self.options: tuple | None = None  # see `_sampler_options`; in prefill steps, where the request is not plain
-        self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
-        self.seed = seed
+        self.temperature, self.seed = 0.0 if sampling_params.is_greedy else sampling_params.temperature, seed
         self.queued_at, self.first_token_at, self.finished_at = perf_counter(), None, None  # s; a Trace fills them in
-        self._token_offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
+        self._offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property
     def is_finished(self) -> bool:
@@ -67,7 +66,7 @@ class Sequence:
     @property
     def scheduled_token_ids(self) -> list[int]:
         """The tokens that the last scheduled step computes, as far as they are known."""
-        start = self.num_computed_tokens - self.num_scheduled_tokens - self._token_offset
+        start = self.num_computed_tokens - self.num_scheduled_tokens - self._offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
 
     def schedule(self, num_tokens: int, is_prefill: bool = False) -> bool:
@@ -81,10 +80,9 @@ class Sequence:
 
     def _sampler_options(self) -> tuple[SamplingParams, int, tuple[int, ...], list[int], list[int]]:
         """Parameters; below which length which ids are forbidden; for penalties, prompt and completion."""
-        params, num_prompt_tokens = self.params, self.num_prompt_tokens
-        history = self.token_ids if params.has_penalties else []
-        forbidden = num_prompt_tokens + params.min_tokens, tuple(self.end_ids)
-        return params, *forbidden, history[:num_prompt_tokens], history[num_prompt_tokens:]
+        num_prompt, history = self.num_prompt_tokens, self.token_ids if self.params.has_penalties else []
+        forbidden = num_prompt + self.params.min_tokens, tuple(self.end_ids)
+        return self.params, *forbidden, history[:num_prompt], history[num_prompt:]
 
     def append(self, token_id: int, logprobs: tuple[list[int], list[float]] | None = None) -> bool:
         """Add a sampled token (and log-probabilities of it and the likeliest); returns whether that ends it."""
@@ -97,7 +95,7 @@ class Sequence:
             return False  # nearly always
         may_stop = num_tokens > self.params.min_tokens
         is_end = is_end and may_stop
-        stop: str | int | None = self.end_ids[token_id] if is_end else None
+        stop = self.end_ids[token_id] if is_end else None
         if self.detokenizer is not None:
             shown = token_id if not is_end or self.params.include_stop_str_in_output else None
             stop = self.detokenizer.append(shown, is_end or is_full, may_stop) or stop
@@ -112,14 +110,12 @@ class Sequence:
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
 
+    # Other ranks get the tokens that a prefill step computes, and no more of them: a slice of a prompt, say.
+    _SENT = ("num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed", "options")
+
     def __getstate__(self) -> tuple:
-        # Workers get what the step computes and no more: a slice of a prompt, or a decoding sequence's last token.
-        return (
-            self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table,
-            self.temperature, self.seed, self.options, self.scheduled_token_ids,
-        )  # fmt: skip
+        return *(getattr(self, name) for name in self._SENT), self.scheduled_token_ids
 
     def __setstate__(self, state: tuple) -> None:
-        self.num_computed_tokens, self.num_scheduled_tokens, self.row, self.block_table, *rest = state
-        self.temperature, self.seed, self.options, self.token_ids = rest
-        self._token_offset = self.num_computed_tokens - self.num_scheduled_tokens
+        self.__dict__.update(zip((*self._SENT, "token_ids"), state, strict=True))
+        self._offset = self.num_computed_tokens - self.num_scheduled_tokens

@@ -2,10 +2,11 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and new keys and values into the paged KV cache
 - `rms_norm`, `silu_mul`: RMSNorm and the activation of the MLP
-- `gemv`: a linear layer for one or two tokens (its reference: `F.linear`, `rms_norm_torch`, `silu_mul_torch`)
+- `gemv`, `skinny_gemm`: a linear layer for a few tokens (their references: `F.linear` and the two above)
 - `paged_decode`, `varlen_prefill`: attention over the paged cache, of one and of many new tokens a sequence
 - `flash_attention`: the same two attentions through the `flash_attn` package
-- `gumbel`: sampling
+- `gumbel`, `penalties`, `threshold`: sampling
+- `all_reduce`: the sum over the GPUs of one host
 
 A function named `*_torch` is the reference: plain PyTorch, any device. The others compile when first called on a GPU.
 """

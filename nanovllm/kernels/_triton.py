@@ -8,31 +8,24 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
-except ImportError:  # macOS, Windows: the kernels are only defined, the PyTorch references run
+except ImportError:  # macOS, Windows: the kernels cannot be launched, the PyTorch references run
+    from unittest.mock import Mock
 
-    class _Absent:
-        def __getattr__(self, name):
-            return self
-
-        def __call__(self, function=None, **options):
-            return function or self
-
-    triton = tl = libdevice = _Absent()
-
-HAS_TRITON = hasattr(triton, "__version__") and isinstance(triton.__version__, str)
+    triton = tl = libdevice = Mock()
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # an older Triton, or none
     gdc_launch_dependents = gdc_wait = None
 
+HAS_TRITON = hasattr(triton, "__version__")
+
 
 @lru_cache
 def pdl_options() -> dict[str, bool]:
-    """Launch options for programmatic dependent launch, from Hopper on.
+    """Options for programmatic dependent launch, from Hopper on: a kernel may start while the one before it finishes.
 
-    A kernel launched so may start while the one before it in the stream is still finishing. It must wait before it
-    touches what an earlier kernel writes; what it does until then, such as reading its weights, costs no time.
+    It must wait before it touches what an earlier kernel writes; until then, reading its weights, say, costs no time.
     """
     if gdc_wait is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return {"PDL": False}
@@ -55,11 +48,10 @@ def wait_for_previous(PDL: tl.constexpr):
 
 @lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """The number of multiprocessors of `device` and the shared memory, in bytes, one program may use."""
+    """How many multiprocessors `device` has, and how many bytes of shared memory a program may use."""
     if device.type != "cuda":
         return 1, 227 * 1024  # Triton's interpreter: anything will do
-    properties = torch.cuda.get_device_properties(device)
-    # Every supported card has at least 99 KB; torch before 2.6 may not tell.
+    properties = torch.cuda.get_device_properties(device)  # torch before 2.6 may not tell; all cards have 99 KB
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
 
 

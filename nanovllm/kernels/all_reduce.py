@@ -2,12 +2,10 @@
 
 The ranks write to each other's memory. Every 32-bit word of data travels in a 64-bit word beside the number of the
 round, and is there when that number is: no flags, no fences (as in NCCL's "LL" protocol). Few bytes are sent to all
-ranks, and each adds them up ("one-shot"); many go to one rank, slice by slice, which adds them up and sends the
-result to the others ("two-shot"), so that less travels. Sums are in the order of the ranks: all get the same bits.
-
-A program owns a slice of the words and its own count of rounds. Slots come in two halves, used in turn: who has got a
-peer's words of this round knows that the peer has read those of the round before, so the next round may overwrite
-them.
+ranks, and each adds them up ("one-shot"); many go to one rank, slice by slice, which sends the sum to the others
+("two-shot"), so that less travels. Sums are in the order of the ranks: all get the same bits. A program owns a slice
+and counts its rounds. Slots come in two halves, used in turn: a peer whose words of this round are here has read
+those of the round before, so the next round may overwrite them.
 """
 
 import pickle
@@ -19,9 +17,14 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from nanovllm.kernels._triton import launch_next, pdl_options, tl, triton, wait_for_previous
 
 MAX_BYTES = 2 << 20  # of a tensor; for larger ones NCCL is faster
+MAX_WORDS = MAX_BYTES // 4
 ONE_SHOT_BYTES = 128 << 10  # with more than two ranks; with two, both ways send as much
 BLOCK = 1024  # words a program
-STORAGE_DEVICE = 6  # which argument of rebuild_cuda_tensor that is
+
+
+@triton.jit
+def _slots(peers_ptr, rank):
+    return tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit
@@ -42,12 +45,9 @@ def _receive(slot_ptr, round, mask, stop_ptr):
 @triton.jit
 def _unpack(words, DTYPE: tl.constexpr):
     """A word's one or two numbers, as float32."""
-    if DTYPE == tl.float32:
-        low = words.to(tl.float32, bitcast=True)
-        return low, low
-    else:
-        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-        return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
+    low = words if DTYPE == tl.float32 else words.to(tl.int16)
+    high = words if DTYPE == tl.float32 else (words >> 16).to(tl.int16)
+    return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -72,29 +72,25 @@ def _all_reduce_kernel(
     mask = word < num_words
     round = tl.load(rounds_ptr + program) + 1
     slot = (round & 1) * (RANKS * MAX_WORDS) + word  # of rank 0's words; the other ranks' follow
-    slots_ptr = tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)), 16) + slot
+    slots_ptr = _slots(peers_ptr, rank) + slot
     words = tl.load(x_ptr + word, mask=mask, other=0)
     owner = program % RANKS
     for i in tl.static_range(1, RANKS):
         peer = (rank + i) % RANKS
         if (not TWO_SHOT) or peer == owner:
-            peer_ptr = tl.multiple_of(tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64)), 16)
-            _send(peer_ptr + slot + rank * MAX_WORDS, words, round, mask)
+            _send(_slots(peers_ptr, peer) + slot + rank * MAX_WORDS, words, round, mask)
     if (not TWO_SHOT) or rank == owner:
-        mine = words
         low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for source in tl.static_range(RANKS):
-            part = mine
+            part = words
             if source != rank:
                 part = _receive(slots_ptr + source * MAX_WORDS, round, mask, stop_ptr)
             part_low, part_high = _unpack(part, DTYPE)
-            low += part_low
-            high += part_high
+            low, high = low + part_low, high + part_high
         words = _pack(low, high, DTYPE)
         if TWO_SHOT:
             for i in tl.static_range(1, RANKS):
-                peer_ptr = tl.load(peers_ptr + (rank + i) % RANKS).to(tl.pointer_type(tl.int64))
-                _send(tl.multiple_of(peer_ptr, 16) + slot + rank * MAX_WORDS, words, round, mask)
+                _send(_slots(peers_ptr, (rank + i) % RANKS) + slot + rank * MAX_WORDS, words, round, mask)
     else:
         words = _receive(slots_ptr + owner * MAX_WORDS, round, mask, stop_ptr)
     if HAS_RESIDUAL:
@@ -110,23 +106,21 @@ class SmallAllReduce:
 
     def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store) -> None:
         self.rank, self.size = rank, size
-        memory = torch.zeros(2 * size * MAX_BYTES // 4, dtype=torch.int64, device=device)
+        memory = torch.zeros(2 * size * MAX_WORDS, dtype=torch.int64, device=device)
         store.set(f"all_reduce_{rank}", pickle.dumps(reduce_tensor(memory)[1]))
-        self.memories = [memory if peer == rank else self._open(store, peer, device) for peer in range(size)]
+        self.memories = [memory] * size
+        for peer in range(size):
+            if peer != rank:  # a CUDA IPC handle makes another process's memory one of this GPU's
+                arguments = list(pickle.loads(store.get(f"all_reduce_{peer}")))
+                arguments[6] = device.index  # storage_device
+                self.memories[peer] = rebuild_cuda_tensor(*arguments)
         self.peers = torch.tensor([peer.data_ptr() for peer in self.memories], dtype=torch.int64, device=device)
-        self.rounds = torch.zeros(MAX_BYTES // 4 // BLOCK, dtype=torch.int32, device=device)
+        self.rounds = torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int32, device=device)
         self.stop = torch.zeros(1, dtype=torch.int32, device=device)
         dist.barrier()  # nobody's memory is written before it is zeroed
 
-    @staticmethod
-    def _open(store: dist.Store, peer: int, device: torch.device) -> torch.Tensor:
-        """Another process's memory, as if it lay on this GPU (a CUDA IPC handle; NVLink or PCIe does the rest)."""
-        arguments = list(pickle.loads(store.get(f"all_reduce_{peer}")))
-        arguments[STORAGE_DEVICE] = device.index
-        return rebuild_cuda_tensor(*arguments)
-
     def takes(self, x: torch.Tensor) -> bool:
-        return x.numel() * x.itemsize <= MAX_BYTES and x.numel() * x.itemsize % 4 == 0
+        return x.nbytes <= MAX_BYTES and x.nbytes % 4 == 0
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of the ranks' x, plus `residual`, in place of residual, or else of x; contiguous, of one dtype."""
@@ -135,9 +129,8 @@ class SmallAllReduce:
         words, out_words = x.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
         _all_reduce_kernel[(triton.cdiv(words.numel(), BLOCK),)](
             words, out_words, out_words, self.peers, self.rounds, self.stop, words.numel(), self.rank,
-            RANKS=self.size, BLOCK=BLOCK, MAX_WORDS=MAX_BYTES // 4, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
-            TWO_SHOT=self.size > 2 and x.numel() * x.itemsize > ONE_SHOT_BYTES,
-            HAS_RESIDUAL=residual is not None, **pdl_options(),
+            RANKS=self.size, BLOCK=BLOCK, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
+            TWO_SHOT=self.size > 2 and x.nbytes > ONE_SHOT_BYTES, HAS_RESIDUAL=residual is not None, **pdl_options(),
         )  # fmt: skip
         return out
 

@@ -1,7 +1,5 @@
-"""The two attentions through the `flash_attn` package, imported when it is first needed.
-
-It comes in two forms: 2.x (`flash-attn`, a source build) and 4 (`flash-attn-4`, a wheel that compiles at first use).
-"""
+"""The two attentions through the `flash_attn` package, imported when first needed, in either of its forms: 2.x
+(`flash-attn`, a source build) and 4 (`flash-attn-4`, a wheel that compiles at first use)."""
 
 import importlib.metadata
 import importlib.util
@@ -9,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 
 @lru_cache
@@ -32,60 +31,51 @@ def _functions() -> tuple[Callable, Callable | None]:
 
 def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
     """Raise ValueError, with the value and the remedy, if `flash_prefill` and `flash_decode` cannot serve."""
-    version, remedy = flash_attention_version(), "or use attention_backend='triton'"
-    if version is None:
-        raise ValueError(f"flash_attn is not installed: pip install flash-attn-4, {remedy}")
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"flash_attn takes float16 and bfloat16, not {dtype}: change dtype, {remedy}")
-    if version == "2" and block_size % 256 != 0:
-        raise ValueError(
-            f"flash_attn 2.x needs a kvcache_block_size that is a multiple of 256, not {block_size}: "
-            f"change it, install flash-attn-4, {remedy}"
-        )
+    version, remedy = flash_attention_version(), "use attention_backend='triton'"
     # Builds of 2.x may leave out the rarer head sizes, and do not say so.
-    sizes = "64 and 128" if version == "2" else "multiples of 8 up to 128"
-    if head_dim > 128 or head_dim % (64 if version == "2" else 8) != 0:
-        raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy[3:]}")
+    step, sizes = (64, "64 and 128") if version == "2" else (8, "multiples of 8 up to 128")
+    if version is None:
+        raise ValueError(f"flash_attn is not installed: pip install flash-attn-4, or {remedy}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"flash_attn takes float16 and bfloat16, not {dtype}: change dtype, or {remedy}")
+    if version == "2" and block_size % 256:
+        needed = f"a kvcache_block_size that is a multiple of 256, not {block_size}"
+        raise ValueError(f"flash_attn 2.x needs {needed}: change it, install flash-attn-4, or {remedy}")
+    if head_dim > 128 or head_dim % step:
+        raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy}")
     try:
         _functions()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"flash_attn does not import ({error}): install it again, {remedy}") from error
+        raise ValueError(f"flash_attn does not import ({error}): install it again, or {remedy}") from error
 
 
 def flash_prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor | None, v_cache: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float,
-    block_tables: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float, block_tables: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`varlen_prefill` by flash_attn: same arguments and result, fp16 and bf16 only.
 
-    Slots where nothing is stored yet must hold finite numbers, as in a cache made by `torch.zeros`: flash-attn-4 may
-    load them, and zero times NaN is NaN.
-    """
-    options = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    if block_tables is None:
-        options |= dict(cu_seqlens_k=cu_seqlens_k)
-    elif flash_attention_version() == "2":
-        options |= dict(cu_seqlens_k=cu_seqlens_k, block_table=block_tables)
-    else:
-        options |= dict(seqused_k=cu_seqlens_k.diff(), page_table=block_tables)
-    keys = (k, v) if block_tables is None else (k_cache, v_cache)
-    out = _functions()[0](q, *keys, softmax_scale=scale, causal=True, **options)
+    The cache must be finite, as `torch.zeros` makes it: flash-attn-4 may load what is not stored yet, and 0 * NaN is
+    NaN."""
+    options = dict(cu_seqlens_k=cu_seqlens_k)
+    if block_tables is not None:
+        k, v = k_cache, v_cache
+        if flash_attention_version() == "2":
+            options["block_table"] = block_tables
+        else:
+            options = dict(seqused_k=cu_seqlens_k.diff(), page_table=block_tables)
+    options |= dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    out = _functions()[0](q, k, v, softmax_scale=scale, causal=True, **options)
     return out[0] if isinstance(out, tuple) else out  # 4 adds the log-sum-exp
 
 
 def flash_decode(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
-    block_tables: torch.Tensor, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """`paged_decode` by flash_attn: same arguments, fp16 and bf16 only; the cache must be finite as above.
-
-    Rows with context 0 read no block. Their output is zeros in 2.x and unspecified in flash-attn-4.
-    """
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+) -> Tensor:
+    """`paged_decode` by flash_attn: same arguments, fp16 and bf16 only; the cache must be finite as above. Rows with
+    context 0 read no block; their output is zeros in 2.x and unspecified in flash-attn-4."""
+    args, options = (q[:, None], k_cache, v_cache), dict(softmax_scale=scale, causal=True)
     prefill, decode = _functions()
-    options = dict(softmax_scale=scale, causal=True)
     if decode is not None:
-        out = decode(q[:, None], k_cache, v_cache, cache_seqlens=context_lens, block_table=block_tables, **options)
-    else:
-        out, _ = prefill(q[:, None], k_cache, v_cache, seqused_k=context_lens, page_table=block_tables, **options)
-    return out[:, 0]
+        return decode(*args, cache_seqlens=context_lens, block_table=block_tables, **options)[:, 0]
+    return prefill(*args, seqused_k=context_lens, page_table=block_tables, **options)[0][:, 0]

@@ -7,9 +7,10 @@ id / 4, position) as counter. So a request's tokens depend neither on its neighb
 """
 
 import torch
+from torch import Tensor
 
-from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
-from nanovllm.kernels._triton import libdevice, next_power_of_2, tl, triton
+from nanovllm.kernels._triton import launch_next, libdevice, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import wait_for_previous
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096
@@ -22,7 +23,7 @@ def _log(x, APPROX: tl.constexpr):
 
 @triton.jit
 def _gumbel_argmax_kernel(
-    logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, values_ptr, indices_ptr,
+    logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, values_ptr, ids_ptr,
     vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, APPROX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
@@ -32,8 +33,8 @@ def _gumbel_argmax_kernel(
     token_id = first_id // 4 * 4 + tile * BLOCK + tl.arange(0, BLOCK)
     column = token_id - first_id
     mask = (column >= 0) & (column < vocab_size)
-    scores = tl.load(logits_ptr + row.to(tl.int64) * stride_logits + column, mask=mask, other=-float("inf"))
-    scores = scores.to(tl.float32)
+    row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
+    scores = tl.load(row_ptr + column, mask=mask, other=-float("inf")).to(tl.float32)
     temperature = tl.load(temperatures_ptr + row)
     if thresholds_ptr is not None:  # known at compile time
         scores = tl.where(scores >= tl.load(thresholds_ptr + row), scores, -float("inf"))
@@ -54,82 +55,71 @@ def _gumbel_argmax_kernel(
     value, index = tl.max(scores, axis=0, return_indices=True)
     out = row * tl.num_programs(1) + tile
     tl.store(values_ptr + out, value)
-    tl.store(indices_ptr + out, (first_id // 4 * 4 + tile * BLOCK + index).to(tl.int64))
+    tl.store(ids_ptr + out, (first_id // 4 * 4 + tile * BLOCK + index).to(tl.int64))
 
 
 @triton.jit
-def _best_tile_kernel(
-    values_ptr, indices_ptr, value_ptr, index_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _best_tile_kernel(values_ptr, ids_ptr, value_ptr, id_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
     launch_next(PDL)
     wait_for_previous(PDL)
     row, tile = tl.program_id(0), tl.arange(0, BLOCK)
     values = tl.load(values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf"))
     value, best = tl.max(values, axis=0, return_indices=True)
     tl.store(value_ptr + row, value)
-    tl.store(index_ptr + row, tl.load(indices_ptr + row * num_tiles + best))
+    tl.store(id_ptr + row, tl.load(ids_ptr + row * num_tiles + best))
 
 
 def gumbel_argmax(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0,
-    thresholds: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Draw one token a row; at temperature 0, the most likely one.
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_id: int = 0,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw one token a row; at temperature 0, the most likely one, the lowest id among equals.
 
-    Args:
-        logits: `[n, vocab]`, bf16, fp16 or fp32, rows contiguous; a tensor-parallel rank's part of the vocabulary.
-        temperatures, seeds, positions: `[n]` float32; int64, not negative; int64, of the token before the one drawn.
-        first_id: token id of column 0.
-        thresholds: `[n]` float32; only logits that reach it are drawn.
-
-    Returns:
-        The best score `[n]` float32 (comparable across ranks) and its token id `[n]` int64, the lowest among equals.
+    logits `[n, vocab]` bf16, fp16 or fp32, rows contiguous, of the token ids from first_id on; `[n]` each:
+    temperatures float32, seeds int64, not negative, positions int64, of the token before, thresholds float32: what
+    lies below is not drawn. Returns the best scores `[n]` float32, which ranks can compare, and their ids int64.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
     block = min(TILE, max(next_power_of_2(vocab_size), 16))
     num_tiles = triton.cdiv(vocab_size + first_id % 4, block)
     values = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
-    indices = torch.empty(num_rows, num_tiles, dtype=torch.int64, device=logits.device)
+    ids = torch.empty_like(values, dtype=torch.int64)
     _gumbel_argmax_kernel[(num_rows, num_tiles)](
-        logits, logits.stride(0), temperatures, seeds, positions, thresholds, values, indices,
+        logits, logits.stride(0), temperatures, seeds, positions, thresholds, values, ids,
         vocab_size, first_id, ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
     )  # fmt: skip
-    value, index = values.new_empty(num_rows), indices.new_empty(num_rows)
+    best, best_ids = values.new_empty(num_rows), ids.new_empty(num_rows)
     block = next_power_of_2(num_tiles)
-    _best_tile_kernel[(num_rows,)](values, indices, value, index, num_tiles, BLOCK=block, **pdl_options())
-    return value, index
+    _best_tile_kernel[(num_rows,)](values, ids, best, best_ids, num_tiles, BLOCK=block, **pdl_options())
+    return best, best_ids
 
 
 def gumbel_argmax_torch(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_id: int = 0,
-    thresholds: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The same in PyTorch: the reference, and the CPU's path. Same arguments and results as `gumbel_argmax`."""
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_id: int = 0,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in PyTorch: the reference, and the CPU's path."""
     scores = logits.float()
     if thresholds is not None:
         scores = scores.masked_fill(scores < thresholds.unsqueeze(1), -float("inf"))
-    random_rows = temperatures.nonzero().squeeze(1)
-    if len(random_rows):
+    if temperatures.any():
         counters = torch.arange(first_id // 4, -(-(first_id + logits.shape[1]) // 4), device=logits.device)
-        bits = philox_torch(seeds[random_rows, None], counters[None], positions[random_rows, None])
-        bits = bits.flatten(1)[:, first_id % 4 :][:, : logits.shape[1]]
-        uniform = ((bits >> 8).float() + 0.5) * (1.0 / 16777216.0)
-        noise = -torch.log(-torch.log1p(-uniform))
-        scores = scores.clone()
-        scores[random_rows] = scores[random_rows] / temperatures[random_rows].unsqueeze(1) + noise
+        bits = philox_torch(seeds[:, None], counters, positions[:, None]).flatten(1)[:, first_id % 4 :]
+        uniform = ((bits[:, : logits.shape[1]] >> 8).float() + 0.5) * (1.0 / 16777216.0)
+        noise, divisors = -torch.log(-torch.log1p(-uniform)), temperatures.unsqueeze(1)
+        scores = torch.where(divisors > 0, scores / divisors + noise, scores)
     values, indices = scores.max(dim=1)
     return values, indices + first_id
 
 
-def philox_torch(seeds: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> torch.Tensor:
+def philox_torch(seeds: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
     """Philox4x32 with key `seeds` and counter (c0, c1, 0, 0), which broadcast: `[..., 4]` 32-bit words, as int64."""
-    low32 = 0xFFFFFFFF
+    low32 = 0xFFFFFFFF  # drops the sign that comes of products that need 64 bits unsigned, as int64 wraps
     k0, k1 = seeds & low32, (seeds >> 32) & low32
     c0, c1 = torch.broadcast_tensors(c0 & low32, c1 & low32)
     c2 = c3 = torch.zeros_like(c0)
     for _ in range(NUM_ROUNDS):
-        # The products need 64 bits unsigned; int64 wraps, and the masks drop the sign that comes of it.
         product_a, product_b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = (product_b >> 32) & low32 ^ c1 ^ k0, product_b & low32
         c2, c3 = (product_a >> 32) & low32 ^ c3 ^ k1, product_a & low32

@@ -1,12 +1,11 @@
-"""Everything between the QKV projection and attention in one kernel.
-
-q-norm, k-norm, rotary embedding and the write of K and V into the paged cache touch the same few kilobytes of a
-token, so one program reads them once, instead of a dozen kernels each reading them again.
-"""
+"""Everything between the QKV projection and attention in one kernel: q-norm, k-norm, rotary embedding and the write
+of K and V into the paged cache touch the same few kilobytes of a token, so one program reads them once."""
 
 import torch
+from torch import Tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels.rms_norm import rms_norm_torch
 
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
 
@@ -15,23 +14,23 @@ HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill o
 def _norm_rope_store_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, k_cache_ptr, v_cache_ptr, slots_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
     # Backwards: of a long prefill the L2 cache still holds what was written last.
     token = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]  # q heads, then k heads, then v heads
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     half = tl.arange(0, BLOCK)[None, :]
     HALF: tl.constexpr = HEAD_DIM // 2
-    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
-    mask = (head < HEADS + 2 * KV_HEADS) & (half < HALF)
+    in_half = half < HALF
+    mask = (head < HEADS + 2 * KV_HEADS) & in_half
     x_ptr = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + half
     first_in, second_in = tl.load(x_ptr, mask=mask, other=0.0), tl.load(x_ptr + HALF, mask=mask, other=0.0)
     first, second = first_in.to(tl.float32), second_in.to(tl.float32)
-    if NORM:
+    if q_weight_ptr is not None:
         scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_DIM + eps)[:, None]
-        in_half = half < HALF
         q_first = tl.load(q_weight_ptr + half, mask=in_half, other=0.0)
         k_first = tl.load(k_weight_ptr + half, mask=in_half, other=0.0)
         q_second = tl.load(q_weight_ptr + HALF + half, mask=in_half, other=0.0)
@@ -39,14 +38,13 @@ def _norm_rope_store_kernel(
         first *= scale * tl.where(is_query, q_first, k_first).to(tl.float32)
         second *= scale * tl.where(is_query, q_second, k_second).to(tl.float32)
     angle = tl.load(positions_ptr + token) * HALF + half
-    cos = tl.load(cos_ptr + angle, mask=half < HALF, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=half < HALF, other=0.0)
+    cos, sin = tl.load(cos_ptr + angle, mask=in_half, other=0.0), tl.load(sin_ptr + angle, mask=in_half, other=0.0)
     dtype = qkv_ptr.dtype.element_ty
     first_out = tl.where(is_value, first_in, (first * cos - second * sin).to(dtype))
     second_out = tl.where(is_value, second_in, (second * cos + first * sin).to(dtype))
     tl.store(x_ptr, first_out, mask=mask & (head < HEADS + KV_HEADS))
     tl.store(x_ptr + HALF, second_out, mask=mask & (head < HEADS + KV_HEADS))
-    if STORE:
+    if slots_ptr is not None:
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             is_key = mask & (head >= HEADS) & (head < HEADS + KV_HEADS)
@@ -59,45 +57,37 @@ def _norm_rope_store_kernel(
 
 
 def norm_rope_store(
-    qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None, eps: float, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor | None, num_heads: int,
+    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    eps: float, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor | None, num_heads: int,
 ) -> None:  # fmt: skip
     """Normalise and rotate q and k **in place**, and store k and v in the cache.
 
-    Args:
-        qkv: `[n, heads + 2 * kv_heads, head_dim]`, contiguous: the projection's output.
-        positions, cos, sin: `[n]` int64; the tables, `[max_position, head_dim / 2]` float32.
-        q_weight, k_weight: `[head_dim]` of the norms on q and k; None for a model without them.
-        k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous.
-        slot_mapping: `[n]` int32, -1 writes nowhere; None: nothing is stored.
-        num_heads: of the query.
+    qkv: `[n, num_heads + 2 * kv_heads, head_dim]`, contiguous: the projection's output.
+    positions, cos, sin: `[n]` int64; the tables, `[max_position, head_dim / 2]` float32.
+    q_weight, k_weight: `[head_dim]` of the norms on q and k; None for a model without them.
+    k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous.
+    slot_mapping: `[n]` int32, -1 writes nowhere; None: nothing is stored.
     """
     num_tokens, total_heads, head_dim = qkv.shape
     assert qkv.is_contiguous() and head_dim % 2 == 0
-    has_norm, stores = q_weight is not None, slot_mapping is not None
     _norm_rope_store_kernel[(num_tokens, triton.cdiv(total_heads, HEADS_PER_PROGRAM))](
-        qkv, positions, cos, sin, q_weight if has_norm else cos, k_weight if has_norm else cos, eps, k_cache, v_cache,
-        slot_mapping if stores else positions, HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2,
-        HEAD_DIM=head_dim, BLOCK_H=HEADS_PER_PROGRAM, BLOCK=next_power_of_2(head_dim // 2), NORM=has_norm,
-        STORE=stores, num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
+        qkv, positions, cos, sin, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping, HEADS=num_heads,
+        KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim, BLOCK_H=HEADS_PER_PROGRAM,
+        BLOCK=next_power_of_2(head_dim // 2), num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
     )  # fmt: skip
 
 
 def norm_rope_store_torch(
-    qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
-    k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor | None, num_heads: int,
+    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    eps: float, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor | None, num_heads: int,
 ) -> None:  # fmt: skip
     """The same in PyTorch: the reference, and the CPU's path."""
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     for x, weight in ((q, q_weight), (k, k_weight)):
-        x32 = x.float()
-        if weight is not None:
-            x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()
-        first, second = x32.chunk(2, dim=-1)
+        normed = x.float() if weight is None else rms_norm_torch(x.float(), weight, eps)
+        first, second = normed.chunk(2, dim=-1)
         x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
     if slot_mapping is None:
         return

@@ -9,7 +9,8 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import functional as F
 
 from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
 from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
@@ -31,15 +32,12 @@ def decode_config(
 ) -> DecodeConfig:
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
-    # When there are fewer than two programs a multiprocessor, the largest power of two with at most eight: more do
-    # not help, and fewer leave the longest sequences running alone.
-    programs = max(1, num_seqs * kv_heads)
-    splits = 8 * num_sms // programs if programs < 2 * num_sms else 1
-    splits = min(MAX_SPLITS, 1 << (max(1, splits).bit_length() - 1))
-    # Smaller tiles when splitting: they are shared out more evenly.
-    block_n = 128 if splits == 1 else 64 if splits < MAX_SPLITS else 32
+    programs, splits = max(1, num_seqs * kv_heads), 1
+    if programs < 2 * num_sms:  # up to eight a multiprocessor: more do not help, fewer leave the longest alone
+        splits = min(MAX_SPLITS, 1 << (8 * num_sms // programs).bit_length() - 1)
+    block_n = 128 if splits == 1 else 64 if splits < MAX_SPLITS else 32  # smaller tiles are shared out more evenly
     token_bytes = next_power_of_2(head_dim) * dtype.itemsize
-    while block_n > 16 and (block_n * token_bytes > 32 * 1024 or 4 * block_n * token_bytes > shared_memory):
+    while block_n > 16 and block_n * token_bytes > min(32 * 1024, shared_memory // 4):
         block_n //= 2
     return DecodeConfig(block_n, splits)
 
@@ -56,16 +54,14 @@ def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
 def _paged_decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr, q_stride, table_stride,
     scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
-    kv_head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_splits = tl.num_programs(1)
+    kv_head, split, seq, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
     heads = kv_head * GROUP + group
     dims = tl.arange(0, BLOCK_D)
-    in_dim = dims < HEAD_DIM
-    q_mask = (group < GROUP)[:, None] & in_dim[None, :]
+    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
@@ -82,10 +78,9 @@ def _paged_decode_kernel(
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
         blocks = tl.load(block_tables_ptr + seq * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0)
-        slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
-        # 64 bits: a cache has more than 2^31 elements.
-        offsets = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + dims)[None, :]
-        kv_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & in_dim[None, :]
+        slots = (blocks * BLOCK_SIZE + tokens % BLOCK_SIZE).to(tl.int64)  # a cache has more than 2^31 elements
+        offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + dims)[None, :]
+        kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -101,7 +96,7 @@ def _paged_decode_kernel(
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
-    if SPLIT:
+    if lse_ptr is not None:
         tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=group < GROUP)
 
 
@@ -127,37 +122,33 @@ def _combine_kernel(
 
 
 def paged_decode(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
-    block_tables: torch.Tensor, scale: float, config: DecodeConfig | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of one query token a sequence over all its cached keys: a tensor like q.
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float,
+    config: DecodeConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of one query token a sequence over all its cached keys: a tensor like q. The launch does not depend
+    on what `context_lens` and `block_tables` hold, so a CUDA graph can record it.
 
-    The launch does not depend on what `context_lens` and `block_tables` hold, so a CUDA graph can record it.
-
-    Args:
-        q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads.
-        k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
-        context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row; it gives zeros.
-        block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
-        scale: what the scores are multiplied by, usually head_dim ** -0.5.
-        config: overrides `decode_config`, for tests and tuning.
+    q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads.
+    k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
+    context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row; it gives zeros.
+    block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
+    scale, config: of the scores, usually head_dim ** -0.5; overrides `decode_config`, for tests and tuning.
     """
-    num_seqs, heads, head_dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
+    (num_seqs, heads, head_dim), (block_size, kv_heads) = q.shape, k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
     config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device)
     splits, group, block_d = config.num_splits, heads // kv_heads, max(16, next_power_of_2(head_dim))
-    out = torch.empty(num_seqs, heads, head_dim, dtype=q.dtype, device=q.device)
-    partial = lse = out  # without splits, the one share is the result, and lse is not written
+    partial = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None  # without splits, the one share is the result
     if splits > 1:
         partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
         q, k_cache, v_cache, partial, lse, context_lens, block_tables, q.stride(0), block_tables.stride(0),
         scale * math.log2(math.e), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, SPLIT=splits > 1,
-        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
+        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        num_stages=config.num_stages, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](
@@ -168,29 +159,22 @@ def paged_decode(
 
 
 def paged_decode_torch(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context_lens: torch.Tensor,
-    block_tables: torch.Tensor, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """`paged_decode` in PyTorch: the reference, and the CPU's path. On a GPU it does not wait for the device."""
-    num_seqs, heads, head_dim = q.shape
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+) -> Tensor:
+    """The same in PyTorch: the reference, and the CPU's path. On a GPU it does not wait for the device."""
     block_size, kv_heads = k_cache.shape[1:3]
     # The longest context if it costs nothing to know, else all that the tables could hold.
-    max_len = int(context_lens.max()) if q.device.type == "cpu" else block_tables.shape[1] * block_size
-    if max_len == 0:
-        return torch.zeros_like(q)
-    tokens = torch.arange(max_len, device=q.device)
-    lens = context_lens.long()[:, None]
+    max_len = max(1, int(context_lens.max())) if q.device.type == "cpu" else block_tables.shape[1] * block_size
+    tokens, lens = torch.arange(max_len, device=q.device), context_lens.long()[:, None]
     # Positions past a sequence's end read its last token again, padding rows read slot 0: both exist.
     positions = tokens.minimum(lens - 1).clamp(min=0)
-    slots = block_tables.long().gather(1, positions // block_size) * block_size + positions % block_size
-    slots = torch.where(lens > 0, slots, 0)
+    blocks = block_tables.long().gather(1, positions // block_size)
+    slots = torch.where(lens > 0, blocks * block_size + positions % block_size, 0)
     k, v = (  # [num_seqs, kv_heads, max_len, head_dim]; index_select is several times faster than indexing
-        cache.view(-1, kv_heads * head_dim).index_select(0, slots.view(-1))
-        .view(num_seqs, max_len, kv_heads, head_dim).transpose(1, 2)
+        cache.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
         for cache in (k_cache, v_cache)
-    )  # fmt: skip
+    )
     # The query heads that share a KV head take the place of query positions: K and V are not repeated.
-    mask = (tokens < lens)[:, None, None, :]
-    grouped = q.reshape(num_seqs, kv_heads, heads // kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+    grouped, mask = q.unflatten(1, (kv_heads, -1)), (tokens < lens)[:, None, None, :]
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
     return torch.where(lens[:, :, None] > 0, out, 0)

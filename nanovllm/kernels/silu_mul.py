@@ -1,6 +1,7 @@
 """The activation of the MLP, `silu(gate) * up`, in one pass."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl_options, tl, triton, wait_for_previous
@@ -19,7 +20,7 @@ def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PD
     tl.store(out_ptr + row * SIZE + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_mul(x: Tensor) -> Tensor:
     """x `[n, 2 * size]`, contiguous, gate and up side by side -> `[n, size]`."""
     num_rows, size = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous()
@@ -28,7 +29,7 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def silu_mul_torch(x: torch.Tensor) -> torch.Tensor:
+def silu_mul_torch(x: Tensor) -> Tensor:
     """The same in PyTorch: the reference, and the CPU's path."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -4,7 +4,7 @@ A program takes whole rows of the weight, as in `gemv`, and holds them in regist
 before it waits for x: the weight is read while the kernel before this one is still running.
 """
 
-import torch
+from torch import Tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
@@ -16,7 +16,7 @@ ROWS = 8  # of the weight, a program
 @triton.jit
 def _skinny_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, num_tokens, out_size, IN_SIZE: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # The inner dimension is split over the warps: the batch dimension of a batched product, summed at the end.
     part = tl.arange(0, PARTS)[:, None, None] * (CHUNK // PARTS) + tl.arange(0, CHUNK // PARTS)[None, None, :]
@@ -37,31 +37,27 @@ def _skinny_gemm_kernel(
     token, row = tl.arange(0, TOKENS)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     mask = (token < num_tokens) & (row < out_size)
     out = tl.sum(acc, 0) + tl.load(residual_ptr + token * out_size + row, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         out += tl.load(bias_ptr + row, mask=row < out_size, other=0.0).to(tl.float32)
     tl.store(residual_ptr + token * out_size + row, out.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
-def takes_skinny_gemm(x: torch.Tensor) -> bool:
+def takes_skinny_gemm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2 and x.shape[0] <= MAX_TOKENS and x.shape[1] <= MAX_IN_SIZE
 
 
-def skinny_gemm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-) -> torch.Tensor:
+def skinny_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """Add `x W^T + bias` to `residual`, in place, and return it.
 
-    x `[n, in]`, n at most MAX_TOKENS and in at most MAX_IN_SIZE; weight `[out, in]`; bias `[out]` or None; residual
-    `[n, out]`; all contiguous and of one dtype, fp16 or bf16.
+    x `[n, in]` that `takes_skinny_gemm`, weight `[out, in]`, bias `[out]`, residual `[n, out]`, contiguous.
     """
-    num_tokens, in_size = x.shape
+    (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     assert num_tokens <= MAX_TOKENS and in_size <= MAX_IN_SIZE
     assert x.is_contiguous() and weight.is_contiguous() and residual.is_contiguous()
     # Measured: chunks of x that are loaded one after the other, so that registers are left for the next kernel.
     num_warps, chunk = (4, 1024) if in_size <= 2048 else (8, 2048)
-    _skinny_gemm_kernel[(triton.cdiv(weight.shape[0], ROWS),)](
-        x, weight, x if bias is None else bias, residual, num_tokens, weight.shape[0], IN_SIZE=in_size,
-        TOKENS=MAX_TOKENS, ROWS=ROWS, CHUNK=min(chunk, max(next_power_of_2(in_size), 16 * num_warps)),
-        PARTS=num_warps, HAS_BIAS=bias is not None, num_warps=num_warps, **pdl_options(),
+    _skinny_gemm_kernel[(triton.cdiv(out_size, ROWS),)](
+        x, weight, bias, residual, num_tokens, out_size, in_size, MAX_TOKENS, ROWS, PARTS=num_warps,
+        CHUNK=min(chunk, max(next_power_of_2(in_size), 16 * num_warps)), num_warps=num_warps, **pdl_options(),
     )  # fmt: skip
     return residual

@@ -19,4 +19,4 @@ class SiluGateUpLinear(MergedColumnParallelLinear):
         if takes_gemv(x):
             return gemv(x, self.weight, None, norm.weight, norm.eps, gated=True)
         gate_up = super().forward(x, norm)
-        return silu_mul(gate_up) if x.is_cuda else silu_mul_torch(gate_up)
+        return (silu_mul if x.is_cuda else silu_mul_torch)(gate_up)

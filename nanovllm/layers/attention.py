@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, by one of three interchangeable backends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionBackend:
+class AttentionBackend(NamedTuple):
     """How to rotate and store, and how to attend in the two kinds of step. All backends give the same results."""
 
     name: str
@@ -33,47 +32,37 @@ FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flas
 
 def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
     """The backend that `name` asks for ("auto": the fastest that is there); ValueError if it cannot serve these."""
-    if device == "cpu":
-        if name not in ("auto", "torch"):
-            raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
-        return TORCH
-    if not HAS_TRITON:
+    if device == "cpu" and name not in ("auto", "torch"):
+        raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
+    if device == "cuda" and not HAS_TRITON:
         raise ValueError("device 'cuda' needs Triton, which is not installed: pip install triton, or device='cpu'")
     if name == "flash_attn":
         check_flash_attention(block_size, head_dim, dtype)
         return FLASH_ATTN
-    return TORCH if name == "torch" else TRITON
+    return TORCH if name == "torch" or device == "cpu" else TRITON
 
 
 class Attention(nn.Module):
-    """RoPE and causal grouped-query attention of this rank's heads.
-
-    The model runner binds the backend and this layer's part of the cache, `[num_blocks, block_size, kv_heads,
-    head_dim]` each for K and V, once the weights are loaded. Before that (warmup) nothing is stored.
-    """
+    """RoPE and causal grouped-query attention of this rank's heads. After loading, the model runner binds the backend
+    and this layer's part of the cache, `[num_blocks, block_size, kv_heads, head_dim]` each for K and V."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.rotary_emb = rotary_emb
-        self.scale = head_dim**-0.5
-        self.backend = TORCH
+        self.rotary_emb, self.scale, self.backend = rotary_emb, head_dim**-0.5, TORCH
         self.k_cache = self.v_cache = torch.empty(0)
 
     def forward(self, positions: Tensor, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
         """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`."""
         context, qkv = get_context(), qkv.unflatten(-1, (-1, self.head_dim))
+        rope, cache = (self.rotary_emb.cos, self.rotary_emb.sin), (self.k_cache, self.v_cache)
         norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm is not None else (None, None, 0.0)
         # K and V go to the cache before anything is read: sequences may share blocks filled in this very step.
-        self.backend.norm_rope_store(
-            qkv, positions, self.rotary_emb.cos, self.rotary_emb.sin, *norms, self.k_cache, self.v_cache,
-            context.slot_mapping, self.num_heads,
-        )  # fmt: skip
+        self.backend.norm_rope_store(qkv, positions, *rope, *norms, *cache, context.slot_mapping, self.num_heads)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        cache, tables = (self.k_cache, self.v_cache), context.block_tables
         if context.is_prefill:
             bounds = (context.cu_seqlens_q, context.cu_seqlens_k, context.max_seqlen_q, context.max_seqlen_k)
-            out = self.backend.prefill(q, k, v, *cache, *bounds, self.scale, tables)
+            out = self.backend.prefill(q, k, v, *cache, *bounds, self.scale, context.block_tables)
         else:
-            out = self.backend.decode(q, *cache, context.context_lens, tables, self.scale)
+            out = self.backend.decode(q, *cache, context.context_lens, context.block_tables, self.scale)
         return out.flatten(-2)

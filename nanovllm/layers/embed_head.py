@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import normed_linear
@@ -12,15 +11,11 @@ from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows `[vocab_start, vocab_start + rows)` of the embedding matrix, each rank the same number of rows.
-
-    A vocabulary that does not divide is padded; the padding rows are zero.
-    """
+    """Rows `[vocab_start, vocab_start + rows)` of the embedding matrix; zeros pad it to as many on each rank."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.tp = get_tensor_parallel()
-        self.vocab_size = vocab_size
+        self.tp, self.vocab_size = get_tensor_parallel(), vocab_size
         self.rows = -(-vocab_size // self.tp.size)
         self.vocab_start = self.rows * self.tp.rank
         self.real_rows = max(min(self.rows, vocab_size - self.vocab_start), 0)
@@ -38,9 +33,8 @@ class VocabParallelEmbedding(nn.Module):
         if self.tp.size == 1:
             return self.weight[token_ids]  # for 16 tokens several times faster than F.embedding
         local = token_ids - self.vocab_start
-        is_here = (local >= 0) & (local < self.rows)
-        embedded = F.embedding(local.clamp(0, self.rows - 1), self.weight)
-        return self.tp.all_reduce(embedded * is_here.unsqueeze(1))
+        row = local.clamp(0, self.rows - 1)
+        return self.tp.all_reduce(self.weight[row] * (row == local).unsqueeze(1))  # zero on all ranks but one
 
 
 class ParallelLMHead(VocabParallelEmbedding):

@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     @staticmethod
     def weight_loader(param: nn.Parameter, loaded, shard_id: None = None) -> None:
-        check_shape(loaded, tuple(param.shape))
+        check_shape(loaded, param.shape)
         param.copy_(loaded[:])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """Linear layers whose weight is split over the tensor-parallel ranks.
 
-Column-parallel layers split the outputs, row-parallel ones split the inputs and sum the ranks' results: one after the
-other they cost one all-reduce (Shoeybi et al., Megatron-LM, 2019).
-
-Every parameter carries a `weight_loader(param, loaded, shard_id=None)` that copies this rank's part of a checkpoint
-tensor. `loaded` is a safetensors slice (or a tensor): only what is indexed is read from the file.
+Column-parallel layers split the outputs, row-parallel ones the inputs and sum the results: one after the other they
+cost one all-reduce (Shoeybi et al., Megatron-LM, 2019). A parameter's `weight_loader(param, loaded, shard_id)` copies
+this rank's part of a checkpoint tensor: of a safetensors slice (or a tensor), only what is indexed is read.
 """
 
 import torch
@@ -55,19 +53,23 @@ class LinearBase(nn.Module):
 class MergedColumnParallelLinear(LinearBase):
     """Several column-parallel matrices that read the same input, stacked to one GEMM.
 
-    `output_sizes` are those of each matrix, over all ranks. A rank's output is `[its part of the first, ...]`.
+    `output_sizes` are those of each matrix, over all ranks; a rank's output is `[its part of the first, ...]`, of
+    sizes `parts`: by default equal shares. Where they are larger, several ranks hold the same.
     """
 
-    def __init__(self, input_size: int, output_sizes: list[int], bias: bool = False) -> None:
-        self.output_sizes = output_sizes
+    def __init__(
+        self, input_size: int, output_sizes: list[int], bias: bool = False, parts: list[int] | None = None
+    ) -> None:
         tp_size = get_tensor_parallel().size
-        super().__init__(input_size, sum(divide("an output size", size, tp_size) for size in output_sizes), bias)
+        self.output_sizes = output_sizes
+        self.parts = parts or [divide("an output size", size, tp_size) for size in output_sizes]
+        super().__init__(input_size, sum(self.parts), bias)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: int = 0) -> None:
-        check_shape(loaded, (self.output_sizes[shard_id], *param.shape[1:]))
-        offset = sum(self.output_sizes[:shard_id]) // self.tp.size
-        part = self.tp.shard(self.output_sizes[shard_id])
-        param[offset : offset + part.stop - part.start].copy_(loaded[part])
+        size, part = self.output_sizes[shard_id], self.parts[shard_id]
+        check_shape(loaded, (size, *param.shape[1:]))
+        offset, first = sum(self.parts[:shard_id]), self.tp.rank * size // self.tp.size // part * part
+        param[offset : offset + part].copy_(loaded[first : first + part])
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -77,31 +79,23 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
         super().__init__(input_size, [output_size], bias)
 
 
-class QKVParallelLinear(LinearBase):
+class QKVParallelLinear(MergedColumnParallelLinear):
     """The query, key and value projections as one GEMM, split by heads: `[q heads, k heads, v heads] x head_dim`.
 
     `num_heads` and `num_kv_heads` are this rank's. With fewer KV heads than ranks, several ranks hold each.
     """
 
     def __init__(self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool) -> None:
-        tp = get_tensor_parallel()
-        self.head_dim, self.total_heads, self.total_kv_heads = head_dim, total_heads, total_kv_heads
-        self.num_heads = divide("num_attention_heads", total_heads, tp.size)
-        if total_kv_heads >= tp.size:
-            self.num_kv_heads = divide("num_key_value_heads", total_kv_heads, tp.size)
-        else:
-            divide("tensor_parallel_size", tp.size, total_kv_heads)  # as many ranks for each KV head
-            self.num_kv_heads = 1
-        super().__init__(hidden_size, (self.num_heads + 2 * self.num_kv_heads) * head_dim, bias)
+        tp_size = get_tensor_parallel().size
+        self.num_heads = divide("num_attention_heads", total_heads, tp_size)
+        copies = divide("tensor_parallel_size", tp_size, total_kv_heads) if total_kv_heads < tp_size else 1
+        self.num_kv_heads = divide("num_key_value_heads", total_kv_heads * copies, tp_size)
+        sizes = [heads * head_dim for heads in (total_heads, total_kv_heads, total_kv_heads)]
+        parts = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        super().__init__(hidden_size, sizes, bias, parts)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: str = "q") -> None:
-        is_q = shard_id == "q"
-        total, num = (self.total_heads, self.num_heads) if is_q else (self.total_kv_heads, self.num_kv_heads)
-        check_shape(loaded, (total * self.head_dim, *param.shape[1:]))
-        first = self.tp.rank * total // self.tp.size  # the same KV head for all ranks that share it
-        offset = {"q": 0, "k": self.num_heads, "v": self.num_heads + self.num_kv_heads}[shard_id]
-        rows = param[offset * self.head_dim : (offset + num) * self.head_dim]
-        rows.copy_(loaded[first * self.head_dim : (first + num) * self.head_dim])
+        super().weight_loader(param, loaded, "qkv".index(shard_id))
 
 
 class RowParallelLinear(LinearBase):
@@ -112,9 +106,9 @@ class RowParallelLinear(LinearBase):
         super().__init__(divide("an input size", input_size, get_tensor_parallel().size), output_size, bias)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: None = None) -> None:
-        is_bias = param.dim() == 1
-        check_shape(loaded, tuple(param.shape) if is_bias else (param.shape[0], self.input_size))
-        param.copy_(loaded[:] if is_bias else loaded[:, self.tp.shard(self.input_size)])
+        is_bias, part = param.dim() == 1, param.shape[-1]
+        check_shape(loaded, param.shape if is_bias else (param.shape[0], self.input_size))
+        param.copy_(loaded[:] if is_bias else loaded[:, self.tp.rank * part : (self.tp.rank + 1) * part])
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
@@ -125,6 +119,5 @@ class RowParallelLinear(LinearBase):
             return gemv(x, self.weight, bias, residual=residual)
         if takes_skinny_gemm(x):
             return skinny_gemm(x, self.weight, bias, residual)
-        if bias is None:
-            return residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
-        return residual.add_(F.linear(x, self.weight, bias))
+        residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
+        return residual if bias is None else residual.add_(bias)

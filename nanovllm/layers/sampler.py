@@ -35,8 +35,7 @@ class Sampler(nn.Module):
 
     def __init__(self, vocab_start: int, vocab_size: int) -> None:
         super().__init__()
-        self.tp = get_tensor_parallel()
-        self.vocab_start, self.vocab_size = vocab_start, vocab_size
+        self.tp, self.vocab_start, self.vocab_size = get_tensor_parallel(), vocab_start, vocab_size
 
     def forward(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor,
@@ -45,25 +44,24 @@ class Sampler(nn.Module):
         """logits `[n, vocab / tp]`, temperatures `[n]` float32, seeds and positions (of the token before) `[n]` int64
         -> ids `[n]` int64, and if asked for (ids int64, logprobs float32), `[r, 1 + k]`: the drawn one, the top k."""
         draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
-        if extras is not None:
-            logits = logits if self.tp.size == 1 else self._gather(logits)
-            changed, thresholds = self._apply(extras, logits, temperatures)
-            _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
-            if extras.penalties is not None:  # the next step counts this token, long before the host knows it
-                counts = extras.counts[extras.rows, token_ids]
-                extras.counts[extras.rows, token_ids] = counts + (counts & MAX_COUNT < MAX_COUNT)
-            if extras.logprobs is None:
-                return token_ids, None
-            wanted, num_top = extras.logprobs
-            logits = logits[wanted].float()
-            ids = torch.cat((token_ids[wanted, None], logits.topk(num_top, dim=1).indices), dim=1)
-            return token_ids, (ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True))
-        scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
-        if self.tp.size > 1:
-            # A float32 holds any token id below 2^24 exactly.
-            scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(1)  # [tp, n] each
-            token_ids = ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
-        return token_ids, None
+        if extras is None:
+            scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
+            if self.tp.size > 1:  # a float32 holds any token id below 2^24 exactly
+                scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(1)  # [tp, n] each
+                token_ids = ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
+            return token_ids, None
+        logits = logits if self.tp.size == 1 else self._gather(logits)
+        changed, thresholds = self._apply(extras, logits, temperatures)
+        _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
+        if extras.penalties is not None:  # the next step counts this token, long before the host knows it
+            counts = extras.counts[extras.rows, token_ids]
+            extras.counts[extras.rows, token_ids] = counts + (counts & MAX_COUNT < MAX_COUNT)
+        if extras.logprobs is None:
+            return token_ids, None
+        wanted, num_top = extras.logprobs
+        logits = logits[wanted].float()
+        ids = torch.cat((token_ids[wanted, None], logits.topk(num_top, dim=1).indices), dim=1)
+        return token_ids, (ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True))
 
     def _gather(self, logits: Tensor) -> Tensor:
         """`[n, part of the vocabulary]` of each rank -> `[n, vocab]` on every rank."""
@@ -80,10 +78,8 @@ class Sampler(nn.Module):
         if extras.penalties is not None:
             apply = penalize if logits.is_cuda else penalize_torch
             logits = apply(logits, extras.counts, extras.rows, extras.penalties)
-        if extras.filters is None:
-            return logits, None
         find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
-        return logits, find(logits, temperatures, extras.filters)
+        return logits, None if extras.filters is None else find(logits, temperatures, extras.filters)
 
 
 def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:

@@ -3,7 +3,4 @@
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 # Qwen2 is Qwen3 with a QKV bias and without the norms on q and k: one class reads which from the configuration.
-MODELS: dict[str, type[Qwen3ForCausalLM]] = {
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
-    "Qwen2ForCausalLM": Qwen3ForCausalLM,
-}
+MODELS = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Qwen2ForCausalLM": Qwen3ForCausalLM}

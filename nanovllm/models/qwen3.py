@@ -1,7 +1,8 @@
 """Qwen3 (Yang et al., Qwen3 Technical Report, 2025) and Qwen2: a decoder-only transformer.
 
-Pre-norm blocks of grouped-query attention and a SwiGLU MLP. Tensors have no batch dimension: the tokens of all
-sequences of a step lie one after the other, `[num_tokens, ...]`, and only attention knows the borders.
+Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The layer that reads a norm computes it, the one that
+ends a block adds to `hidden`, in place: on the way, where they can. Tensors have no batch dimension: the tokens of
+all sequences of a step lie one after the other, `[num_tokens, ...]`, and only attention knows the borders.
 """
 
 from torch import Tensor, nn
@@ -24,14 +25,14 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_size(config)
         is_qwen3 = config.model_type == "qwen3"
         bias = is_qwen3 and bool(getattr(config, "attention_bias", False))
-        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_size(config)
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, self.head_dim, heads, kv_heads, bias or not is_qwen3)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if is_qwen3 else None
-        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, self.head_dim, rotary_emb)
-        self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, bias)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, bias or not is_qwen3)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if is_qwen3 else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if is_qwen3 else None
+        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb)
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
     def forward(self, positions: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
         attended = self.attn(positions, self.qkv_proj(hidden, norm), self.q_norm, self.k_norm)
@@ -57,20 +58,15 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config)
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """`hidden + attention(norm(hidden))`, then `hidden + mlp(norm(hidden))`.
-
-        The layer that reads a norm computes it, the one that writes a sum adds it: on the way, where they can.
-        `hidden` is updated in place.
-        """
-        hidden = self.self_attn(positions, hidden, self.input_layernorm)
-        return self.mlp(hidden, self.post_attention_layernorm)
+        hidden = self.self_attn(positions, hidden, self.input_layernorm)  # hidden + attention(norm(hidden))
+        return self.mlp(hidden, self.post_attention_layernorm)  # hidden + mlp(norm(hidden))
 
 
 class Qwen3Model(nn.Module):
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -101,20 +97,19 @@ class Qwen3ForCausalLM(nn.Module):
     def check_config(config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly or cannot split over `tp_size` ranks."""
         rope_theta(config)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; supported: 'silu'")
-        layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if getattr(config, "use_sliding_window", False) or layer_types:
             raise ValueError("sliding-window attention is not supported; set use_sliding_window to false")
         if getattr(config, "quantization_config", None):
             raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         divide("num_attention_heads", heads, tp_size)
         divide("intermediate_size", config.intermediate_size, tp_size)
-        # Either a rank has several KV heads, or several ranks have the same one.
-        if kv_heads % tp_size and tp_size % kv_heads:
+        if kv_heads % tp_size and tp_size % kv_heads:  # else a rank has several KV heads, or several ranks share one
             raise ValueError(
                 f"num_key_value_heads ({kv_heads}) and tensor_parallel_size {tp_size}: one must divide the other"
             )

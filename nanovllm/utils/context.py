@@ -1,11 +1,8 @@
-"""Attention metadata of the step that is running.
-
-It is the same for all layers, so it stands here for a step instead of being handed through every call.
-"""
+"""Attention metadata of the step that is running: the same for all layers, so it is not handed through every call."""
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,13 +10,13 @@ class Context:
     """All tensors are int32 on the model's device."""
 
     is_prefill: bool = False  # prompts (or chunks of them), not one token for each sequence
-    slot_mapping: torch.Tensor | None = None  # [num_tokens], where new K and V go; -1: nowhere. None: no cache yet
-    cu_seqlens_q: torch.Tensor | None = None  # [num_seqs + 1], prefill: prefix sums of the numbers of new tokens
-    cu_seqlens_k: torch.Tensor | None = None  # [num_seqs + 1], prefill: the same of the tokens to attend to
+    slot_mapping: Tensor | None = None  # [num_tokens], where new K and V go; -1: nowhere. None: no cache yet
+    cu_seqlens_q: Tensor | None = None  # [num_seqs + 1], prefill: prefix sums of the numbers of new tokens
+    cu_seqlens_k: Tensor | None = None  # [num_seqs + 1], prefill: the same of the tokens to attend to
     max_seqlen_q: int = 0  # prefill: the largest of those numbers
     max_seqlen_k: int = 0
-    context_lens: torch.Tensor | None = None  # [num_seqs], decode: tokens to attend to, the new one included
-    block_tables: torch.Tensor | None = None  # [num_seqs, max_blocks], -1 pads; None: prefill with nothing cached
+    context_lens: Tensor | None = None  # [num_seqs], decode: tokens to attend to, the new one included
+    block_tables: Tensor | None = None  # [num_seqs, max_blocks], -1 pads; None: prefill with nothing cached
 
 
 _context = Context()

@@ -15,8 +15,8 @@ def load_model(model: nn.Module, path: str) -> None:
     They carry a `weight_loader`; `packed_modules_mapping` says which checkpoint tensors make up a merged one.
     No or unreadable weight files and missing, unknown or wrongly shaped tensors are a ValueError.
     """
-    missing = _expected_tensors(model)
-    unknown: list[str] = []
+    missing, unknown = _expected_tensors(model), []
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
         for file in weight_files(Path(path)):
@@ -24,17 +24,21 @@ def load_model(model: nn.Module, path: str) -> None:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():
                         if name in missing:
-                            _load_tensor(name, tensors.get_slice(name), *missing.pop(name))
+                            param, *shard = missing.pop(name)
+                            param.weight_loader(param, tensors.get_slice(name), *shard)
                             progress.update()
-                        elif not _is_redundant(model, name):
+                        # Some checkpoints carry what follows from other tensors, or from the configuration.
+                        elif not (name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"cannot read the weights in {file}: {error}") from error
-    if missing or unknown:
-        found = [(what, sorted(names)) for what, names in (("missing", missing), ("unknown", unknown)) if names]
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for what, names in found
-        ]
+            except ValueError as error:  # of check_shape
+                raise ValueError(f"checkpoint tensor {name!r} {error}") from error
+    problems = [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("unknown", unknown)) if names
+    ]  # fmt: skip
+    if problems:
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the checkpoint is "
             "incomplete or of another model"
@@ -46,8 +50,8 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [path / name for name in sorted(set(names))]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [path / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a valid index of weight files: {error!r}") from error
     elif (path / "model.safetensors").is_file():
@@ -65,28 +69,13 @@ def weight_files(path: Path) -> list[Path]:
 
 def _expected_tensors(model: nn.Module) -> dict[str, tuple[nn.Parameter | str | int, ...]]:
     """Checkpoint tensor name -> (parameter, shard of it if it is merged), for all tensors that must be there."""
-    shards: dict[str, list[tuple[str | int, ...]]] = {}
-    for source, (merged, shard_id) in model.packed_modules_mapping.items():
-        shards.setdefault(merged, []).append((source, shard_id))
-    expected: dict[str, tuple[nn.Parameter | str | int, ...]] = {}
+    expected, packed = {}, model.packed_modules_mapping.items()
     for name, param in model.named_parameters():  # a tied LM head appears once, as the embedding
         *prefix, module, kind = name.split(".")
-        for source, *shard in shards.get(module, [(module,)]):
+        parts = [(source, part) for source, (merged, part) in packed if merged == module]
+        for source, *shard in parts or [(module,)]:
             expected[".".join((*prefix, source, kind))] = (param, *shard)
     return expected
-
-
-def _load_tensor(name: str, loaded, param: nn.Parameter, *shard: str | int) -> None:
-    try:
-        param.weight_loader(param, loaded, *shard)
-    except ValueError as error:
-        raise ValueError(f"checkpoint tensor {name!r} {error}") from error
-
-
-def _is_redundant(model: nn.Module, name: str) -> bool:
-    """Tensors that some checkpoints carry and that follow from others: tied heads, RoPE's inverse frequencies."""
-    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
 
 
 def check_shape(loaded, expected: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Which rank of how many this process is.
+"""Which rank of how many this process is, and what several exchange.
 
 Layers ask once, when they are built. torch.distributed's global state may be somebody else's: one rank uses none.
 """
@@ -18,29 +18,20 @@ class TensorParallel:
     size: int = 1
     small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
 
-    def shard(self, num: int) -> slice:
-        """This rank's part of `num` things. They must divide evenly; the layers check that at build time."""
-        return slice(num * self.rank // self.size, num * (self.rank + 1) // self.size)
-
     def all_reduce(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`residual` + the sum of x over the ranks, in place of residual, or else of x."""
         if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
             return self.small_all_reduce(x, residual)
-        if self.size > 1:
-            dist.all_reduce(x)
+        dist.all_reduce(x)
         return x if residual is None else residual.add_(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[...]` of each rank -> `[size, ...]` on every rank."""
-        if self.small_all_reduce is not None and x.is_floating_point():  # the sum of what is zero but on one rank
-            out = x.new_zeros(self.size, *x.shape)
+        """Floats `[...]` of each rank -> `[size, ...]` on every rank."""
+        out = x.new_zeros(self.size, *x.shape)
+        if self.small_all_reduce is not None:  # the sum of what is zero but on one rank
             out[self.rank] = x
             return self.all_reduce(out)
-        out = x.new_empty(self.size, *x.shape)
-        if self.size > 1:
-            dist.all_gather(list(out.unbind(0)), x.contiguous())
-        else:
-            out.copy_(x)
+        dist.all_gather(list(out.unbind(0)), x.contiguous())
         return out
 
 
