@@ -184,3 +184,24 @@ def test_a_second_engine_over_ranks_in_one_process_is_refused(monkeypatch: pytes
     with pytest.raises(ValueError, match="tensor_parallel_size 2 needs.*default process group"):
         LLM(DEMO_MODEL, tensor_parallel_size=2, device="cpu")
     assert not destroyed
+
+
+def test_the_command_of_a_decode_step_is_small_and_does_not_grow_with_the_context(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(checkpoint.path)
+    runner, sizes = llm.model_runner, []
+    call = runner.call  # type: ignore[union-attr]
+
+    def measured(method: str, *args) -> object:
+        sizes.append((method, len(pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL))))
+        return call(method, *args)
+
+    monkeypatch.setattr(runner, "call", measured)
+    for length in (10, 200):
+        generate_ids(llm, prompts_of(0, [length] * 8), greedy(20))
+    short, long = (sizes[start + 1 : start + 20] for start in (0, 20))
+    assert [method for method, _ in sizes] == ["launch_prefill", *["launch_decode"] * 19] * 2
+    assert short == long and len(set(short)) == 1
+    assert short[0][1] < 700  # bytes, for 8 sequences
+    llm.exit()
