@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Every GPU test and every figure that README and docs/PERFORMANCE.md state, in one run, from the checkout:
+#   scripts/check_gpu.sh DIRECTORY [tests|figures|ranks]
+# writes its logs there. One GPU: some 3 minutes of tests (side by side: what counts is that they pass) and 4 of
+# figures. `ranks`: with as many GPUs as there are.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+what=${2:-all}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120)
+alone='memory or of_use or do_not_hold or test_times'  # what measures time or memory has the GPU to itself
+
+bench() {  # NAME OPTIONS...
+    echo "== bench.py ${*:2}"
+    timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror'
+}
+
+if [[ $what == all || $what == tests ]]; then
+    i=0
+    for selection in 'test_engine_gpu.py -k transformers' 'test_engine_gpu.py -k work_is_cut' \
+        "test_engine_gpu.py -k 'not transformers and not work_is_cut and not ($alone)'" test_attention_gpu.py \
+        "test_sampler_gpu.py ../test_sampling_options.py -k 'not ($alone)'" \
+        "test_requests_gpu.py test_trace_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py'; do
+        eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$((i++)).log" 2>&1 &
+    done
+    wait
+    "${pytest[@]}" -s tests/gpu --ignore tests/gpu/test_parallel_gpu.py -k "$alone" > "$out/tests$i.log" 2>&1
+    tail -n 4 "$out"/tests*.log
+fi
+if [[ $what == all || $what == figures ]]; then
+    bench all --workload all --repeats 3
+    bench plain --workload mixed --repeats 3
+    bench filters --workload mixed --repeats 3 --sampling top_k=20 top_p=0.95
+    bench penalties --workload mixed --repeats 3 --sampling repetition_penalty=1.1 presence_penalty=0.5 frequency_penalty=0.2
+    bench trace --workload mixed --repeats 3 --trace "$out/trace.json"
+    timeout 120 python scripts/measure_notebook.py "$out/decode.json"
+    timeout 60 python scripts/profile_steps.py > "$out/profile.txt" 2>&1
+fi
+if [[ $what == ranks ]]; then
+    timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
+    for size in 1 2 4 8; do
+        [[ $size -le $(python -c 'import torch; print(torch.cuda.device_count())') ]] || break
+        bench "8b-$size" --workload mixed --shape qwen3-8b --repeats 1 --tensor-parallel-size "$size"
+        bench "single-$size" --workload single --repeats 2 --tensor-parallel-size "$size"
+    done
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py | tail -n 30
+fi
