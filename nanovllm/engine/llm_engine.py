@@ -10,7 +10,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +217,10 @@ class LLMEngine:
             if channel is None or not isinstance(error, Exception):
                 raise
             failure = channel.kill()  # the ranks may stand at different collectives now: nothing can go on from here
-            self.model_runner.let_go()
-            self.exit()
+            with suppress(Exception):  # a CUDA error comes back at every call
+                self.model_runner.let_go()
+                self.exit()
+            self.model_runner = None
             raise failure or error
         for seq in finished:
             seqs = self._requests.get(seq.request_id)  # None: a stream's
@@ -301,8 +303,9 @@ def start_ranks(config: Config) -> ModelRunner:
     except BaseException as error:
         failure = channel.kill()
         channel.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with suppress(Exception):  # the thread that watches may be aborting it
+            if dist.is_initialized():
+                dist.destroy_process_group()
         if failure is not None and isinstance(error, Exception):
             raise failure from error
         raise

@@ -136,7 +136,11 @@ class ModelRunner:
         tokens, ones = self._to_device([0] * num_tokens, np.int64), self._to_device([1] * num_seqs, np.int64)
         torch.cuda.reset_peak_memory_stats(self.device)
         context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
-        self.sampler(self._forward(tokens, tokens, context), ones.float(), ones, ones)
+        # Options that make float32 copies of all logits.
+        bias, logprobs = (ones[:1] * 0, ones[:1] * 0, ones[:1].float()), (torch.arange(num_seqs, device=self.device), 1)
+        with torch.inference_mode():
+            logits = self._forward(tokens, tokens, context)
+            self.sampler(logits, ones.float(), ones, ones, SamplingExtras(bias=bias, logprobs=logprobs))
         torch.cuda.synchronize(self.device)
 
     def _allocate_kv_cache(self) -> None:
@@ -221,7 +225,7 @@ class ModelRunner:
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
         was_shared, self.small_all_reduce = self.small_all_reduce is not None, None
-        del self.kv_cache, self.model, self.sampler, self.attention_layers
+        del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.is_cuda:
             torch.cuda.empty_cache()

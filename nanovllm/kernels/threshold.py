@@ -10,7 +10,7 @@ from torch import Tensor
 from nanovllm.kernels._triton import next_power_of_2, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])  # rows of a table: aligned or not
 def _threshold_kernel(
     logits_ptr, stride_logits, temperatures_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maxima_ptr, list_ptr, out_ptr,
     vocab_size, NUM: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,7 +85,12 @@ class Sampler(nn.Module):
 
 def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:
     """Fill a row of `SamplingExtras.counts`: PROMPT_FLAG, and how often a token occurs in the completion."""
-    completion = torch.tensor(completion_ids, dtype=torch.int64, device="cpu")
-    known = completion.bincount(minlength=counts.shape[1]).clamp_(max=MAX_COUNT).to(counts.dtype)
-    known[torch.tensor(prompt_ids, dtype=torch.int64, device="cpu")] |= PROMPT_FLAG
-    counts[row].copy_(known.pin_memory() if counts.is_cuda else known, non_blocking=True)
+    ids, times = np.unique(np.array(completion_ids, dtype=np.int64), return_counts=True)
+    arrays = ids, times.clip(max=MAX_COUNT).astype(np.int16), np.array(prompt_ids, dtype=np.int64)
+    tensors = (torch.from_numpy(array) for array in arrays)
+    if counts.is_cuda:
+        tensors = (tensor.pin_memory().to(counts.device, non_blocking=True) for tensor in tensors)
+    completion, times, prompt = tensors
+    known = counts[row].zero_()
+    known[completion] = times
+    known[prompt] = known[prompt] | PROMPT_FLAG
