@@ -249,6 +249,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         pairs = (pair.partition("=") for pair in args.sampling)
         args.sampling = {"temperature": args.temperature} | {name: literal_eval(value) for name, _, value in pairs}
         SamplingParams(**args.sampling)
+        if fixed := {"max_tokens", "ignore_eos", "stop", "stop_token_ids"} & set(args.sampling):
+            raise ValueError(f"{', '.join(sorted(fixed))}: the load says how many tokens there are")
     except (SyntaxError, TypeError, ValueError) as error:
         parser.error(f"--temperature, --sampling: {error}")
     for option, file in (("--json", args.json), ("--trace", args.trace)):

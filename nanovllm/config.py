@@ -53,8 +53,6 @@ class Config:
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         check_fields(self)
-        for eos in self.eos if isinstance(self.eos, tuple) else (self.eos,):
-            check_value("eos", eos, int, -1)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and (num_gpus := torch.cuda.device_count()) < self.tensor_parallel_size:
@@ -67,6 +65,9 @@ class Config:
         elif not isinstance(self.hf_config, PretrainedConfig):
             raise TypeError(f"hf_config must be a transformers configuration, not {self.hf_config!r}")
         check_architecture(self.hf_config.architectures, "hf_config")
+        self.eos = tuple(self.eos) if isinstance(self.eos, list) else self.eos
+        for eos in (self.eos if isinstance(self.eos, tuple) else (self.eos,)) if self.eos != -1 else ():
+            check_value("an eos id", eos, int, 0, self.hf_config.vocab_size - 1)
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
         if self.dtype == "auto":  # transformers 5 calls it dtype, 4 torch_dtype; either may hold a string
             stored = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)

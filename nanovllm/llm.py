@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result, uninterrupted
 from nanovllm.engine.sequence import Sequence
 
 Conversation = list[dict[str, Any]]
+
+
+def is_conversations(value: Any) -> bool:
+    lists = isinstance(value, (list, tuple)) and value and all(isinstance(item, (list, tuple)) for item in value)
+    return bool(lists) and all(isinstance(message, dict) for conversation in value for message in conversation)
 
 
 class LLM(LLMEngine):
@@ -25,14 +30,19 @@ class LLM(LLMEngine):
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's chat template.
         Returns and raises what `generate` does; a ValueError also when there is no template.
         """
-        if not getattr(self.tokenizer, "chat_template", None) and "chat_template" not in template_options:
-            raise ValueError(f"{self.config.model} has no chat template; pass chat_template=..., or use generate")
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise TypeError(f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}")
-        conversations = [messages] if isinstance(messages[0], dict) else messages
         options = {"add_generation_prompt": True, **(chat_template_kwargs or {}), **template_options}
-        prompts = self.tokenizer.apply_chat_template(conversations, return_dict=False, **options)
+        template = options.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
+        if self.tokenizer is None or not template:
+            raise ValueError(f"{self.config.model} has no chat template; pass chat_template=..., or use generate")
+        is_one = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)
+        conversations = [messages] if is_one else messages
+        if not is_conversations(conversations):
+            raise TypeError(f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}")
+        prompts = self.tokenizer.apply_chat_template(conversations, **{**options, "return_dict": False})
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Result]:
         """Complete prompts as `generate` does, and yield what is new of each completion as it comes.
@@ -47,18 +57,21 @@ class LLM(LLMEngine):
         scheduler = self.scheduler
         live: dict[Sequence, tuple[int, int, int]] = {}  # prompt, completion, number of tokens that were yielded
         try:
-            for index, request in enumerate(requests):
-                live |= {seq: (index, i, 0) for i, seq in enumerate(self._queue(*request, is_streamed=True))}
+            with uninterrupted():  # all that is queued is in `live`
+                for index, request in enumerate(requests):
+                    live |= {seq: (index, i, 0) for i, seq in enumerate(self._queue(*request, is_streamed=True))}
             while live and self.scheduler is scheduler:  # not after a reset
                 self._ended, _ = self.step()  # what it reports is kept for whoever calls `step` next
-                for seq, (index, i, start) in live.items():
+                for seq, (index, i, start) in list(live.items()):
                     if start < (end := len(seq.token_ids) - seq.num_prompt_tokens):
                         text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
                         live[seq] = index, i, end
+                        if seq.is_finished:  # asked before the yield: others may step the engine meanwhile
+                            del live[seq]
                         yield {"index": index, "completion": i, **self._completion(seq, text, start)}
-                live = {seq: place for seq, place in live.items() if not seq.is_finished}
         finally:
-            if self.scheduler is scheduler and self.model_runner is not None:
-                scheduler.abort(list(live))
-                while self._pending and scheduler.is_finished():  # steps launched ahead
-                    self._ended, _ = self.step()
+            with uninterrupted():
+                if self.scheduler is scheduler and self.model_runner is not None:
+                    scheduler.abort(list(live))
+                    while self._pending and scheduler.is_finished():  # steps launched ahead
+                        self._ended, _ = self.step()

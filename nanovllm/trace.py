@@ -21,6 +21,7 @@ class StepRecord:
     kind: str  # "prefill" or "decode"
     request_ids: list[int]
     num_tokens: int  # that it computes
+    num_sampled: int  # tokens of completions that it yields
     preempted: list[int]  # requests that gave back their blocks to make room for it
     blocks: dict[str, int]  # `BlockManager.usage` when it was scheduled
     chunks: dict[int, tuple[int, int]] = field(default_factory=dict)  # prefill: request -> first position and end
@@ -36,18 +37,17 @@ class Trace:
     A request (with n > 1, each completion) is its `Sequence`: see its `queued_at`, `first_token_at`, `finished_at`.
     """
 
-    def __init__(self, scheduler: Scheduler, is_cuda: bool) -> None:
+    def __init__(self, is_cuda: bool) -> None:
         self.steps: list[StepRecord] = []
         self.requests: dict[int, Sequence] = {}
-        self.began, self._is_cuda, self._num_preemptions = perf_counter(), is_cuda, scheduler.num_preemptions
+        self.began, self._is_cuda = perf_counter(), is_cuda
         self._launched: dict[int, tuple[StepRecord, float, Any]] = {}  # by id(step); when, and the event before it
 
     def scheduled(self, step: Step, scheduler: Scheduler) -> None:
         """The engine is about to launch a step."""
-        before, self._num_preemptions = self._num_preemptions, scheduler.num_preemptions
-        victims = [scheduler.waiting[i].seq_id for i in range(self._num_preemptions - before)]  # they are at its head
+        victims = [seq.seq_id for seq in scheduler.preempted]
         kind, ids = "prefill" if step.is_prefill else "decode", [seq.seq_id for seq in step.seqs]
-        record = StepRecord(kind, ids, step.num_tokens, victims, scheduler.block_manager.usage())
+        record = StepRecord(kind, ids, step.num_tokens, sum(step.yields), victims, scheduler.block_manager.usage())
         for seq in step.seqs if step.is_prefill else ():
             start = seq.num_computed_tokens - seq.num_scheduled_tokens
             record.chunks[seq.seq_id] = start, seq.num_computed_tokens
@@ -78,7 +78,7 @@ class Trace:
         steps, done = self.steps, [seq for seq in self.requests.values() if seq.finished_at and seq.first_token_at]
         computed = sum(step.num_tokens for step in steps if step.kind == "prefill")
         hits = sum(sum(step.prefix_hits.values()) for step in steps)
-        made = sum(len(seq.completion_token_ids) for seq in self.requests.values())
+        made = sum(step.num_sampled for step in steps)
         seconds = steps[-1].end - steps[0].start if steps else 0.0
         result = {
             "requests_finished": len(done), "prefill_tokens": computed, "completion_tokens": made, "seconds": seconds,
@@ -101,6 +101,7 @@ class Trace:
         events = [{"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}} for pid, name in names]
 
         def add(pid: int, tid: int, name: str, start: float, end: float, args=(), ph="X") -> dict:
+            start = max(start, self.began)  # a request may have been queued before
             times = {"ts": 1e6 * (start - self.began), "dur": 1e6 * (end - start)}  # microseconds
             events.append({"ph": ph, "pid": pid, "tid": tid, "name": name, **times, "args": dict(args)})
             return events[-1]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -831,3 +832,65 @@ def test_a_script_for_vllm(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"Generated text: {output['text']!r}")
     assert capsys.readouterr().out.count("Generated text") == 3
     llm.exit()
+
+
+# --- found by review ----------------------------------------------------------------------------------------
+
+
+def test_a_stream_misses_nothing_when_others_step_the_engine(deep: LLM) -> None:
+    prompts, params = random_prompts(5, [9, 14]), greedy(8)
+    expected = generate_ids(deep, prompts, params)
+    streams = [deep.stream([prompt], params) for prompt in prompts]
+    parts = [[next(stream)] for stream in streams]
+    while not deep.is_finished():
+        deep.step()
+    for stream, part in zip(streams, parts):
+        part += stream
+    assert [[token for part in parts_ for token in part["token_ids"]] for parts_ in parts] == expected
+    assert [parts_[-1]["finish_reason"] for parts_ in parts] == ["length", "length"]
+    assert_idle(deep)
+
+
+@pytest.mark.parametrize("named", [99_999, -1, "2", 2.0, True, [[2]], [5, 99_999, None]], ids=str)
+def test_end_ids_that_are_none_are_left_out(checkpoint: Checkpoint, tmp_path: Path, named: Any) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint.path, path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    llm = make_llm(str(path))
+    assert llm.config.eos == ((5,) if isinstance(named, list) and 5 in named else ())
+    params = SamplingParams(temperature=0, min_tokens=2, max_tokens=4)
+    together = llm.generate(random_prompts(6, [5, 6]), [params, greedy(4)], use_tqdm=False)
+    assert together[1]["token_ids"] == generate_ids(llm, random_prompts(6, [5, 6])[1:], greedy(4))[0]
+    llm.exit()
+
+
+def test_engines_of_two_threads_do_not_meet(checkpoint: Checkpoint) -> None:
+    prompts = random_prompts(7, [5, 30, 17, 9])
+    expected = checkpoint.complete(prompts, 16)
+    results: dict[int, list[list[int]]] = {}
+
+    def work(index: int) -> None:
+        engine = make_llm(checkpoint.path)
+        for _ in range(3):
+            results[index] = generate_ids(engine, prompts, greedy(16))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: expected, 1: expected}
+
+
+@pytest.mark.parametrize("messages", [["hi"], [], "hi", [[{"role": "user", "content": "a"}], "b"], None], ids=str)
+def test_what_is_no_conversation_is_a_type_error(demo: LLM, messages: Any) -> None:
+    with pytest.raises(TypeError, match="messages must be a conversation"):
+        demo.chat(messages, greedy(1), use_tqdm=False)
+
+
+def test_the_smallest_top_p_keeps_the_likeliest_token(llm: LLM) -> None:
+    prompts = random_prompts(8, [6])
+    params = SamplingParams(top_p=1.2e-38, seed=1, max_tokens=6, ignore_eos=True)
+    assert generate_ids(llm, prompts, params) == generate_ids(llm, prompts, greedy(6))
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        SamplingParams(top_p=1e-50)

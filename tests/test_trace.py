@@ -275,3 +275,15 @@ def test_stats_count_since_the_start(llm: LLM, prompts: list[list[int]]) -> None
     assert third["completion_tokens"] == first["completion_tokens"] + 1
     third["requests"] = 0  # a copy: nobody else's counters
     assert llm.stats()["requests"] == first["requests"] + 1
+
+
+def test_preemptions_inside_an_inner_trace_are_its_own(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint.path, max_model_len=128, kvcache_block_size=4, num_kvcache_blocks=40)
+    prompts = [[i + 5] * 20 for i in range(8)]
+    with llm.trace() as outer:
+        with llm.trace() as inner:
+            llm.generate(prompts, greedy(60), use_tqdm=False)
+        llm.generate(prompts[:1], greedy(5), use_tqdm=False)
+    assert sum(len(step.preempted) for step in inner.steps) == llm.stats()["preemptions"] > 0
+    assert not any(step.preempted for step in outer.steps)
+    assert outer.summary()["completion_tokens"] == 5

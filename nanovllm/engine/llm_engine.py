@@ -48,7 +48,8 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(config.model)
         self._generation_config = read_json(Path(config.model) / "generation_config.json")
         if config.eos == -1:
-            config.eos = find_eos(self._generation_config, self.tokenizer, config.hf_config)
+            vocab_size = config.hf_config.vocab_size
+            config.eos = find_eos(vocab_size, self._generation_config, self.tokenizer, config.hf_config)
         self.model_runner: ModelRunner | None = start_ranks(config)
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner)
@@ -68,8 +69,9 @@ class LLMEngine:
 
     def exit(self) -> None:
         """End the workers and free the memory. The engine cannot be used afterwards."""
-        self._finalizer()
         self.model_runner = None
+        with uninterrupted():  # it runs once: what it leaves undone stays
+            self._finalizer()
 
     def _check_alive(self) -> None:
         if self.model_runner is None:
@@ -203,7 +205,7 @@ class LLMEngine:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
                 if self._trace is not None:
                     self._trace.scheduled(step, self.scheduler)
-                with _uninterrupted():  # Ctrl-C here would reach one rank and not the others
+                with uninterrupted():  # Ctrl-C here would reach one rank and not the others
                     self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
             step, pending = self._pending.popleft()
             sampled = pending.wait()
@@ -252,14 +254,17 @@ class LLMEngine:
     @contextmanager
     def trace(self) -> Iterator[Trace]:
         """`with llm.trace() as trace:` records what runs inside it, except inside another such `with`."""
-        outer, self._trace = self._trace, Trace(self.scheduler, self.config.device == "cuda")
+        outer, self._trace = self._trace, Trace(self.config.device == "cuda")
         try:
             yield self._trace
         finally:
             self._trace = outer
 
     def stats(self) -> dict[str, int]:
-        """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now."""
+        """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they are now.
+
+        With n > 1 each completion counts as a request with a prompt.
+        """
         return {**self._counters, **self.scheduler.block_manager.usage()}
 
 
@@ -274,11 +279,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
 
 
-def find_eos(generation_config: dict[str, Any], *sources: Any) -> tuple[int, ...]:
+def find_eos(vocab_size: int, generation_config: dict[str, Any], *sources: Any) -> tuple[int, ...]:
     """All ids that any of these names as an end of sequence, each as `eos_token_id`: one, a list of them or None."""
     named = [generation_config.get("eos_token_id"), *(getattr(source, "eos_token_id", None) for source in sources)]
-    lists = [eos if isinstance(eos, list) else [eos] for eos in named if eos is not None]
-    return tuple(dict.fromkeys(token_id for eos in lists for token_id in eos))
+    ids = (token_id for eos in named for token_id in (eos if isinstance(eos, list) else [eos]))
+    return tuple(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < vocab_size))  # some files name others
 
 
 def start_ranks(config: Config) -> ModelRunner:
@@ -324,7 +329,7 @@ def shut_down(model_runner: ModelRunner) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the `with`."""
     # It only ever comes to the main thread; None: its handler is not Python's.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:

@@ -137,7 +137,8 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
         # Options that make float32 copies of all logits.
-        bias, logprobs = (ones[:1] * 0, ones[:1] * 0, ones[:1].float()), (torch.arange(num_seqs, device=self.device), 1)
+        bias = ones[:1] * 0, ones[:1] * 0, ones[:1].float()
+        logprobs = torch.arange(num_seqs, device=self.device), 1
         with torch.inference_mode():
             logits = self._forward(tokens, tokens, context)
             self.sampler(logits, ones.float(), ones, ones, SamplingExtras(bias=bias, logprobs=logprobs))

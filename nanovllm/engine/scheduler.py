@@ -41,6 +41,7 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = self.num_preemptions = 0  # pending: scheduled and not yet postprocessed steps
+        self.preempted: list[Sequence] = []  # by the last `schedule`
         self.counters = Counter() if counters is None else counters  # the engine's outlive this scheduler
 
     def is_finished(self) -> bool:
@@ -63,6 +64,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Pick the sequences of the next step and give them their blocks; None if a pending step must end first."""
+        self.preempted = []
         # Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
         step = self._schedule_prefill() or self._schedule_decode()
         self.num_pending += step is not None
@@ -121,6 +123,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
+        self.preempted.append(seq)
         self.counters["preemptions"] += 1
         return seq
 

@@ -8,7 +8,8 @@ from nanovllm.kernels._triton import tl, triton
 PROMPT_FLAG = 1 << 14  # in a count: the token is in the prompt; the bits below say how often in the completion
 
 
-@triton.jit(do_not_specialize=["rows_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"])  # rows of a table: aligned or not
+# They are rows of one table, aligned or not: no reason to compile anew.
+@triton.jit(do_not_specialize=["rows_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"])
 def _penalize_kernel(
     logits_ptr, stride_logits, counts_ptr, rows_ptr, repetition_ptr, presence_ptr, frequency_ptr, out_ptr, vocab_size,
     FLAG: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,7 +10,8 @@ from torch import Tensor
 from nanovllm.kernels._triton import next_power_of_2, tl, triton
 
 
-@triton.jit(do_not_specialize=["temperatures_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])  # rows of a table: aligned or not
+# They are rows of one table, aligned or not: no reason to compile anew.
+@triton.jit(do_not_specialize=["temperatures_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])
 def _threshold_kernel(
     logits_ptr, stride_logits, temperatures_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maxima_ptr, list_ptr, out_ptr,
     vocab_size, NUM: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,

@@ -1,10 +1,10 @@
 """Checks of options: a TypeError or ValueError that names the option, what it may be and what it is."""
 
 from dataclasses import fields
-from math import inf, ulp
+from math import inf
 from typing import Annotated, Any, get_args, get_origin
 
-ABOVE_0 = ulp(0.0)  # as a lowest value: the smallest number there is
+ABOVE_0 = 2.0**-126  # as a lowest value: float32's smallest normal number
 NOUNS = {bool: "True or False", int: "an integer", float: "a number"}
 
 

@@ -1,5 +1,6 @@
 """Attention metadata of the step that is running: the same for all layers, so it is not handed through every call."""
 
+import threading
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,16 +20,15 @@ class Context:
     block_tables: Tensor | None = None  # [num_seqs, max_blocks], -1 pads; None: prefill with nothing cached
 
 
-_context = Context()
+_local = threading.local()  # engines of two threads do not meet
 
 
 def get_context() -> Context:
-    return _context
+    return getattr(_local, "context", Context())
 
 
 def set_context(context: Context) -> None:
-    global _context
-    _context = context
+    _local.context = context
 
 
 def reset_context() -> None:
