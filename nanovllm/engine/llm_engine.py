@@ -151,7 +151,7 @@ class LLMEngine:
         try:
             if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
                 raise TypeError
-            token_ids = self.tokenizer.encode(prompt) if is_text else array("q", prompt)
+            token_ids = array("q", self.tokenizer.encode(prompt) if is_text else prompt)
         except OverflowError as error:
             raise ValueError(f"prompt {index} has a token id far outside the vocabulary: {error}") from None
         except Exception as error:
@@ -162,8 +162,9 @@ class LLMEngine:
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         vocab = config.hf_config.vocab_size
-        ends = np.min(token_ids), np.max(token_ids)  # of an array of 2048 ten times faster than min
-        for token_id in (*ends, *params.stop_token_ids, *(params.logit_bias or ())):
+        largest = np.frombuffer(token_ids, np.uint64).max()  # fast; read as unsigned, a negative number is huge
+        ids = token_ids if largest >= vocab else ()
+        for token_id in (*ids, *params.stop_token_ids, *(params.logit_bias or ())):
             if not 0 <= token_id < vocab:
                 raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
         if len(token_ids) >= config.max_model_len:
@@ -174,8 +175,11 @@ class LLMEngine:
     def _queue(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> list[Sequence]:
         """One sequence a completion. The first has the request's seed, the others seeds that follow from it."""
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        others, room = random.Random(seed), self.config.max_model_len - len(token_ids)
-        seqs = [Sequence(token_ids, params, others.getrandbits(63) if i else seed) for i in range(params.n)]
+        room, seeds = self.config.max_model_len - len(token_ids), [seed]
+        if params.n > 1:
+            others = random.Random(seed)
+            seeds += [others.getrandbits(63) for _ in range(params.n - 1)]
+        seqs = [Sequence(token_ids, params, seed) for seed in seeds]
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.max_tokens = min(params.max_tokens or room, room)

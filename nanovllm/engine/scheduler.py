@@ -50,7 +50,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         eos = () if seq.params.ignore_eos else self.eos
         seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids} | dict.fromkeys(eos)
-        self.counters.update(requests=1, prompt_tokens=seq.num_prompt_tokens)
+        self.counters["requests"] += 1
+        self.counters["prompt_tokens"] += seq.num_prompt_tokens
         self.waiting.append(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:

@@ -133,16 +133,19 @@ def varlen_prefill_torch(
 ) -> Tensor:  # fmt: skip
     """The same in PyTorch, one sequence after the other: the reference, and the CPU's path."""
     outs, q_lens, k_lens = [], cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    new = list(zip(k.split(q_lens), v.split(q_lens))) if block_tables is None else []
     for i, (query, q_len, k_len) in enumerate(zip(q.split(q_lens), q_lens, k_lens)):
         if block_tables is None:
-            keys, values = (x.split(q_lens)[i] for x in (k, v))
+            keys, values = new[i]
         else:
             blocks = block_tables[i, : -(-k_len // k_cache.shape[1])].long()
             keys, values = (cache[blocks].flatten(0, 1)[:k_len] for cache in (k_cache, v_cache))
         group = q.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1)[None] for x in (keys, values))
+        keys, values = (x.transpose(0, 1).repeat_interleave(group, dim=0)[None] for x in (keys, values))
         causal = q_len == k_len  # SDPA's own mask has the diagonal at the top left; the last query sees all keys
-        mask = None if causal else torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+        mask = None
+        if 1 < q_len < k_len:
+            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
         query = query.transpose(0, 1)[None]  # [1, heads, q_len, head_dim]
         out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=scale)
         outs.append(out[0].transpose(0, 1))

@@ -1,6 +1,7 @@
 """Checks of options: a TypeError or ValueError that names the option, what it may be and what it is."""
 
 from dataclasses import fields
+from functools import lru_cache
 from math import inf
 from typing import Annotated, Any, get_args, get_origin
 
@@ -8,12 +9,23 @@ ABOVE_0 = 2.0**-126  # as a lowest value: float32's smallest normal number
 NOUNS = {bool: "True or False", int: "an integer", float: "a number"}
 
 
+@lru_cache
+def field_types(options: type) -> list[tuple[str, Any, Any, list, list]]:
+    """Of each field of a dataclass: name, default, type, limits, and whether (not empty) it may be None."""
+    types = []
+    for field in fields(options):
+        kind, *limits = get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
+        kind, *none = get_args(kind) or (kind,)
+        types.append((field.name, field.default, kind, limits, none))
+    return types
+
+
 def check_fields(options: Any) -> None:
     """Check a dataclass: `Annotated[int | None, 1, 8]` is None or 1 to 8, `Annotated[str, "a", "b"]` one of these."""
-    for field in fields(options):
-        name, value, is_annotated = field.name, getattr(options, field.name), get_origin(field.type) is Annotated
-        kind, *limits = get_args(field.type) if is_annotated else (field.type,)
-        kind, *none = get_args(kind) or (kind,)
+    for name, default, kind, limits, none in field_types(type(options)):
+        value = getattr(options, name)
+        if value is default:
+            continue
         if kind is str and limits and value not in limits:
             raise ValueError(f"{name} must be one of {', '.join(limits)}, not {value!r}")
         if kind in NOUNS and not (none and value is None):
