@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Checkpoint, generate_ids, greedy, make_checkpoint, random_prompts
 from test_engine_gpu import DEVICE, VOCAB, check_choices, make
+from test_requests_gpu import PARAMS
 
 from nanovllm import LLM, SamplingParams
 
@@ -65,6 +66,22 @@ def test_ranks_give_the_tokens_of_transformers(
         assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(llm, prompts[:4], params[:4])
     finally:
         llm.exit()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_sampling_options_on_several_ranks(parallel: Checkpoint, size: int, eager: bool, nothing_left: None) -> None:
+    """The logits are gathered, and every rank draws the same tokens: those of one GPU, but for what rounding turns."""
+    prompts, params = random_prompts(3, [5, 40, 17, 100, 64, 9, 11], VOCAB), PARAMS
+    results = []
+    for ranks in (1, size):
+        llm = make(parallel, dtype="float32", enforce_eager=eager, tensor_parallel_size=ranks)
+        try:
+            results.append([generate_ids(llm, prompts, params) for _ in range(2)])
+        finally:
+            llm.exit()
+    assert results[1][0] == results[1][1]
+    assert sum(one == other for one, other in zip(results[0][0], results[1][0])) >= len(prompts) - 1
 
 
 @pytest.fixture

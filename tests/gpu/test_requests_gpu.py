@@ -14,7 +14,7 @@ from nanovllm.engine.model_runner import alias
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 VOCAB = 1000
-PROMPTS = random_prompts(3, [5, 40, 17, 100, 64, 9], VOCAB)
+PROMPTS = random_prompts(3, [5, 40, 17, 100, 64, 9, 11], VOCAB)
 EVERYTHING: dict[str, Any] = dict(
     temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3,
     frequency_penalty=0.2, logit_bias={3: 2.5, 50: -100.0}, min_tokens=9, stop_token_ids=[3, 9, 20], logprobs=2,
@@ -27,6 +27,7 @@ PARAMS = [
     SamplingParams(**EVERYTHING, seed=2),
     SamplingParams(seed=3, max_tokens=24),
     SamplingParams(seed=4, top_p=0.8, max_tokens=24),
+    SamplingParams(seed=5, logprobs=1, max_tokens=24),  # alone: nothing stands between the graph and the draw
 ]
 
 
@@ -86,4 +87,4 @@ def test_graphs_do_not_hold_their_logits(tmp_path: Path) -> None:
         gc.collect()
         sizes.append(torch.cuda.memory_allocated())
         llm.exit()
-    assert sizes[1] - sizes[0] < 50e6
+    assert sizes[1] - sizes[0] < 100e6  # cuBLAS has a workspace of 32 MB for the stream of the capture
