@@ -42,6 +42,7 @@ class LLM(LLMEngine):
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, of `transformers`; None if it has none."""
         return self.tokenizer
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Result]:

@@ -21,7 +21,7 @@ class StepRecord:
     kind: str  # "prefill" or "decode"
     request_ids: list[int]
     num_tokens: int  # that it computes
-    num_sampled: int  # tokens of completions that it yields
+    num_sampled: int  # tokens of completions that it yields; on a GPU, the one after an unforeseen end too
     preempted: list[int]  # requests that gave back their blocks to make room for it
     blocks: dict[str, int]  # `BlockManager.usage` when it was scheduled
     chunks: dict[int, tuple[int, int]] = field(default_factory=dict)  # prefill: request -> first position and end
@@ -131,8 +131,9 @@ class Trace:
         from matplotlib import pyplot  # here: the library runs without it
 
         figure, (rows, cache) = pyplot.subplots(2, sharex=True, figsize=(10, 6), height_ratios=(3, 1), layout="tight")
+        of_requests = [event for event in self.events() if event["pid"] == 2]
         for what, color in (("waiting", "lightgrey"), ("prefill", "tab:orange"), ("decode", "tab:blue")):
-            events = [event for event in self.events() if event["pid"] == 2 and event["name"] == what]
+            events = [event for event in of_requests if event["name"] == what]
             tids, starts, widths = (np.array([event[key] for event in events]) for key in ("tid", "ts", "dur"))
             rows.barh(tids - 1, widths / 1e6, left=starts / 1e6, color=color, label=what)
         rows.set(ylabel="request id", xlabel="gap: a step without the request", ylim=rows.get_ylim()[::-1])

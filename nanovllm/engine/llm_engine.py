@@ -10,7 +10,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,8 @@ class LLMEngine:
             while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
                 if self._trace is not None:
                     self._trace.scheduled(step, self.scheduler)
-                with uninterrupted():  # Ctrl-C here would reach one rank and not the others
+                # With several ranks, Ctrl-C here would reach one and not the others.
+                with nullcontext() if channel is None else uninterrupted():
                     self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
             step, pending = self._pending.popleft()
             sampled = pending.wait()

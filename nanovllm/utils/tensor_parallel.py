@@ -28,9 +28,9 @@ class TensorParallel:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Floats `[...]` of each rank -> `[size, ...]` on every rank."""
         out = x.new_zeros(self.size, *x.shape)
-        if self.small_all_reduce is not None:  # the sum of what is zero but on one rank
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(out):
             out[self.rank] = x
-            return self.all_reduce(out)
+            return self.small_all_reduce(out)  # the sum of what is zero but on one rank
         dist.all_gather(list(out.unbind(0)), x.contiguous())
         return out
 

@@ -150,7 +150,7 @@ def test_the_tolerance_can_tell(case: Case) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton", "flash_attn", "auto"])
 def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: bool) -> None:
     if backend == "torch" and not eager:
-        pytest.skip("the torch backend is the oracle; its loops are not for graphs")
+        pytest.skip("the torch backend is the oracle, and tested without graphs only")
     checkpoint, prompts, _ = case
     llm = make(checkpoint, **backend_options(backend, checkpoint, dtype), enforce_eager=eager)
     try:
