@@ -22,7 +22,8 @@ if [[ $what == all || $what == tests ]]; then
         "test_engine_gpu.py -k 'not transformers and not work_is_cut and not ($alone)'" test_attention_gpu.py \
         "test_sampler_gpu.py ../test_sampling_options.py -k 'not ($alone)'" \
         "test_requests_gpu.py test_trace_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py'; do
-        eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$((i++)).log" 2>&1 &
+        eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$i.log" 2>&1 &
+        i=$((i + 1))
     done
     wait
     "${pytest[@]}" -s tests/gpu --ignore tests/gpu/test_parallel_gpu.py -k "$alone" > "$out/tests$i.log" 2>&1

@@ -202,7 +202,7 @@ def test_draws_above_a_threshold_equal_the_references(vocab: int, first_id: int)
 def test_100_000_draws_follow_the_filtered_distribution(combination: tuple[float, int, float, float]) -> None:
     num_draws, (temperature, top_k, top_p, min_p) = 100_000, combination
     logits = torch.randn(14, generator=torch.Generator().manual_seed(1))
-    settings = tuple(column.expand(num_draws) for column in filters([top_k], [top_p], [min_p]))
+    settings = tuple(column.repeat(num_draws) for column in filters([top_k], [top_p], [min_p]))
     rows, temperatures = logits.expand(num_draws, -1).to(DEVICE), torch.full((num_draws,), temperature, device=DEVICE)
     tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))  # type: ignore[arg-type]
     assert logprobs is None and tokens.dtype == torch.int64

@@ -90,7 +90,7 @@ def filter_thresholds(logits: Tensor, temperatures: Tensor, filters: tuple[Tenso
     top_k int32, top_p and min_p float32, `[n]` each -> `[n]` float32, -inf where none is on or the temperature is 0.
     """
     num_rows, vocab_size = logits.shape
-    assert logits.stride(1) == 1
+    assert logits.stride(1) == 1 and all(column.is_contiguous() for column in (temperatures, *filters))
     num_groups = max(next_power_of_2(-(-vocab_size // 128)), 128)
     maxima = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
     lists, out = torch.empty_like(maxima, dtype=torch.int32), maxima.new_empty(num_rows)
