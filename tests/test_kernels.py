@@ -109,12 +109,11 @@ def test_rms_norm(norm, rows, size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4])
-@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500)])
+@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500), (7, 3072), (2, 10000), (3, 17000)])
 @both_dtypes
-def test_gemv(num_tokens, out_size, in_size, dtype):
-    x, weight = randn(num_tokens, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
-    bias, norm, residual = (randn(*shape, dtype=dtype) for shape in ((out_size,), (in_size,), (num_tokens, out_size)))
+def test_gemv(out_size, in_size, dtype):
+    x, weight = randn(1, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
+    bias, norm, residual = (randn(*shape, dtype=dtype) for shape in ((out_size,), (in_size,), (1, out_size)))
     assert_near(gemv(x, weight), x.double() @ weight.double().T, dtype)
     expected = residual.double() + norm64(x, norm, 1e-3) @ weight.double().T + bias.double()
     out = gemv(x, weight, bias, norm, 1e-3, residual)
@@ -322,9 +321,20 @@ def test_prefill_after_a_cached_prefix(prefill, block_size, unused, dtype):
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
-def test_prefill_of_several_tiles(prefill):
-    check_prefill(prefill, 2, 1, 16, torch.float32, [(129, 129), (257, 257), (128, 128)])
-    check_prefill(prefill, 2, 1, 24, torch.float32, [(130, 300), (1, 257)], block_size=16)
+@both_dtypes
+def test_prefill_of_several_tiles(prefill, dtype):
+    check_prefill(prefill, 2, 1, 16, dtype, [(129, 129), (257, 257), (128, 128)])
+    check_prefill(prefill, 2, 1, 24, dtype, [(130, 300), (1, 257)], block_size=16)
+    check_prefill(prefill, 2, 1, 24, dtype, [(130, 300), (1, 257)], block_size=128)
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+@both_dtypes
+def test_a_sequence_of_nan_does_not_harm_its_neighbours_in_prefill(prefill, dtype):
+    bounds, qkv = prefix_sums([20, 40, 20]), randn(80, 3, 16, dtype=dtype)
+    qkv[20:60] = float("nan")
+    out = prefill(*qkv.split(1, dim=1), None, None, bounds, bounds, 40, 40, 0.25, None)
+    assert out[20:60].isnan().all() and not out[:20].isnan().any() and not out[60:].isnan().any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

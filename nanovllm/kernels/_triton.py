@@ -18,6 +18,11 @@ try:
 except ImportError:  # an older Triton, or none
     gdc_launch_dependents = gdc_wait = None
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # likewise
+    TensorDescriptor = None
+
 HAS_TRITON = hasattr(triton, "__version__")
 
 
@@ -27,9 +32,15 @@ def pdl_options() -> dict[str, bool]:
 
     It must wait before it touches what an earlier kernel writes; until then, reading its weights, say, costs no time.
     """
-    if gdc_wait is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if gdc_wait is not None and is_hopper else {"PDL": False}
+
+
+@lru_cache
+def has_tma() -> bool:
+    """Whether the hardware copies tiles to shared memory by itself (TMA): from Hopper on, and in the interpreter."""
+    is_older = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+    return TensorDescriptor is not None and not is_older
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
+from nanovllm.kernels._triton import TensorDescriptor, device_limits, has_tma, next_power_of_2, tl, triton
 
 
 class PrefillConfig(NamedTuple):
@@ -24,10 +24,13 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-def prefill_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+def prefill_config(
+    head_dim: int, dtype: torch.dtype, device: torch.device, from_cache: bool = False
+) -> PrefillConfig:
     """The best measured configuration whose query tile and staged key and value tiles fit the shared memory."""
     # fp32 runs without tensor cores, which would cost precision; larger tiles would spill registers.
-    configs = [(128, 128, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)] if dtype.itemsize == 2 else [(32, 64, 8, 2)]
+    best = (128, 64, 4, 3) if from_cache and has_tma() else (128, 128, 8, 3)
+    configs = [best, (128, 64, 8, 2), (64, 32, 4, 2)] if dtype.itemsize == 2 else [(32, 64, 8, 2)]
     for config in (PrefillConfig(*config) for config in (*configs, (16, 32, 4, 2))):
         rows = config.block_m + 2 * config.block_n * config.num_stages
         if rows * next_power_of_2(head_dim) * dtype.itemsize <= device_limits(device)[1]:
@@ -39,7 +42,7 @@ def prefill_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> P
 def _varlen_prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, block_tables_ptr, q_stride, k_stride, v_stride,
     table_stride, scale_log2, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)  # fastest: heads that share keys run side by side and find them in the L2 cache
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later queries see more keys: longest first
@@ -54,13 +57,8 @@ def _varlen_prefill_kernel(
     q_mask = (queries < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = (q_start + queries).to(tl.int64)
     q = tl.load(q_ptr + q_rows[:, None] * q_stride + head * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
-    kv_head = head // (HEADS // KV_HEADS)
-    k_ptr += kv_head * HEAD_DIM
-    v_ptr += kv_head * HEAD_DIM
-    if block_tables_ptr is None:
-        k_ptr += k_start.to(tl.int64) * k_stride
-        v_ptr += k_start.to(tl.int64) * v_stride
-    else:
+    kv_dim = head // (HEADS // KV_HEADS) * HEAD_DIM
+    if block_tables_ptr is not None:
         block_tables_ptr += seq.to(tl.int64) * table_stride
     # The last query sees all keys. Tiles wholly on the seen side of the diagonal come first and need no mask.
     earlier = k_len - q_len
@@ -72,16 +70,24 @@ def _varlen_prefill_kernel(
     for MASKED in tl.static_range(2):
         for start in range(first_masked if MASKED else 0, last if MASKED else first_masked, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
-            mask = (dims < HEAD_DIM)[None, :]
-            if MASKED:
-                mask = mask & (keys < k_len)[:, None]
-            rows = keys
-            if block_tables_ptr is not None:
-                blocks = tl.load(block_tables_ptr + keys // BLOCK_SIZE, mask=keys < k_len, other=0)
-                rows = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
-            rows = rows.to(tl.int64)[:, None]  # a cache has more than 2^31 elements
-            k = tl.load(k_ptr + rows * k_stride + dims[None, :], mask=mask, other=0.0)
-            v = tl.load(v_ptr + rows * v_stride + dims[None, :], mask=mask, other=0.0)
+            if TMA:  # the tile lies in one piece: the hardware copies it
+                row = k_start + start
+                if block_tables_ptr is not None:
+                    row = tl.load(block_tables_ptr + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+                k, v = k_ptr.load([row, kv_dim]), v_ptr.load([row, kv_dim])
+                if MASKED:  # what lies behind the last key may be NaN
+                    v = tl.where((keys < k_len)[:, None], v, 0.0)
+            else:
+                mask = (dims < HEAD_DIM)[None, :]
+                if MASKED:
+                    mask = mask & (keys < k_len)[:, None]
+                rows = k_start + keys
+                if block_tables_ptr is not None:
+                    blocks = tl.load(block_tables_ptr + keys // BLOCK_SIZE, mask=keys < k_len, other=0)
+                    rows = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
+                rows = rows.to(tl.int64)[:, None]  # a cache has more than 2^31 elements
+                k = tl.load(k_ptr + rows * k_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
+                v = tl.load(v_ptr + rows * v_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
                 scores = tl.where(keys[None, :] <= (queries + earlier)[:, None], scores, float("-inf"))
@@ -115,13 +121,23 @@ def varlen_prefill(
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         block_size, table_stride = k_cache.shape[1], block_tables.stride(0)
     assert all(x.stride(2) == 1 and x.stride(1) == head_dim for x in (q, k, v)) and heads % k.shape[1] == 0
-    config = config or prefill_config(head_dim, q.dtype, q.device)
+    config = config or prefill_config(head_dim, q.dtype, q.device, block_tables is not None)
+    block_d = max(16, next_power_of_2(head_dim))
+    # A tile in one piece, with rows that begin at multiples of 16 bytes.
+    tma = has_tma() and q.itemsize == 2 and (block_tables is None or block_size % config.block_n == 0)
+    tma = tma and all(x.data_ptr() % 16 == 0 and 2 * x.stride(0) % 16 == 0 for x in (k, v))
+    keys, values = k, v
+    if tma:
+        keys, values = (
+            TensorDescriptor(x.flatten(1), [x.shape[0], x[0].numel()], [x.stride(0), 1], [config.block_n, block_d])
+            for x in (k, v)
+        )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = (heads, triton.cdiv(max_seqlen_q, config.block_m), cu_seqlens_q.numel() - 1)
     _varlen_prefill_kernel[grid](
-        q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_tables, q.stride(0), k.stride(0), v.stride(0), table_stride,
-        scale * math.log2(math.e), HEADS=heads, KV_HEADS=k.shape[1], HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, next_power_of_2(head_dim)),
+        q, keys, values, out, cu_seqlens_q, cu_seqlens_k, block_tables, q.stride(0), k.stride(0), v.stride(0),
+        table_stride, scale * math.log2(math.e), HEADS=heads, KV_HEADS=k.shape[1], HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, TMA=tma,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanovllm.kernels.gemv import MAX_TOKENS, gemv
+from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.skinny_gemm import skinny_gemm, takes_skinny_gemm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import check_shape
@@ -24,11 +24,11 @@ def divide(what: str, num: int, parts: int) -> int:
 
 
 def takes_gemv(x: Tensor) -> bool:
-    return x.is_cuda and x.shape[0] <= MAX_TOKENS
+    return x.is_cuda and x.shape[0] == 1
 
 
 def normed_linear(x: Tensor, norm: RMSNorm | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`norm(x) W^T + b`; for a few tokens in one kernel."""
+    """`norm(x) W^T + b`; for one token in one kernel."""
     if takes_gemv(x):
         return gemv(x, weight, bias, *((norm.weight, norm.eps) if norm is not None else ()))
     return F.linear(x if norm is None else norm(x), weight, bias)

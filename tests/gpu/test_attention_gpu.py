@@ -251,7 +251,7 @@ def test_prefill_after_a_cached_prefix(backend, dtype, block_size):
     "heads, kv_heads, head_dim", [(8, 8, 64), (14, 2, 64), (12, 1, 80), (4, 2, 16), (4, 4, 256)]
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("block_size", [None, 48])
+@pytest.mark.parametrize("block_size", [None, 48, 256])
 def test_prefill_shapes(heads, kv_heads, head_dim, dtype, block_size):
     lengths = (
         [(1, 1), (33, 33), (300, 300)] if block_size is None else [(1, 200), (33, 33), (200, 500), (65, 129)]

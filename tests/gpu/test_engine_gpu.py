@@ -33,7 +33,6 @@ from conftest import (
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import PendingTokens
 from nanovllm.kernels import flash_attention
-from nanovllm.kernels.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
 from nanovllm.kernels.gumbel import gumbel_argmax_torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -230,7 +229,7 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
     """Few tokens take another path through the linear layers than many; prompts of one or two tokens too."""
-    assert min(BATCH_SIZES) <= MAX_GEMV_TOKENS < max(BATCH_SIZES)
+    assert min(BATCH_SIZES) == 1 < MAX_SKINNY_TOKENS < max(BATCH_SIZES)
     prompts = random_prompts(6, [1 + i % 7 for i in range(33)], VOCAB)
     expected = small.complete(prompts, 12, min_margin=2e-5)
     llm = make(small, dtype=dtype, enforce_eager=eager, max_num_seqs=33)
