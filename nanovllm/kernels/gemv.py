@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
-TILE = 16384  # elements of the weight that a program takes
+TILE = 32768  # elements of the weight that a program takes
 
 
 @triton.jit
@@ -65,6 +65,6 @@ def gemv(
     rows = max(1, TILE // (256 * parts) // (2 if gated else 1))
     _gemv_kernel[(triton.cdiv(out_size, rows),)](
         x, weight, bias, norm_weight, eps, residual, out, out_size, IN_SIZE=in_size, ROWS=rows, PARTS=parts,
-        GATED=gated, num_warps=4 if rows == 4 else 8, **pdl_options(),
+        GATED=gated, num_warps=8, **pdl_options(),
     )  # fmt: skip
     return out

@@ -17,7 +17,6 @@ def _norm_rope_store_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
-    wait_for_previous(PDL)
     # Backwards: of a long prefill the L2 cache still holds what was written last.
     token = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]  # q heads, then k heads, then v heads
@@ -26,26 +25,29 @@ def _norm_rope_store_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     in_half = half < HALF
     mask = (head < HEADS + 2 * KV_HEADS) & in_half
+    angle = tl.load(positions_ptr + token) * HALF + half
+    cos, sin = tl.load(cos_ptr + angle, mask=in_half, other=0.0), tl.load(sin_ptr + angle, mask=in_half, other=0.0)
+    if q_weight_ptr is not None:
+        q_first = tl.load(q_weight_ptr + half, mask=in_half, other=0.0)
+        k_first = tl.load(k_weight_ptr + half, mask=in_half, other=0.0)
+        q_second = tl.load(q_weight_ptr + HALF + half, mask=in_half, other=0.0)
+        k_second = tl.load(k_weight_ptr + HALF + half, mask=in_half, other=0.0)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+    wait_for_previous(PDL)  # the projection writes qkv; the rest is older
     x_ptr = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + half
     first_in, second_in = tl.load(x_ptr, mask=mask, other=0.0), tl.load(x_ptr + HALF, mask=mask, other=0.0)
     first, second = first_in.to(tl.float32), second_in.to(tl.float32)
     if q_weight_ptr is not None:
         scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_DIM + eps)[:, None]
-        q_first = tl.load(q_weight_ptr + half, mask=in_half, other=0.0)
-        k_first = tl.load(k_weight_ptr + half, mask=in_half, other=0.0)
-        q_second = tl.load(q_weight_ptr + HALF + half, mask=in_half, other=0.0)
-        k_second = tl.load(k_weight_ptr + HALF + half, mask=in_half, other=0.0)
         first *= scale * tl.where(is_query, q_first, k_first).to(tl.float32)
         second *= scale * tl.where(is_query, q_second, k_second).to(tl.float32)
-    angle = tl.load(positions_ptr + token) * HALF + half
-    cos, sin = tl.load(cos_ptr + angle, mask=in_half, other=0.0), tl.load(sin_ptr + angle, mask=in_half, other=0.0)
     dtype = qkv_ptr.dtype.element_ty
     first_out = tl.where(is_value, first_in, (first * cos - second * sin).to(dtype))
     second_out = tl.where(is_value, second_in, (second * cos + first * sin).to(dtype))
     tl.store(x_ptr, first_out, mask=mask & (head < HEADS + KV_HEADS))
     tl.store(x_ptr + HALF, second_out, mask=mask & (head < HEADS + KV_HEADS))
     if slots_ptr is not None:
-        slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             is_key = mask & (head >= HEADS) & (head < HEADS + KV_HEADS)
             k_ptr = k_cache_ptr + (slot * KV_HEADS + head - HEADS) * HEAD_DIM + half

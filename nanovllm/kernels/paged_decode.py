@@ -56,19 +56,19 @@ def _paged_decode_kernel(
     scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(PDL)
     kv_head, split, seq, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
-    heads = kv_head * GROUP + group
-    dims = tl.arange(0, BLOCK_D)
-    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
     context_len = tl.load(context_lens_ptr + seq)
     tiles_per_split, num_shares = _shares(context_len, num_splits, BLOCK_N)
     if split >= num_shares:
         return
+    group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
+    heads = kv_head * GROUP + group
+    dims = tl.arange(0, BLOCK_D)
+    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    wait_for_previous(PDL)
+    q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(context_len, BLOCK_N))
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -106,9 +106,9 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
-    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)  # one sequence and query head
     num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
+    wait_for_previous(PDL)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     there = splits < num_shares
     lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))

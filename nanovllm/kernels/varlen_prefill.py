@@ -75,8 +75,9 @@ def _varlen_prefill_kernel(
                 if block_tables_ptr is not None:
                     row = tl.load(block_tables_ptr + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
                 k, v = k_ptr.load([row, kv_dim]), v_ptr.load([row, kv_dim])
-                if MASKED:  # what lies behind the last key may be NaN
-                    v = tl.where((keys < k_len)[:, None], v, 0.0)
+                if MASKED:
+                    if start + BLOCK_N > k_len:  # what lies behind the last key may be NaN
+                        v = tl.where((keys < k_len)[:, None], v, 0.0)
             else:
                 mask = (dims < HEAD_DIM)[None, :]
                 if MASKED:
