@@ -97,7 +97,8 @@ class ModelRunner:
             threading.Thread(target=self.channel.watch, args=(self.let_go,), daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
         if self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers):
-            self.small_all_reduce = SmallAllReduce(self.rank, size, self.device, store)
+            row_bytes = self.config.hf_config.hidden_size * self.config.dtype.itemsize
+            self.small_all_reduce = SmallAllReduce(self.rank, size, self.device, store, row_bytes)
 
     def let_go(self) -> None:
         """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""

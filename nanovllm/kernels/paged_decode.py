@@ -33,9 +33,9 @@ def decode_config(
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
     programs, splits = max(1, num_seqs * kv_heads), 1
-    if programs < 2 * num_sms:  # up to eight a multiprocessor: more do not help, fewer leave the longest alone
+    if programs < 3 * num_sms // 2:  # up to eight a multiprocessor: more do not help, fewer leave the longest alone
         splits = min(MAX_SPLITS, 1 << (8 * num_sms // programs).bit_length() - 1)
-    block_n = 128 if splits == 1 else 64 if splits < MAX_SPLITS else 32  # smaller tiles are shared out more evenly
+    block_n = 128 if splits < MAX_SPLITS else 32  # smaller tiles are shared out more evenly
     token_bytes = next_power_of_2(head_dim) * dtype.itemsize
     while block_n > 16 and block_n * token_bytes > min(32 * 1024, shared_memory // 4):
         block_n //= 2

@@ -14,9 +14,9 @@ class SiluGateUpLinear(MergedColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int) -> None:
         super().__init__(input_size, [output_size, output_size])
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x `[n, in]` -> `[n, out / tp]`; x is normalised first."""
-        if takes_gemv(x):
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """x `[n, in]` -> `[n, out / tp]`; with a norm, x is normalised first."""
+        if takes_gemv(x) and norm is not None:
             return gemv(x, self.weight, None, norm.weight, norm.eps, gated=True)
         gate_up = super().forward(x, norm)
         return (silu_mul if x.is_cuda else silu_mul_torch)(gate_up)

@@ -34,7 +34,7 @@ class VocabParallelEmbedding(nn.Module):
             return self.weight[token_ids]  # for 16 tokens several times faster than F.embedding
         local = token_ids - self.vocab_start
         row = local.clamp(0, self.rows - 1)
-        return self.tp.all_reduce(self.weight[row] * (row == local).unsqueeze(1))  # zero on all ranks but one
+        return self.tp.all_reduce(self.weight[row] * (row == local).unsqueeze(1))[0]  # zero on all ranks but one
 
 
 class ParallelLMHead(VocabParallelEmbedding):

@@ -110,14 +110,21 @@ class RowParallelLinear(LinearBase):
         check_shape(loaded, param.shape if is_bias else (param.shape[0], self.input_size))
         param.copy_(loaded[:] if is_bias else loaded[:, self.tp.rank * part : (self.tp.rank + 1) * part])
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`."""
+    def forward(
+        self, x: Tensor, residual: Tensor, next_norm: RMSNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`; and its `next_norm`, where
+        the all-reduce computes it on the way, else None."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
         if self.tp.size > 1:
-            return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual)
+            next_norm = None if takes_gemv(x) else next_norm  # a GEMV norms its input itself
+            return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual, next_norm)
         if takes_gemv(x):
-            return gemv(x, self.weight, bias, residual=residual)
-        if takes_skinny_gemm(x):
-            return skinny_gemm(x, self.weight, bias, residual)
-        residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
-        return residual if bias is None else residual.add_(bias)
+            gemv(x, self.weight, bias, residual=residual)
+        elif takes_skinny_gemm(x):
+            skinny_gemm(x, self.weight, bias, residual)
+        else:
+            residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
+            if bias is not None:
+                residual.add_(bias)
+        return residual, None

@@ -1,8 +1,9 @@
 """Qwen3 (Yang et al., Qwen3 Technical Report, 2025) and Qwen2: a decoder-only transformer.
 
 Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The layer that reads a norm computes it, the one that
-ends a block adds to `hidden`, in place: on the way, where they can. Tensors have no batch dimension: the tokens of
-all sequences of a step lie one after the other, `[num_tokens, ...]`, and only attention knows the borders.
+ends a block adds to `hidden`, in place: on the way, where they can; an all-reduce computes the next norm, too. Tensors
+have no batch dimension: the tokens of all sequences of a step lie one after the other, `[num_tokens, ...]`, and only
+attention knows the borders.
 """
 
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ class Qwen3Attention(nn.Module):
         self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb)
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
-    def forward(self, positions: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        attended = self.attn(positions, self.qkv_proj(hidden, norm), self.q_norm, self.k_norm)
-        return self.o_proj(attended, residual=hidden)
+    def forward(
+        self, positions: Tensor, x: Tensor, norm: RMSNorm | None, residual: Tensor, next_norm: RMSNorm
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = self.attn(positions, self.qkv_proj(x, norm), self.q_norm, self.k_norm)
+        return self.o_proj(attended, residual, next_norm)
 
 
 class Qwen3MLP(nn.Module):
@@ -45,8 +48,10 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        return self.down_proj(self.gate_up_proj(hidden, norm), residual=hidden)
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None, residual: Tensor, next_norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.down_proj(self.gate_up_proj(x, norm), residual, next_norm)
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -57,9 +62,15 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        hidden = self.self_attn(positions, hidden, self.input_layernorm)  # hidden + attention(norm(hidden))
-        return self.mlp(hidden, self.post_attention_layernorm)  # hidden + mlp(norm(hidden))
+    def forward(
+        self, positions: Tensor, hidden: Tensor, normed: Tensor | None, next_norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden `[n, hidden]`, and its norm if that is known -> the same, the norm being the next layer's."""
+        norm = self.post_attention_layernorm
+        x = (hidden, self.input_layernorm) if normed is None else (normed, None)
+        hidden, normed = self.self_attn(positions, *x, hidden, norm)  # hidden + attention(norm(hidden))
+        x = (hidden, norm) if normed is None else (normed, None)
+        return self.mlp(*x, hidden, next_norm)  # hidden + mlp(norm(hidden))
 
 
 class Qwen3Model(nn.Module):
@@ -71,9 +82,10 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            hidden = layer(positions, hidden)
+        hidden, normed = self.embed_tokens(input_ids), None
+        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [None]
+        for layer, next_norm in zip(self.layers, next_norms):
+            hidden, normed = layer(positions, hidden, normed, next_norm)
         return hidden  # the last norm is left to the LM head, which reads far fewer tokens
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +18,20 @@ class TensorParallel:
     size: int = 1
     small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
 
-    def all_reduce(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`residual` + the sum of x over the ranks, in place of residual, or else of x."""
+    def all_reduce(self, x: Tensor, residual: Tensor | None = None, norm: Any = None) -> tuple[Tensor, Tensor | None]:
+        """`residual` + the sum of x over the ranks, in place of residual, or else of x; and `norm` (an RMSNorm) of
+        it, where it is to be had on the way."""
         if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
-            return self.small_all_reduce(x, residual)
+            return self.small_all_reduce(x, residual, *((norm.weight, norm.eps) if norm is not None else ()))
         dist.all_reduce(x)
-        return x if residual is None else residual.add_(x)
+        return x if residual is None else residual.add_(x), None
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Floats `[...]` of each rank -> `[size, ...]` on every rank."""
         out = x.new_zeros(self.size, *x.shape)
         if self.small_all_reduce is not None and self.small_all_reduce.takes(out):
             out[self.rank] = x
-            return self.small_all_reduce(out)  # the sum of what is zero but on one rank
+            return self.small_all_reduce(out)[0]  # the sum of what is zero but on one rank
         dist.all_gather(list(out.unbind(0)), x.contiguous())
         return out
 
