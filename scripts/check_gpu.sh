@@ -2,7 +2,7 @@
 # Every GPU test and every figure that README and docs/PERFORMANCE.md state, in one run, from the checkout:
 #   scripts/check_gpu.sh DIRECTORY [tests|figures|ranks]
 # writes its logs there. One GPU: some 3 minutes of tests (side by side: what counts is that they pass) and 4 of
-# figures. `ranks`: with as many GPUs as there are.
+# figures. `ranks`: on several GPUs, as many as there are.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -12,8 +12,8 @@ pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_time
 alone='memory or of_use or do_not_hold or test_times'  # what measures time or memory has the GPU to itself
 
 bench() {  # NAME OPTIONS...
-    echo "== bench.py ${*:2}"
-    timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror'
+    echo "$1: bench.py ${*:2}"
+    timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
 }
 
 if [[ $what == all || $what == tests ]]; then
@@ -31,7 +31,6 @@ if [[ $what == all || $what == tests ]]; then
 fi
 if [[ $what == all || $what == figures ]]; then
     bench all --workload all --repeats 3
-    bench plain --workload mixed --repeats 3
     bench filters --workload mixed --repeats 3 --sampling top_k=20 top_p=0.95
     bench penalties --workload mixed --repeats 3 --sampling repetition_penalty=1.1 presence_penalty=0.5 frequency_penalty=0.2
     bench trace --workload mixed --repeats 3 --trace "$out/trace.json"
@@ -39,11 +38,21 @@ if [[ $what == all || $what == figures ]]; then
     timeout 60 python scripts/profile_steps.py > "$out/profile.txt" 2>&1
 fi
 if [[ $what == ranks ]]; then
-    timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
-    for size in 1 2 4 8; do
-        [[ $size -le $(python -c 'import torch; print(torch.cuda.device_count())') ]] || break
-        bench "8b-$size" --workload mixed --shape qwen3-8b --repeats 1 --tensor-parallel-size "$size"
-        bench "single-$size" --workload single --repeats 2 --tensor-parallel-size "$size"
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    on() {  # GPUS, WORKLOADS of as many ranks
+        local ranks; ranks=$(tr ',' '\n' <<< "$1" | wc -l)
+        export CUDA_VISIBLE_DEVICES=$1
+        bench "8b-$ranks" --workload mixed --shape qwen3-8b --repeats 1 --tensor-parallel-size "$ranks"
+        [[ $ranks -gt 2 ]] || bench "single-$ranks" --workload single --repeats 2 --tensor-parallel-size "$ranks"
+    }
+    for size in 8 4; do
+        [[ $size -gt $gpus ]] || (on "$(seq -s, 0 $((size - 1)))")
     done
-    "${pytest[@]}" tests/gpu/test_parallel_gpu.py | tail -n 30
+    (on 0,1) &
+    [[ $gpus -gt 2 ]] || wait  # else one GPU and two are measured side by side
+    (on $((gpus - 1))) &
+    wait
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k 'not transformers' | tail -n 30
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k transformers | tail -n 30
+    timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
 fi

@@ -234,6 +234,7 @@ class ModelRunner:
         if self.config.tensor_parallel_size > 1 and dist.is_initialized():
             if was_shared:
                 dist.barrier()  # no process ends while another one holds its memory
+                torch.cuda.ipc_collect()
             dist.destroy_process_group()
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
