@@ -96,8 +96,9 @@ class ModelRunner:
         if self.channel is not None and self.rank == 0:
             threading.Thread(target=self.channel.watch, args=(self.let_go,), daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
-        if self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers):
-            row_bytes = self.config.hf_config.hidden_size * self.config.dtype.itemsize
+        row_bytes = self.config.hf_config.hidden_size * self.config.dtype.itemsize
+        is_close = self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers)
+        if is_close and row_bytes % 4 == 0:
             self.small_all_reduce = SmallAllReduce(self.rank, size, self.device, store, row_bytes)
 
     def let_go(self) -> None:
@@ -229,13 +230,13 @@ class ModelRunner:
         was_shared, self.small_all_reduce = self.small_all_reduce is not None, None
         del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
-        if self.is_cuda:
-            torch.cuda.empty_cache()
         if self.config.tensor_parallel_size > 1 and dist.is_initialized():
             if was_shared:
                 dist.barrier()  # no process ends while another one holds its memory
-                torch.cuda.ipc_collect()
             dist.destroy_process_group()
+        if self.is_cuda:
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
         """Rank 0: queue one step on every device: compute the scheduled tokens, sample each sequence's next one."""

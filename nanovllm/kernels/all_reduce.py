@@ -151,7 +151,7 @@ class SmallAllReduce:
         assert norm_weight is None or norm_weight.nbytes == x[0].nbytes == 4 * self.slice
         out, normed = x if residual is None else residual, None if norm_weight is None else torch.empty_like(x)
         words = (y if y is None else y.view(-1).view(torch.int32) for y in (x, residual, out, norm_weight, normed))
-        num_words, block = x.nbytes // 4, next_power_of_2(self.slice)
+        num_words, block = x.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
         _all_reduce_kernel[(triton.cdiv(num_words, self.slice),)](
             *words, eps, self.peers, self.rounds, self.stop, num_words, self.rank, RANKS=self.size, SLICE=self.slice,
             BLOCK=block, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),

@@ -1,4 +1,4 @@
-"""`residual + x W^T` for 3 to 16 tokens: too many for `gemv`, too few for cuBLAS to get near the memory's speed.
+"""`residual + x W^T` for 2 to 16 tokens: too many for `gemv`, too few for cuBLAS to get near the memory's speed.
 
 A program takes whole rows of the weight, as in `gemv`, and holds them in registers, in the tensor cores' layout,
 before it waits for x: the weight is read while the kernel before this one is still running.

@@ -122,7 +122,7 @@ def varlen_prefill(
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         block_size, table_stride = k_cache.shape[1], block_tables.stride(0)
     assert all(x.stride(2) == 1 and x.stride(1) == head_dim for x in (q, k, v)) and heads % k.shape[1] == 0
-    config = config or prefill_config(head_dim, q.dtype, q.device, block_tables is not None)
+    config = config or prefill_config(head_dim, q.dtype, q.device, block_tables is not None and block_size % 64 == 0)
     block_d = max(16, next_power_of_2(head_dim))
     # A tile in one piece, with rows that begin at multiples of 16 bytes.
     tma = has_tma() and q.itemsize == 2 and (block_tables is None or block_size % config.block_n == 0)

@@ -34,6 +34,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import PendingTokens
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.gumbel import gumbel_argmax_torch
+from nanovllm.kernels.skinny_gemm import MAX_TOKENS as MAX_SKINNY_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_ranks_give_the_tokens_of_transformers(
         assert llm.scheduler.num_preemptions > 0
         params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8, ignore_eos=True) for i in range(12)]
         assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(llm, prompts[:4], params[:4])
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, nothing_left: None) -> None:
+    """Rows of several warps, as real models have them, for the norm that the all-reduce computes on its way."""
+    saved = make_checkpoint(tmp_path, std=2048**-0.5, vocab_size=VOCAB + 1, hidden_size=2048, num_key_value_heads=2)
+    wide = Checkpoint(saved.path, saved.model.to(DEVICE))
+    prompts = random_prompts(4, [1, 17, 100, 300, 40], VOCAB)
+    expected = wide.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=150)
+    try:
+        tokens = generate_ids(llm, prompts, greedy(NUM_TOKENS))
+        assert tokens == expected if dtype == "float32" else check_choices(wide, prompts, tokens) is None
     finally:
         llm.exit()
 
