@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every GPU test and every figure that README and docs/PERFORMANCE.md state, in one run, from the checkout:
 #   scripts/check_gpu.sh DIRECTORY [tests|figures|ranks]
-# writes its logs there. One GPU: some 3 minutes of tests (side by side: what counts is that they pass) and 4 of
+# writes its logs there. One GPU: two minutes of tests (side by side: what counts is that they pass) and three of
 # figures. `ranks`: on several GPUs, as many as there are.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -346,8 +346,8 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
     row = head_dim * dtype.itemsize
     decode = decode_config(256, 8, head_dim, dtype, torch.device("cuda"))
     assert 4 * decode.block_n * row <= shared_memory and decode.block_n >= 16
-    for from_cache in (False, True):
-        prefill = prefill_config(head_dim, dtype, torch.device("cuda"), from_cache)
+    for block_size in (1, 256):
+        prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
         # One stage less than asked for is what a kernel that reads through the block table takes at the least.
         assert (prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)) * row <= shared_memory
 

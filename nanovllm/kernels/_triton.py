@@ -52,7 +52,7 @@ def launch_next(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait until all that earlier kernels write can be read. Only what a copy or a plain kernel wrote may be read before:
+    """Wait until all that earlier kernels write can be read. Before, only what a copy or a plain kernel wrote may be:
     the kernel ahead may have let this one in while it still waits itself."""
     if PDL:
         gdc_wait()

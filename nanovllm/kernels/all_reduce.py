@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 
-MAX_BYTES = 2 << 20  # of a tensor; for larger ones NCCL is faster
+MAX_BYTES = 2 << 20  # of a tensor; larger ones, those of prefills, go through NCCL
 MAX_WORDS = MAX_BYTES // 4
 ONE_SHOT_BYTES = 256 << 10  # with more than two ranks; with two, both ways send as much
 EMPTY = -1  # NaN as one float32, and as two of 16 bits
@@ -137,7 +137,7 @@ class SmallAllReduce:
         self.stop = torch.zeros(1, dtype=torch.int32, device=device)
         dist.barrier()  # nobody's memory is written before it is empty
 
-    def takes(self, x: torch.Tensor) -> bool:
+    def takes(self, x: Tensor) -> bool:
         return x.nbytes <= MAX_BYTES and x.nbytes % 4 == 0
 
     def __call__(

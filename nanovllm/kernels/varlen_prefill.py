@@ -24,12 +24,13 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-def prefill_config(
-    head_dim: int, dtype: torch.dtype, device: torch.device, from_cache: bool = False
-) -> PrefillConfig:
-    """The best measured configuration whose query tile and staged key and value tiles fit the shared memory."""
+def prefill_config(head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int = 1) -> PrefillConfig:
+    """The best measured configuration whose query tile and staged key and value tiles fit the shared memory.
+
+    block_size: of the cache that the keys are read from; 1 without one.
+    """
     # fp32 runs without tensor cores, which would cost precision; larger tiles would spill registers.
-    best = (128, 64, 4, 3) if from_cache and has_tma() else (128, 128, 8, 3)
+    best = (128, 64, 4, 3) if has_tma() and block_size % 64 == 0 else (128, 128, 8, 3)
     configs = [best, (128, 64, 8, 2), (64, 32, 4, 2)] if dtype.itemsize == 2 else [(32, 64, 8, 2)]
     for config in (PrefillConfig(*config) for config in (*configs, (16, 32, 4, 2))):
         rows = config.block_m + 2 * config.block_n * config.num_stages
@@ -122,7 +123,7 @@ def varlen_prefill(
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         block_size, table_stride = k_cache.shape[1], block_tables.stride(0)
     assert all(x.stride(2) == 1 and x.stride(1) == head_dim for x in (q, k, v)) and heads % k.shape[1] == 0
-    config = config or prefill_config(head_dim, q.dtype, q.device, block_tables is not None and block_size % 64 == 0)
+    config = config or prefill_config(head_dim, q.dtype, q.device, block_size)
     block_d = max(16, next_power_of_2(head_dim))
     # A tile in one piece, with rows that begin at multiples of 16 bytes.
     tma = has_tma() and q.itemsize == 2 and (block_tables is None or block_size % config.block_n == 0)

@@ -79,12 +79,12 @@ class Qwen3Model(nn.Module):
         rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
+        self.next_norms = [*(layer.input_layernorm for layer in self.layers), None][1:]  # behind each layer
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden, normed = self.embed_tokens(input_ids), None
-        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [None]
-        for layer, next_norm in zip(self.layers, next_norms):
+        for layer, next_norm in zip(self.layers, self.next_norms):
             hidden, normed = layer(positions, hidden, normed, next_norm)
         return hidden  # the last norm is left to the LM head, which reads far fewer tokens
 
