@@ -75,7 +75,7 @@ def norm_rope_store(
     _norm_rope_store_kernel[(num_tokens, triton.cdiv(total_heads, HEADS_PER_PROGRAM))](
         qkv, positions, cos, sin, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping, HEADS=num_heads,
         KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim, BLOCK_H=HEADS_PER_PROGRAM,
-        BLOCK=next_power_of_2(head_dim // 2), num_warps=8 if num_tokens <= 1024 else 4, **pdl_options(),
+        BLOCK=next_power_of_2(head_dim // 2), num_warps=8 if num_tokens <= 1024 else 2, **pdl_options(),
     )  # fmt: skip
 
 
