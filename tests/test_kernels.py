@@ -23,6 +23,7 @@ from nanovllm.kernels.varlen_prefill import (
     varlen_prefill,
     varlen_prefill_torch,
 )
+from nanovllm.layers import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -402,6 +403,25 @@ def test_flash_attention_calls_either_package(monkeypatch, version):
     check_decode(flash_attention.flash_decode, 4, 2, 16, 16, torch.float32, [0, 1, 33])
     check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 3), (9, 9)])
     check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 20), (9, 9)], block_size=16)
+
+
+@pytest.mark.parametrize(
+    "version, head_dim, dtype, name",
+    [
+        ("4", 128, torch.bfloat16, "triton, prefill by flash_attn"),
+        ("4", 60, torch.bfloat16, "triton"),
+        ("4", 128, torch.float32, "triton"),
+        ("2", 128, torch.bfloat16, "triton"),
+        (None, 128, torch.bfloat16, "triton"),
+    ],
+)
+def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(monkeypatch, version, head_dim, dtype, name):
+    for module in (attention, flash_attention):
+        monkeypatch.setattr(module, "flash_attention_version", lambda: version)
+    monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
+    backend = attention.select_backend("auto", "cuda", 256, head_dim, dtype)
+    assert (backend.name, backend.decode) == (name, paged_decode)
+    assert attention.select_backend("triton", "cuda", 256, head_dim, dtype).prefill is varlen_prefill
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ def flash_attention_version() -> str | None:
 def _functions() -> tuple[Callable, Callable | None]:
     """The package's function for many queries a sequence and, in 2.x, the one for decode."""
     if flash_attention_version() == "4":
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # its compiler's, about its own code
         return importlib.import_module("flash_attn.cute").flash_attn_varlen_func, None
     package = importlib.import_module("flash_attn")
     return package.flash_attn_varlen_func, package.flash_attn_with_kvcache

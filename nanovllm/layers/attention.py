@@ -1,13 +1,19 @@
 """Attention over the paged KV cache, by one of three interchangeable backends."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.flash_attention import check_flash_attention, flash_decode, flash_prefill
+from nanovllm.kernels._triton import HAS_TRITON, has_tma
+from nanovllm.kernels.flash_attention import (
+    check_flash_attention,
+    flash_attention_version,
+    flash_decode,
+    flash_prefill,
+)
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
@@ -28,6 +34,7 @@ class AttentionBackend(NamedTuple):
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
 FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
+FASTEST = AttentionBackend("triton, prefill by flash_attn", norm_rope_store, flash_prefill, paged_decode)
 
 
 def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
@@ -39,6 +46,10 @@ def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype
     if name == "flash_attn":
         check_flash_attention(block_size, head_dim, dtype)
         return FLASH_ATTN
+    if name == "auto" and device == "cuda" and has_tma() and flash_attention_version() == "4":
+        with suppress(ValueError):  # docs/PERFORMANCE.md: faster than ours for prefill, slower for decode
+            check_flash_attention(block_size, head_dim, dtype)
+            return FASTEST
     return TORCH if name == "torch" or device == "cpu" else TRITON
 
 
