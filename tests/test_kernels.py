@@ -314,6 +314,17 @@ def test_prefill_of_fresh_sequences(prefill, heads, kv_heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
+@both_dtypes
+def test_prefill_of_the_last_tokens_of_fresh_sequences(prefill, dtype):
+    lengths = [1, 15, 32, 33, 2, 50]
+    bounds, (q, k, v) = prefix_sums(lengths), randn(133, 6, 16, dtype=dtype).split([2, 2, 2], dim=1)
+    out = prefill(q, k, v, None, None, bounds, bounds, 50, 50, 0.25)
+    last = bounds[1:].long() - 1
+    of_last = prefill(q[last], k, v, None, None, prefix_sums([1] * 6), bounds, 1, 50, 0.25)
+    assert_near(of_last, out[last].double(), dtype)
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("block_size, unused", [(16, -1), (24, 2**30), (256, -1)])
 @both_dtypes
 def test_prefill_after_a_cached_prefix(prefill, block_size, unused, dtype):

@@ -110,11 +110,11 @@ def varlen_prefill(
 ) -> Tensor:  # fmt: skip
     """Causal attention over sequences laid end to end, the last query of each seeing all its keys: a tensor like q.
 
-    q, k, v: `[total_q, heads or kv_heads, head_dim]`, fp16, bf16 or fp32; rows may be slices of the QKV output.
-    cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32, prefix sums of each sequence's new and of all its tokens.
-    max_seqlen_q, max_seqlen_k: the most new and the most tokens of one sequence.
+    q, k, v: `[total_q or total_k, heads or kv_heads, head_dim]`, fp16, bf16 or fp32; maybe slices of the QKV output.
+    cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32, prefix sums of each sequence's queries and of all its tokens.
+    max_seqlen_q, max_seqlen_k: the most queries and the most tokens of one sequence.
     k_cache, v_cache, block_tables, scale: as in `paged_decode`; scale is positive. With block_tables all keys are
-    read from the cache, where the new ones are already; without (None), all tokens are new, and k and v are read.
+    read from the cache, where the new ones are already; without (None), all tokens are new, and in k and v.
     config: overrides `prefill_config`, for tests and tuning.
     """
     (_, heads, head_dim), block_size, table_stride = q.shape, 1, 0  # without block tables, no block size
@@ -151,7 +151,7 @@ def varlen_prefill_torch(
 ) -> Tensor:  # fmt: skip
     """The same in PyTorch, one sequence after the other: the reference, and the CPU's path."""
     outs, q_lens, k_lens = [], cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    new = list(zip(k.split(q_lens), v.split(q_lens))) if block_tables is None else []
+    new = list(zip(k.split(k_lens), v.split(k_lens))) if block_tables is None else []
     for i, (query, q_len, k_len) in enumerate(zip(q.split(q_lens), q_lens, k_lens)):
         if block_tables is None:
             keys, values = new[i]

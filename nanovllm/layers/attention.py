@@ -63,8 +63,12 @@ class Attention(nn.Module):
         self.rotary_emb, self.scale, self.backend = rotary_emb, head_dim**-0.5, TORCH
         self.k_cache = self.v_cache = torch.empty(0)
 
-    def forward(self, positions: Tensor, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
-        """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`."""
+    def forward(
+        self, positions: Tensor, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`; or
+        of a prefill only the `wanted` tokens, given the index of each sequence's last one."""
         context, qkv = get_context(), qkv.unflatten(-1, (-1, self.head_dim))
         rope, cache = (self.rotary_emb.cos, self.rotary_emb.sin), (self.k_cache, self.v_cache)
         norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm is not None else (None, None, 0.0)
@@ -72,7 +76,10 @@ class Attention(nn.Module):
         self.backend.norm_rope_store(qkv, positions, *rope, *norms, *cache, context.slot_mapping, self.num_heads)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if context.is_prefill:
-            bounds = (context.cu_seqlens_q, context.cu_seqlens_k, context.max_seqlen_q, context.max_seqlen_k)
+            bounds_q, max_q = context.cu_seqlens_q, context.max_seqlen_q
+            if wanted is not None:
+                q, bounds_q, max_q = q[wanted], torch.arange(len(wanted) + 1, dtype=torch.int32, device=q.device), 1
+            bounds = (bounds_q, context.cu_seqlens_k, max_q, context.max_seqlen_k)
             out = self.backend.prefill(q, k, v, *cache, *bounds, self.scale, context.block_tables)
         else:
             out = self.backend.decode(q, *cache, context.context_lens, context.block_tables, self.scale)

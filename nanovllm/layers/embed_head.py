@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import normed_linear
-from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
@@ -41,8 +40,5 @@ class ParallelLMHead(VocabParallelEmbedding):
     """The projection to logits. Its weight may be the embedding's own (tied embeddings)."""
 
     def forward(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        """`[num_tokens, hidden]` -> this rank's logits `[num_seqs, real rows]` of each sequence's last token."""
-        context = get_context()
-        if context.is_prefill:
-            hidden = hidden[context.cu_seqlens_q[1:] - 1]
+        """`[num_seqs, hidden]` -> this rank's logits `[num_seqs, real rows]`."""
         return normed_linear(hidden, norm, self.weight[: self.real_rows])

@@ -1,9 +1,10 @@
 """Qwen3 (Yang et al., Qwen3 Technical Report, 2025) and Qwen2: a decoder-only transformer.
 
 Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The layer that reads a norm computes it, the one that
-ends a block adds to `hidden`, in place: on the way, where they can; an all-reduce computes the next norm, too. Tensors
-have no batch dimension: the tokens of all sequences of a step lie one after the other, `[num_tokens, ...]`, and only
-attention knows the borders.
+ends a block adds to `hidden`, in place: on the way, where they can; an all-reduce computes the next norm, too.
+Tensors have no batch dimension: the tokens of all sequences of a step lie one after the other, `[num_tokens, ...]`,
+and only attention knows the borders. From the last layer's attention on, a prefill goes on with each sequence's last
+token only.
 """
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, divide
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.utils.context import get_context
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -36,10 +38,11 @@ class Qwen3Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
     def forward(
-        self, positions: Tensor, x: Tensor, norm: RMSNorm | None, residual: Tensor, next_norm: RMSNorm
-    ) -> tuple[Tensor, Tensor | None]:
-        attended = self.attn(positions, self.qkv_proj(x, norm), self.q_norm, self.k_norm)
-        return self.o_proj(attended, residual, next_norm)
+        self, positions: Tensor, x: Tensor, norm: RMSNorm | None, residual: Tensor, next_norm: RMSNorm,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        attended = self.attn(positions, self.qkv_proj(x, norm), self.q_norm, self.k_norm, wanted)
+        return self.o_proj(attended, residual if wanted is None else residual[wanted], next_norm)
 
 
 class Qwen3MLP(nn.Module):
@@ -63,12 +66,14 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config)
 
     def forward(
-        self, positions: Tensor, hidden: Tensor, normed: Tensor | None, next_norm: RMSNorm | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden `[n, hidden]`, and its norm if that is known -> the same, the norm being the next layer's."""
+        self, positions: Tensor, hidden: Tensor, normed: Tensor | None, next_norm: RMSNorm | None,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """hidden `[n, hidden]`, and its norm if that is known -> the same, the norm being the next layer's; of all
+        tokens, or of those `wanted` (indices)."""
         norm = self.post_attention_layernorm
         x = (hidden, self.input_layernorm) if normed is None else (normed, None)
-        hidden, normed = self.self_attn(positions, *x, hidden, norm)  # hidden + attention(norm(hidden))
+        hidden, normed = self.self_attn(positions, *x, hidden, norm, wanted)  # hidden + attention(norm(hidden))
         x = (hidden, norm) if normed is None else (normed, None)
         return self.mlp(*x, hidden, next_norm)  # hidden + mlp(norm(hidden))
 
@@ -79,14 +84,18 @@ class Qwen3Model(nn.Module):
         rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
-        self.next_norms = [*(layer.input_layernorm for layer in self.layers), None][1:]  # behind each layer
+        self.next_norms = [layer.input_layernorm for layer in self.layers][1:]  # each layer's but the last one's
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden, normed = self.embed_tokens(input_ids), None
+        hidden, normed, context = self.embed_tokens(input_ids), None, get_context()
+        wanted = None
+        if context.is_prefill:  # the last layer's tokens leave K and V, but only each sequence's last one goes on
+            wanted = context.cu_seqlens_q[1:] - 1
         for layer, next_norm in zip(self.layers, self.next_norms):
             hidden, normed = layer(positions, hidden, normed, next_norm)
-        return hidden  # the last norm is left to the LM head, which reads far fewer tokens
+        hidden, _ = self.layers[-1](positions, hidden, normed, None, wanted)
+        return hidden  # the last norm is left to the LM head
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -127,9 +136,9 @@ class Qwen3ForCausalLM(nn.Module):
             )
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """`[num_tokens]` int64 each -> hidden states `[num_tokens, hidden_size]`."""
+        """`[num_tokens]` int64 each -> hidden states `[num_seqs, hidden_size]` of each sequence's last token."""
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """`[num_tokens, hidden_size]` -> logits `[num_seqs, vocab_size / tp]` after each sequence's last token."""
+        """`[num_seqs, hidden_size]` -> logits `[num_seqs, vocab_size / tp]`."""
         return self.lm_head(hidden, self.model.norm)
