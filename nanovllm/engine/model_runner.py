@@ -83,6 +83,8 @@ class ModelRunner:
             self._warm_up()
         self._allocate_kv_cache()
         self._allocate_buffers()
+        if self.is_cuda:
+            self._warm_up_cached()
         self.graph_sizes: list[int] = []  # in ascending order
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # and what it leaves: tokens, logits
         if self.is_cuda and not config.enforce_eager:
@@ -176,6 +178,12 @@ class ModelRunner:
         if config.tensor_parallel_size > 1:  # the scheduler counts the same blocks for all ranks
             dist.all_reduce(fitting, op=dist.ReduceOp.MIN)
         return int(fitting)
+
+    def _warm_up_cached(self) -> None:
+        """Run a prefill that reads the cache: it has kernels of its own, which no step should wait for."""
+        tokens, table = self._to_device([0], np.int64), self._to_device([[0, 0]], np.int32)
+        lens_q, lens_k = self._to_device([0, 1], np.int32), self._to_device([0, 2], np.int32)
+        self._forward(tokens, tokens, Context(True, table[0, :1] - 1, lens_q, lens_k, 1, 2, block_tables=table))
 
     def _allocate_buffers(self) -> None:
         """What decode steps read, at the same addresses in every step, so that a CUDA graph can be replayed."""
