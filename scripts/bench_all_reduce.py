@@ -6,6 +6,7 @@ copy into its memory) and by our own. Each is checked against the sum.
 
 import sys
 from collections.abc import Callable
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovllm.kernels.all_reduce import MAX_BYTES, SmallAllReduce  # noqa: E402
+from nanovllm.kernels.host_words import HostWords  # noqa: E402
 
 CALLS, ROW_BYTES = 50, 8192  # of Qwen3-8B's hidden states
 
@@ -38,14 +40,15 @@ def measure(reduce: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
     return time.item()
 
 
-def run(rank: int, size: int, port: int) -> None:
+def run(rank: int, size: int, port: int, memory: SharedMemory) -> None:
     torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    small_all_reduce = SmallAllReduce(rank, size, device, store, ROW_BYTES)
+    words = HostWords(memory)
+    small_all_reduce = SmallAllReduce(rank, size, device, store, words, ROW_BYTES)
     shared = symmetric_memory.empty(MAX_BYTES // 2, dtype=torch.bfloat16, device=device)
     symmetric_memory.rendezvous(shared, dist.group.WORLD)
     group = dist.group.WORLD.group_name
@@ -83,4 +86,7 @@ if __name__ == "__main__":
     probe = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     port = probe.port
     del probe
-    mp.spawn(run, (num_gpus, port), nprocs=num_gpus)
+    memory = SharedMemory(create=True, size=4096)
+    mp.spawn(run, (num_gpus, port, memory), nprocs=num_gpus)
+    memory.close()
+    memory.unlink()

@@ -13,7 +13,7 @@ HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this
 
 
 class Channel:
-    """One shared-memory block, of a fresh name, that rank 0 writes and every worker reads.
+    """A shared-memory block, of a fresh name, that rank 0 writes and every worker reads.
 
     Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and has copied the last one
     out). Rank 0 waits for all `taken` before it writes again; a long message takes several frames.
@@ -22,6 +22,7 @@ class Channel:
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
         context = multiprocessing.get_context("spawn")
         self.memory = SharedMemory(create=True, size=size)
+        self.words = SharedMemory(create=True, size=4096)  # for the ranks' GPUs: see HostWords
         self.ready = [context.Event() for _ in range(num_workers)]
         self.taken = [context.Event() for _ in range(num_workers)]
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
@@ -62,9 +63,10 @@ class Channel:
         return pickle.loads(message)
 
     def watch(self, on_death: Callable[[], None]) -> None:
-        """Rank 0, in a thread: call `on_death` when a worker dies, so that nothing goes on waiting for it."""
+        """Rank 0, in a thread: call `on_death` when a worker has died, so that nothing goes on waiting for it."""
         multiprocessing.connection.wait([process.sentinel for process in self.processes])
         if not self.is_closing:
+            self.kill()  # the others, which would write to this rank's memory
             on_death()
 
     def check_workers(self) -> None:
@@ -103,5 +105,6 @@ class Channel:
                 process.kill()
                 process.join()
         self.processes.clear()
-        self.memory.close()
-        self.memory.unlink()
+        for memory in (self.memory, self.words):
+            memory.close()
+            memory.unlink()

@@ -24,6 +24,8 @@ from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.all_reduce import SmallAllReduce
+from nanovllm.kernels.host_words import HostWords
+from nanovllm.kernels.prefill_all_reduce import PrefillAllReduce
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler, SamplingExtras
 from nanovllm.models import MODELS
@@ -69,7 +71,7 @@ class ModelRunner:
         self, config: Config, rank: int = 0, channel: Channel | None = None, store: dist.Store | None = None
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
-        self.small_all_reduce: SmallAllReduce | None = None
+        self.all_reduces: list[SmallAllReduce | PrefillAllReduce] = []  # of our own
         self.lock = threading.Lock()  # of let_go
         self.is_cuda = config.device == "cuda"
         self.device = torch.device("cuda", rank) if self.is_cuda else torch.device("cpu")
@@ -98,16 +100,19 @@ class ModelRunner:
         if self.channel is not None and self.rank == 0:
             threading.Thread(target=self.channel.watch, args=(self.let_go,), daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
-        row_bytes = self.config.hf_config.hidden_size * self.config.dtype.itemsize
+        hidden_size, dtype = self.config.hf_config.hidden_size, self.config.dtype
         is_close = self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers)
-        if is_close and row_bytes % 4 == 0:
-            self.small_all_reduce = SmallAllReduce(self.rank, size, self.device, store, row_bytes)
+        if is_close and hidden_size * dtype.itemsize % 4 == 0:
+            self.words, max_tokens = HostWords(self.channel.words), self.config.max_num_batched_tokens
+            place = (self.rank, size, self.device, store, self.words)
+            self.all_reduces.append(SmallAllReduce(*place, hidden_size * dtype.itemsize))
+            self.all_reduces.append(PrefillAllReduce(*place, max_tokens, hidden_size, dtype))
 
     def let_go(self) -> None:
         """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
         with self.lock:
-            if self.small_all_reduce is not None:
-                self.small_all_reduce.release()
+            for all_reduce in self.all_reduces:
+                all_reduce.release()
             if self.is_cuda and dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
 
@@ -118,7 +123,7 @@ class ModelRunner:
         config.attention_backend = backend.name
         torch.set_default_dtype(config.dtype)
         try:
-            with tensor_parallel(self.rank, config.tensor_parallel_size, self.small_all_reduce), self.device:
+            with tensor_parallel(self.rank, config.tensor_parallel_size, *self.all_reduces), self.device:
                 self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
                 self.sampler = Sampler(self.model.lm_head.vocab_start, hf_config.vocab_size)
         finally:
@@ -235,7 +240,9 @@ class ModelRunner:
         self.graphs.clear()
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
-        was_shared, self.small_all_reduce = self.small_all_reduce is not None, None
+        was_shared, self.all_reduces = len(self.all_reduces) > 0, []
+        if was_shared:
+            self.words.close()
         del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.config.tensor_parallel_size > 1 and dist.is_initialized():

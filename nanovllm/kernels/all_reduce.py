@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels.host_words import HostWords
 
-MAX_BYTES = 2 << 20  # of a tensor; larger ones, those of prefills, go through NCCL
+MAX_BYTES = 2 << 20  # of a tensor; those of prefills are larger
 MAX_WORDS = MAX_BYTES // 4
 ONE_SHOT_BYTES = 256 << 10  # with more than two ranks; with two, both ways send as much
 EMPTY = -1  # NaN as one float32, and as two of 16 bits
@@ -38,11 +39,13 @@ def _send(slot_ptr, words, mask, EMPTY: tl.constexpr, OTHER_NAN: tl.constexpr):
 
 @triton.jit
 def _receive(slot_ptr, mask, stop_ptr, EMPTY: tl.constexpr):
-    words = tl.load(slot_ptr, mask=mask, other=0, volatile=True)
+    words, times = tl.load(slot_ptr, mask=mask, other=0, volatile=True), 0
     while tl.max((words == EMPTY).to(tl.int32), 0) > 0:
         words = tl.load(slot_ptr, mask=mask, other=0, volatile=True)
-        if tl.load(stop_ptr, volatile=True) != 0:  # a rank died: go on, with anything
-            words = tl.zeros_like(words)
+        times += 1
+        if times % 256 == 0:  # rarely, as the host is far
+            if tl.load(stop_ptr, volatile=True) != 0:  # a rank died: go on, with anything
+                words = tl.zeros_like(words)
     tl.store(slot_ptr, tl.full(words.shape, EMPTY, tl.int32), mask=mask)
     return words
 
@@ -66,7 +69,7 @@ def _pack(low, high, DTYPE: tl.constexpr):
 
 @triton.jit
 def _all_reduce_kernel(
-    x_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, eps, peers_ptr, rounds_ptr, stop_ptr, num_words, rank,
+    x_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, eps, peers_ptr, rounds_ptr, num_words, rank,
     RANKS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr, MAX_WORDS: tl.constexpr, DTYPE: tl.constexpr,
     TWO_SHOT: tl.constexpr, EMPTY: tl.constexpr, OTHER_NAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +82,7 @@ def _all_reduce_kernel(
     wait_for_previous(PDL)
     round = tl.load(rounds_ptr + program) + 1
     slot = (round & 1) * (RANKS * MAX_WORDS) + word  # of rank 0's words; the other ranks' follow
-    slots_ptr = _slots(peers_ptr, rank) + slot
+    slots_ptr, stop_ptr = _slots(peers_ptr, rank) + slot, _slots(peers_ptr, RANKS)
     words = tl.load(x_ptr + word, mask=mask, other=0)
     if residual_ptr is not None:
         residual_low, residual_high = _unpack(tl.load(residual_ptr + word, mask=mask, other=0), DTYPE)
@@ -116,25 +119,33 @@ def _all_reduce_kernel(
         tl.store(normed_ptr + word, _pack(low * scale * norm_low, high * scale * norm_high, DTYPE), mask=mask)
 
 
+def share_memory(name: str, memory: Tensor, rank: int, size: int, store: dist.Store) -> list[Tensor]:
+    """Each rank's tensor `name`, `memory` being this rank's: the others' as if they were memory of this GPU."""
+    store.set(f"{name}_{rank}", pickle.dumps(reduce_tensor(memory)[1]))
+    memories = [memory] * size
+    for peer in range(size):
+        if peer != rank:  # a CUDA IPC handle makes another process's memory one of this GPU's
+            arguments = list(pickle.loads(store.get(f"{name}_{peer}")))
+            arguments[6] = memory.device.index  # storage_device
+            memories[peer] = rebuild_cuda_tensor(*arguments)
+    return memories
+
+
 class SmallAllReduce:
     """The memory that `_all_reduce_kernel` works on. All ranks make one, and call it alike, in the same order.
 
     A slice, always as long, is a row of the hidden states: row_bytes, a multiple of 4.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, row_bytes: int) -> None:
-        self.rank, self.size, self.slice = rank, size, row_bytes // 4
+    def __init__(
+        self, rank: int, size: int, device: torch.device, store: dist.Store, words: HostWords, row_bytes: int
+    ) -> None:
+        self.rank, self.size, self.words, self.slice = rank, size, words, row_bytes // 4
         memory = torch.full((2 * size * MAX_WORDS,), EMPTY, dtype=torch.int32, device=device)
-        store.set(f"all_reduce_{rank}", pickle.dumps(reduce_tensor(memory)[1]))
-        self.memories = [memory] * size
-        for peer in range(size):
-            if peer != rank:  # a CUDA IPC handle makes another process's memory one of this GPU's
-                arguments = list(pickle.loads(store.get(f"all_reduce_{peer}")))
-                arguments[6] = device.index  # storage_device
-                self.memories[peer] = rebuild_cuda_tensor(*arguments)
-        self.peers = torch.tensor([peer.data_ptr() for peer in self.memories], dtype=torch.int64, device=device)
+        self.memories = share_memory("all_reduce", memory, rank, size, store)
+        addresses = [*(peer.data_ptr() for peer in self.memories), words.address]  # words[0]: whether to stop
+        self.peers = torch.tensor(addresses, dtype=torch.int64, device=device)
         self.rounds = torch.zeros(triton.cdiv(MAX_WORDS, self.slice), dtype=torch.int32, device=device)
-        self.stop = torch.zeros(1, dtype=torch.int32, device=device)
         dist.barrier()  # nobody's memory is written before it is empty
 
     def takes(self, x: Tensor) -> bool:
@@ -143,9 +154,9 @@ class SmallAllReduce:
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
-        """The sum of the ranks' x, plus `residual`, in place of residual, or else of x; and its RMSNorm, if asked for.
+        """The sum of the ranks' x, plus `residual`, in place of residual, or else of x; and its RMSNorm, if asked.
 
-        x, residual `[n, hidden]`, norm_weight `[hidden]`, contiguous, of one dtype; without norm_weight, of any shape.
+        x, residual `[n, hidden]`, norm_weight `[hidden]`, contiguous, of one dtype; without the last, of any shape.
         """
         assert x.is_contiguous() and self.takes(x) and (residual is None or residual.is_contiguous())
         assert norm_weight is None or norm_weight.nbytes == x[0].nbytes == 4 * self.slice
@@ -153,7 +164,7 @@ class SmallAllReduce:
         words = (y if y is None else y.view(-1).view(torch.int32) for y in (x, residual, out, norm_weight, normed))
         num_words, block = x.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
         _all_reduce_kernel[(triton.cdiv(num_words, self.slice),)](
-            *words, eps, self.peers, self.rounds, self.stop, num_words, self.rank, RANKS=self.size, SLICE=self.slice,
+            *words, eps, self.peers, self.rounds, num_words, self.rank, RANKS=self.size, SLICE=self.slice,
             BLOCK=block, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
             TWO_SHOT=self.size > 2 and x.nbytes > ONE_SHOT_BYTES, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN,
             num_warps=max(1, min(8, block // 256)), **pdl_options(),
@@ -161,6 +172,5 @@ class SmallAllReduce:
         return out, normed
 
     def release(self) -> None:
-        """Let the kernels that wait for a dead rank end; from another thread than theirs, which may be blocked."""
-        with torch.cuda.stream(torch.cuda.Stream(self.stop.device)):
-            self.stop.fill_(1)
+        """Let the kernels that wait for a dead rank end."""
+        self.words.write(0, 1)

@@ -5,6 +5,8 @@ cost one all-reduce (Shoeybi et al., Megatron-LM, 2019). A parameter's `weight_l
 this rank's part of a checkpoint tensor: of a safetensors slice (or a tensor), only what is indexed is read.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,6 +99,15 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: str = "q") -> None:
         super().weight_loader(param, loaded, "qkv".index(shard_id))
 
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """As above; in a prefill on several GPUs the last piece of x may arrive while the others are multiplied."""
+        if norm is not None or not self.tp.sums_in_pieces(len(x)):
+            return super().forward(x, norm)
+        out = x.new_empty(len(x), len(self.weight))
+        for rows in self.tp.arriving(len(x)):
+            torch.mm(x[rows], self.weight.t(), out=out[rows])
+        return out if self.bias is None else out.add_(self.bias)
+
 
 class RowParallelLinear(LinearBase):
     """One matrix `[output_size, input_size / tp]` on an input that is split; the results are summed."""
@@ -111,11 +122,18 @@ class RowParallelLinear(LinearBase):
         param.copy_(loaded[:] if is_bias else loaded[:, self.tp.rank * part : (self.tp.rank + 1) * part])
 
     def forward(
-        self, x: Tensor, residual: Tensor, next_norm: RMSNorm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, residual: Tensor, next_norm: RMSNorm | None = None,
+        before: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`; and its `next_norm`, where
-        the all-reduce computes it on the way, else None."""
+        the all-reduce computes it on the way, else None.
+
+        x is what `before` makes of its argument row by row: so it can be made, and summed, piece by piece."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
+        if self.tp.sums_in_pieces(len(x)):
+            compute = lambda rows: F.linear(before(x[rows]), self.weight, bias)  # noqa: E731
+            return self.tp.all_reduce_in_pieces(compute, residual, next_norm)
+        x = before(x)
         if self.tp.size > 1:
             next_norm = None if takes_gemv(x) else next_norm  # a GEMV norms its input itself
             return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual, next_norm)

@@ -17,6 +17,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, divide
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
 from nanovllm.utils.context import get_context
+from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -54,7 +55,7 @@ class Qwen3MLP(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm | None, residual: Tensor, next_norm: RMSNorm | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self.down_proj(self.gate_up_proj(x, norm), residual, next_norm)
+        return self.down_proj(x, residual, next_norm, before=lambda x: self.gate_up_proj(x, norm))
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -81,6 +82,7 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()
+        self.tp = get_tensor_parallel()
         rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers))
@@ -89,12 +91,15 @@ class Qwen3Model(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden, normed, context = self.embed_tokens(input_ids), None, get_context()
-        wanted = None
+        wanted, next_norms = None, self.next_norms
         if context.is_prefill:  # the last layer's tokens leave K and V, but only each sequence's last one goes on
             wanted = context.cu_seqlens_q[1:] - 1
-        for layer, next_norm in zip(self.layers, self.next_norms):
+            next_norms = [None if norm is next_norms[-1] else norm for norm in next_norms]  # so it needs `hidden`
+        for layer, next_norm in zip(self.layers, next_norms):
             hidden, normed = layer(positions, hidden, normed, next_norm)
+        self.tp.wait_for_pieces()
         hidden, _ = self.layers[-1](positions, hidden, normed, None, wanted)
+        self.tp.wait_for_pieces()
         return hidden  # the last norm is left to the LM head
 
 

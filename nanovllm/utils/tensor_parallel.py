@@ -3,7 +3,7 @@
 Layers ask once, when they are built. torch.distributed's global state may be somebody else's: one rank uses none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
+    prefill_all_reduce: Any = None  # kernels.prefill_all_reduce.PrefillAllReduce, likewise
 
     def all_reduce(self, x: Tensor, residual: Tensor | None = None, norm: Any = None) -> tuple[Tensor, Tensor | None]:
         """`residual` + the sum of x over the ranks, in place of residual, or else of x; and `norm` (an RMSNorm) of
@@ -25,6 +26,28 @@ class TensorParallel:
             return self.small_all_reduce(x, residual, *((norm.weight, norm.eps) if norm is not None else ()))
         dist.all_reduce(x)
         return x if residual is None else residual.add_(x), None
+
+    def sums_in_pieces(self, num_tokens: int) -> bool:
+        return self.prefill_all_reduce is not None and self.prefill_all_reduce.takes(num_tokens)
+
+    def all_reduce_in_pieces(
+        self, compute: Callable[[slice], Tensor], residual: Tensor, norm: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`all_reduce` of what `compute` yields for pieces of the rows, one being summed while the next is computed.
+
+        With a norm, a rank knows only its own rows of the first result. What it knows must be waited for.
+        """
+        if norm is None:
+            return self.prefill_all_reduce(compute, residual, None, 0.0), None
+        return residual, self.prefill_all_reduce(compute, residual, norm.weight, norm.eps)
+
+    def arriving(self, num_tokens: int) -> Iterator[slice]:
+        """Rows of the last such sum, as they arrive."""
+        return self.prefill_all_reduce.arriving(num_tokens)
+
+    def wait_for_pieces(self) -> None:
+        if self.prefill_all_reduce is not None:
+            self.prefill_all_reduce.wait()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Floats `[...]` of each rank -> `[size, ...]` on every rank."""
@@ -44,10 +67,10 @@ def get_tensor_parallel() -> TensorParallel:
 
 
 @contextmanager
-def tensor_parallel(rank: int, size: int, small_all_reduce: Any = None) -> Iterator[TensorParallel]:
+def tensor_parallel(rank: int, size: int, *all_reduces: Any) -> Iterator[TensorParallel]:
     """Layers built inside the `with` belong to this rank."""
     global _current
-    before, _current = _current, TensorParallel(rank, size, small_all_reduce)
+    before, _current = _current, TensorParallel(rank, size, *all_reduces)
     try:
         yield _current
     finally:

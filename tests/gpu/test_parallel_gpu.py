@@ -55,7 +55,6 @@ def test_ranks_give_the_tokens_of_transformers(
         kvcache_block_size=64, max_model_len=640, num_kvcache_blocks=24,
     )  # fmt: skip
     try:
-        assert llm.model_runner.small_all_reduce is not None  # type: ignore[union-attr]
         for count in (12, 1, 3):  # as many tokens as each kernel takes
             tokens = generate_ids(llm, prompts[:count], greedy(NUM_TOKENS))
             if dtype == "float32":
@@ -80,6 +79,32 @@ def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, not
     try:
         tokens = generate_ids(llm, prompts, greedy(NUM_TOKENS))
         assert tokens == expected if dtype == "float32" else check_choices(wide, prompts, tokens) is None
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothing_left: None) -> None:
+    """Of even and odd numbers of tokens, one with a cached prefix, and shorter ones that are summed at once."""
+    saved = make_checkpoint(
+        tmp_path, std=256**-0.5, vocab_size=VOCAB + 1, hidden_size=256, head_dim=64, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, intermediate_size=512,
+    )  # fmt: skip
+    deep = Checkpoint(saved.path, saved.model.to(DEVICE))
+    prompts = random_prompts(5, [900, 1, 800, 257, 700, 999, 640, 33, 900, 512, 63, 777], VOCAB)
+    expected = deep.complete(prompts, 8, min_margin=2e-5)
+    llm = make(deep, dtype=dtype, tensor_parallel_size=size, max_num_batched_tokens=5003)
+    try:
+        _, prefill_all_reduce = llm.model_runner.all_reduces  # type: ignore[union-attr]
+        count = prefill_all_reduce.count
+        for again in range(4):
+            tokens = generate_ids(llm, prompts[again:] + prompts[:again], greedy(8))
+            tokens = tokens[-again:] + tokens[:-again] if again else tokens
+            assert tokens == expected if dtype == "float32" else check_choices(deep, prompts, tokens) is None
+            if again != 2:  # the next time with all prefixes cached, or with none
+                llm.reset()
+        assert prefill_all_reduce.count > count + 3 * 12 - 1  # 6 sums of two pieces in each first step
     finally:
         llm.exit()
 
@@ -126,13 +151,25 @@ def test_a_killed_rank_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]]) ->
     assert torch.ones(3, device=DEVICE).sum().item() == 3  # the GPU is free for other work
 
 
-def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]]) -> None:
-    llm, arguments = busy
+def fail_and_call(llm: LLM, arguments: dict[str, Any]) -> None:
     llm.model_runner.channel.send("no_such_method", ())  # type: ignore[union-attr]
     start = time.perf_counter()
     with pytest.raises(RuntimeError, match="rank 1 failed:(?s:.)*no_such_method"):
         llm.generate(**arguments)
     assert time.perf_counter() - start < 10
+
+
+def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]]) -> None:
+    fail_and_call(*busy)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_raises_ends_a_long_prefill(tmp_path: Path, size: int, nothing_left: None) -> None:
+    """Of more launches than the driver queues, so that a host is stuck in one until the wait for the dead rank ends."""
+    deep = make_checkpoint(tmp_path, hidden_size=256, head_dim=64, num_hidden_layers=60)
+    llm = make(deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100)
+    fail_and_call(llm, dict(prompts=random_prompts(1, [900] * 20), sampling_params=greedy(9), use_tqdm=False))
+    llm.exit()
 
 
 def test_an_interrupt_leaves_all_ranks_usable(busy: tuple[LLM, dict[str, Any]]) -> None:
