@@ -34,7 +34,7 @@ class Config:
     eos: tuple[int, ...] | int = -1  # ids that end a sequence; -1: generation_config.json's, tokenizer's and model's
     device: Annotated[str, "auto", "cuda", "cpu"] = "auto"  # "auto": CUDA if there is any, else the CPU
     dtype: Annotated[str | torch.dtype, "auto", "bfloat16", "float16", "float32"] = "auto"  # as stored; CPU: float32
-    attention_backend: Annotated[str, "auto", "triton", "flash_attn", "torch"] = "auto"  # "auto": the fastest
+    attention_backend: Annotated[str, "auto", "triton", "flash_attn", "flash_attn+triton", "torch"] = "auto"
     load_format: Annotated[str, "auto", "dummy"] = "auto"  # "dummy": random weights; no weight files are read
     enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
     seed: Annotated[int, 0, 2**63 - 1] = 0  # of the requests that bring none, and of dummy weights

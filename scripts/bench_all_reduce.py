@@ -48,7 +48,7 @@ def run(rank: int, size: int, port: int, memory: SharedMemory) -> None:
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     words = HostWords(memory)
-    small_all_reduce = SmallAllReduce(rank, size, device, store, words, ROW_BYTES)
+    small_all_reduce = SmallAllReduce(rank, size, device, words, ROW_BYTES)
     shared = symmetric_memory.empty(MAX_BYTES // 2, dtype=torch.bfloat16, device=device)
     symmetric_memory.rendezvous(shared, dist.group.WORLD)
     group = dist.group.WORLD.group_name
@@ -77,6 +77,7 @@ def run(rank: int, size: int, port: int, memory: SharedMemory) -> None:
         if rank == 0:
             print(f"{num_bytes:>9} " + " ".join(f"{time:8.1f}" for time in times), flush=True)
     del small_all_reduce
+    words.close()
     dist.barrier()  # nobody ends while others hold its memory
     dist.destroy_process_group()
 

@@ -45,15 +45,16 @@ def test_sums_and_what_is_sent(
             slots[rank][peer, :num_words] = came
     residual = torch.randn(numel).to(dtype)
     expected = (total.float() + residual.float()).to(dtype)
-    rounds, stop = torch.full((MAX_WORDS // slice_words,), ROUND, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    rounds = torch.full((MAX_WORDS // slice_words,), ROUND, dtype=torch.int32)
+    stop = torch.zeros(1, dtype=torch.int32)
     norm, normed = torch.randn(ROW).to(dtype), torch.full((numel,), torch.nan).to(dtype)
     words, out, *norm_words = (x.view(torch.int32) for x in (parts[rank], residual, norm, normed))
     num_slices = -(-num_words // slice_words)
     _all_reduce_kernel[(num_slices,)](
         words, out, out, *(norm_words if has_norm else (None, None)), 1e-3,
         torch.tensor([memory.data_ptr() for memory in [*memories, stop]]), rounds, num_words, rank, RANKS=ranks,
-        SLICE=slice_words, BLOCK=next_power_of_2(slice_words), MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(dtype).split(".")[1]), TWO_SHOT=two_shot,
-        EMPTY=EMPTY, OTHER_NAN=OTHER_NAN, PDL=False,
+        SLICE=slice_words, BLOCK=next_power_of_2(slice_words), MAX_WORDS=MAX_WORDS,
+        DTYPE=getattr(tl, str(dtype).split(".")[1]), TWO_SHOT=two_shot, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN, PDL=False,
     )  # fmt: skip
     if has_norm:
         torch.testing.assert_close(normed, rms_norm_torch(expected.view(-1, ROW), norm, 1e-3).flatten())

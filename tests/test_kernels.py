@@ -419,7 +419,7 @@ def test_flash_attention_calls_either_package(monkeypatch, version):
 @pytest.mark.parametrize(
     "version, head_dim, dtype, name",
     [
-        ("4", 128, torch.bfloat16, "triton, prefill by flash_attn"),
+        ("4", 128, torch.bfloat16, "flash_attn+triton"),
         ("4", 60, torch.bfloat16, "triton"),
         ("4", 128, torch.float32, "triton"),
         ("2", 128, torch.bfloat16, "triton"),
@@ -430,8 +430,10 @@ def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(monkeypatch, v
     for module in (attention, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     backend = attention.select_backend("auto", "cuda", 256, head_dim, dtype)
     assert (backend.name, backend.decode) == (name, paged_decode)
+    assert attention.select_backend(backend.name, "cuda", 256, head_dim, dtype) is backend
     assert attention.select_backend("triton", "cuda", 256, head_dim, dtype).prefill is varlen_prefill
 
 
@@ -454,14 +456,18 @@ def test_flash_attention_says_what_it_cannot_serve(
     assert "attention_backend='triton'" in str(error.value)
 
 
-def test_flash_attention_that_does_not_import_is_a_clear_error(monkeypatch):
+@pytest.mark.parametrize("version, error", [("2", ImportError), ("4", RuntimeError)])
+def test_flash_attention_that_does_not_import_is_a_clear_error(monkeypatch, version, error):
     def broken():
-        raise ImportError("undefined symbol")
+        raise error("undefined symbol")
 
-    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: "2")
+    for module in (attention, flash_attention):
+        monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ValueError, match="undefined symbol"):
-        flash_attention.check_flash_attention(256, 128, torch.bfloat16)
+        attention.select_backend("flash_attn", "cuda", 256, 128, torch.bfloat16)
+    assert attention.select_backend("auto", "cuda", 256, 128, torch.bfloat16).name == "triton"
 
 
 # --- without Triton ---

@@ -98,8 +98,8 @@ def test_messages_of_every_size_arrive_whole_and_in_order(num_workers: int) -> N
 
 def test_channels_have_names_of_their_own_and_leave_nothing() -> None:
     channels = [Channel(1, size=4096) for _ in range(3)]
-    names = [channel.memory.name for channel in channels]
-    assert len(set(names)) == 3
+    names = [memory.name for channel in channels for memory in (channel.memory, channel.words)]
+    assert len(set(names)) == 6
     for channel in channels:
         channel.close()
     assert not any((Path("/dev/shm") / name).exists() for name in names)
@@ -118,6 +118,29 @@ def test_a_worker_that_raised_or_died_makes_the_call_raise(raised: bool) -> None
         channel.send("launch", ())
     assert time.perf_counter() - start < 5
     channel.close()
+
+
+def test_two_threads_that_find_a_dead_worker_say_the_same() -> None:
+    """A call and `watch` kill at once: both know the worker's traceback, and the GPU is let go once, at the end."""
+    for _ in range(5):
+        channel, events, failures = Channel(2, size=4096), [], []
+        for rank in (1, 2):
+            channel.processes.append(  # type: ignore[arg-type]
+                SimpleNamespace(
+                    is_alive=lambda: False, exitcode=1, join=lambda timeout=None: None,
+                    kill=lambda rank=rank: events.append(rank),
+                )
+            )  # fmt: skip
+        channel.on_death, channel.on_close = lambda: events.append("let go"), lambda: events.append("closed")
+        channel.errors.put((2, "Traceback: the worker's own words"))
+        threads = [threading.Thread(target=lambda: failures.append(channel.kill()), daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert len(failures) == 2 and all("own words" in str(failure) for failure in failures)
+        channel.close()
+        assert events == [1, 2, "let go", "closed"]
 
 
 # --- two ranks ----------------------------------------------------------------------------------------------

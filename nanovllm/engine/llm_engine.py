@@ -225,7 +225,6 @@ class LLMEngine:
                 raise
             failure = channel.kill()  # the ranks may stand at different collectives now: nothing can go on from here
             with suppress(Exception):  # a CUDA error comes back at every call
-                self.model_runner.let_go()
                 self.exit()
             self.model_runner = None
             raise failure or error
@@ -325,11 +324,13 @@ def shut_down(model_runner: ModelRunner) -> None:
     channel = model_runner.channel
     if channel is None:
         return model_runner.exit()
-    channel.is_closing = True
     with closing(channel):
         if all(process.is_alive() for process in channel.processes):
+            channel.is_closing = True  # workers that end now have not died
             model_runner.call("exit")
         else:
+            if not channel.is_closing:
+                channel.kill()
             model_runner.exit()
 
 

@@ -25,7 +25,7 @@ from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.all_reduce import SmallAllReduce
 from nanovllm.kernels.host_words import HostWords
-from nanovllm.kernels.prefill_all_reduce import PrefillAllReduce
+from nanovllm.kernels.prefill_all_reduce import MIN_TOKENS, PrefillAllReduce
 from nanovllm.layers.attention import Attention, select_backend
 from nanovllm.layers.sampler import Sampler, SamplingExtras
 from nanovllm.models import MODELS
@@ -72,7 +72,6 @@ class ModelRunner:
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
         self.all_reduces: list[SmallAllReduce | PrefillAllReduce] = []  # of our own
-        self.lock = threading.Lock()  # of let_go
         self.is_cuda = config.device == "cuda"
         self.device = torch.device("cuda", rank) if self.is_cuda else torch.device("cpu")
         if self.is_cuda:
@@ -93,28 +92,30 @@ class ModelRunner:
             self._capture_graphs()
 
     def _join(self, store: dist.Store) -> None:
-        """Meet the other ranks."""
+        """Meet the other ranks, and share memory with them where the GPUs can."""
         size, gpu = self.config.tensor_parallel_size, self.device if self.is_cuda else None
         backend = "nccl" if self.is_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=gpu)
-        if self.channel is not None and self.rank == 0:
-            threading.Thread(target=self.channel.watch, args=(self.let_go,), daemon=True).start()
+        if self.rank == 0:
+            self.channel.on_death = self.let_go
+            threading.Thread(target=self.channel.watch, daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
         hidden_size, dtype = self.config.hf_config.hidden_size, self.config.dtype
         is_close = self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers)
         if is_close and hidden_size * dtype.itemsize % 4 == 0:
-            self.words, max_tokens = HostWords(self.channel.words), self.config.max_num_batched_tokens
-            place = (self.rank, size, self.device, store, self.words)
-            self.all_reduces.append(SmallAllReduce(*place, hidden_size * dtype.itemsize))
-            self.all_reduces.append(PrefillAllReduce(*place, max_tokens, hidden_size, dtype))
+            words, max_tokens = HostWords(self.channel.words), self.config.max_num_batched_tokens
+            self.channel.on_close = words.close
+            self.all_reduces.append(SmallAllReduce(self.rank, size, self.device, words, hidden_size * dtype.itemsize))
+            if max_tokens >= MIN_TOKENS:
+                shape = max_tokens, hidden_size
+                self.all_reduces.append(PrefillAllReduce(self.rank, size, self.device, words, shape, dtype))
 
     def let_go(self) -> None:
         """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
-        with self.lock:
-            for all_reduce in self.all_reduces:
-                all_reduce.release()
-            if self.is_cuda and dist.is_initialized():
-                dist.distributed_c10d._abort_process_group()
+        for all_reduce in self.all_reduces:
+            all_reduce.release()
+        if self.is_cuda and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
 
     def _load_model(self) -> None:
         config, hf_config, before = self.config, self.config.hf_config, torch.get_default_dtype()
@@ -241,8 +242,6 @@ class ModelRunner:
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
         was_shared, self.all_reduces = len(self.all_reduces) > 0, []
-        if was_shared:
-            self.words.close()
         del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other (weight_loader)
         if self.config.tensor_parallel_size > 1 and dist.is_initialized():

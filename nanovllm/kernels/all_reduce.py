@@ -10,7 +10,7 @@ turn: a peer whose words of this round are here has emptied those of the round b
 A slice is a row of the hidden states, so that the RMSNorm that follows can be computed where the row is.
 """
 
-import pickle
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 from nanovllm.kernels.host_words import HostWords
 
-MAX_BYTES = 2 << 20  # of a tensor; those of prefills are larger
+MAX_BYTES = 2 << 20  # of a tensor; most of prefills are larger
 MAX_WORDS = MAX_BYTES // 4
 ONE_SHOT_BYTES = 256 << 10  # with more than two ranks; with two, both ways send as much
 EMPTY = -1  # NaN as one float32, and as two of 16 bits
@@ -119,15 +119,14 @@ def _all_reduce_kernel(
         tl.store(normed_ptr + word, _pack(low * scale * norm_low, high * scale * norm_high, DTYPE), mask=mask)
 
 
-def share_memory(name: str, memory: Tensor, rank: int, size: int, store: dist.Store) -> list[Tensor]:
-    """Each rank's tensor `name`, `memory` being this rank's: the others' as if they were memory of this GPU."""
-    store.set(f"{name}_{rank}", pickle.dumps(reduce_tensor(memory)[1]))
-    memories = [memory] * size
+def share_memory(memory: Tensor, rank: int, size: int) -> list[Tensor]:
+    """Each rank's `memory`, the others' as if they were memory of this GPU. All ranks call it, in the same order."""
+    memories: list[Any] = [None] * size
+    dist.all_gather_object(memories, reduce_tensor(memory)[1])  # CUDA IPC handles
     for peer in range(size):
-        if peer != rank:  # a CUDA IPC handle makes another process's memory one of this GPU's
-            arguments = list(pickle.loads(store.get(f"{name}_{peer}")))
-            arguments[6] = memory.device.index  # storage_device
-            memories[peer] = rebuild_cuda_tensor(*arguments)
+        arguments = list(memories[peer])
+        arguments[6] = memory.device.index  # storage_device
+        memories[peer] = memory if peer == rank else rebuild_cuda_tensor(*arguments)
     return memories
 
 
@@ -137,12 +136,10 @@ class SmallAllReduce:
     A slice, always as long, is a row of the hidden states: row_bytes, a multiple of 4.
     """
 
-    def __init__(
-        self, rank: int, size: int, device: torch.device, store: dist.Store, words: HostWords, row_bytes: int
-    ) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, words: HostWords, row_bytes: int) -> None:
         self.rank, self.size, self.words, self.slice = rank, size, words, row_bytes // 4
         memory = torch.full((2 * size * MAX_WORDS,), EMPTY, dtype=torch.int32, device=device)
-        self.memories = share_memory("all_reduce", memory, rank, size, store)
+        self.memories = share_memory(memory, rank, size)
         addresses = [*(peer.data_ptr() for peer in self.memories), words.address]  # words[0]: whether to stop
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=device)
         self.rounds = torch.zeros(triton.cdiv(MAX_WORDS, self.slice), dtype=torch.int32, device=device)

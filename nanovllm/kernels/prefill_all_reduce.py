@@ -7,16 +7,15 @@ done once, not on every rank. GEMMs occupy every multiprocessor from start to en
 engines move the data, and streams wait for the words that peers write behind it (stream memory operations of the CUDA
 driver); only the sum is a kernel, of a stream that goes first when a GEMM ends.
 
-No memory needs a second half: a rank sends a piece of the next sum only when it has read all it got of this one, and
-nobody overwrites what belongs to a piece before all ranks have sent theirs.
+No memory needs a second half: a rank sends a piece of the next sum only when that piece of this one is there, so that
+all ranks have read theirs; and nobody overwrites what belongs to a piece before all ranks have sent theirs.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.kernels._triton import next_power_of_2, tl, triton
@@ -24,6 +23,7 @@ from nanovllm.kernels.all_reduce import share_memory
 from nanovllm.kernels.host_words import HostWords
 
 MIN_ROWS = 2048  # of a piece: launching one takes the host 0.1 ms
+MIN_TOKENS = 2 * MIN_ROWS  # of a prefill: one piece would be summed beside nothing
 SENT, SUMMED = 0, 1  # what a rank's words to its peers count, in pieces
 
 
@@ -78,7 +78,7 @@ def _driver() -> ctypes.CDLL:
 
 def _checked(error: int) -> None:
     if error:
-        raise RuntimeError(f"a copy between GPUs failed with CUDA driver error {error}")
+        raise RuntimeError(f"a copy between GPUs, or a wait for one, failed with CUDA driver error {error}")
 
 
 def _copy(stream: torch.cuda.Stream, target: int, source: int, num_bytes: int) -> None:
@@ -103,7 +103,7 @@ def pieces(num_rows: int, ranks: int) -> list[slice]:
     The more ranks, the longer a sum takes beside a GEMM, and the sooner it should start.
     """
     count, unit = min(2 * ranks, num_rows // MIN_ROWS), 128 * ranks  # unit: whole tiles of a GEMM, for each rank
-    if count < 2:
+    if num_rows < MIN_TOKENS:
         return []
     length = -(-num_rows // (count * unit)) * unit
     return [slice(first, min(first + length, num_rows)) for first in range(0, num_rows, length)]
@@ -113,26 +113,27 @@ class PrefillAllReduce:
     """The shared memory and streams of these sums. All ranks make one, and call it alike, in the same order."""
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, store: dist.Store, words: HostWords, max_rows: int,
-        columns: int, dtype: torch.dtype,
+        self, rank: int, size: int, device: torch.device, words: HostWords, shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> None:  # fmt: skip
+        """shape: the most rows of a residual, and its columns."""
         self.rank, self.size, self.words = rank, size, words
         self.peers = [(rank + i) % size for i in range(1, size)]
-        out = torch.empty(max_rows, columns, dtype=dtype, device=device)
-        inbox = torch.empty(size, -(-max_rows // size), columns, dtype=dtype, device=device)  # of each rank, my rows
-        self.outs = share_memory("prefill_out", out, rank, size, store)
-        self.inboxes = share_memory("prefill_inbox", inbox, rank, size, store)
+        self.max_rows, columns = shape
+        out = torch.empty(shape, dtype=dtype, device=device)
+        # Of each rank, the rows that are this one's to sum.
+        inbox = torch.empty(size, -(-self.max_rows // size), columns, dtype=dtype, device=device)
+        self.outs, self.inboxes = (share_memory(memory, rank, size) for memory in (out, inbox))
         self.outs_at = [out.data_ptr() for out in self.outs]
         self.inboxes_at = [inbox[rank].data_ptr() for inbox in self.inboxes]  # this rank's part of them
         self.scatter, self.gather = torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
         self.computed, self.summed = ([torch.cuda.Event() for _ in range(2 * size)] for _ in range(2))
-        self.parts: dict[int, Tensor] = {}  # of the pieces that nobody has waited for yet
-        self.counts: dict[int, int] = {}  # of all pieces there were, when it was such a piece's turn
-        self.count = 0
-        dist.barrier()
+        self.count = 0  # of all pieces there were
+        # The count, and this rank's part, of the pieces not waited for: until then, peers may not have read it.
+        self.pending: dict[int, tuple[int, Tensor]] = {}
 
     def takes(self, num_rows: int) -> bool:
-        return num_rows >= 2 * MIN_ROWS
+        return MIN_TOKENS <= num_rows <= self.max_rows
 
     def __call__(
         self, compute: Callable[[slice], Tensor], residual: Tensor, norm_weight: Tensor | None, eps: float
@@ -144,11 +145,11 @@ class PrefillAllReduce:
         """
         stream = torch.cuda.current_stream()
         for index, rows in enumerate(pieces(len(residual), self.size)):
-            self.wait(index)
-            part = self.parts[index] = compute(rows)
+            self.wait([index])
+            part = compute(rows)
             self.computed[index].record(stream)
             self.count += 1
-            self.counts[index] = self.count
+            self.pending[index] = self.count, part
             self._scatter(index, rows.start, part)
             self._gather(index, rows.start, part, residual[rows], norm_weight, eps)
         return self.outs[self.rank][: len(residual)]
@@ -190,24 +191,28 @@ class PrefillAllReduce:
             _copy(self.gather, target, out.data_ptr(), out.nbytes)
             _write(self.gather, self._word(peer, SUMMED, self.rank), self.count)
 
-    def wait(self, *indices: int) -> None:
-        """Let the current stream wait for these pieces of the last result, or for all."""
+    def wait(self, indices: Iterable[int]) -> None:
+        """Let the current stream wait for these pieces of the last result, as far as it has not."""
         stream = torch.cuda.current_stream()
-        for index in indices or list(self.parts):
-            if self.parts.pop(index, None) is not None:  # all ranks have read it
+        for index in indices:
+            count, _ = self.pending.pop(index, (None, None))
+            if count is not None:
                 stream.wait_event(self.summed[index])
                 for peer in self.peers:
-                    _wait(stream, self._word(self.rank, SUMMED, peer), self.counts[index])
+                    _wait(stream, self._word(self.rank, SUMMED, peer), count)
+
+    def wait_for_all(self) -> None:
+        self.wait(list(self.pending))
 
     def arriving(self, num_rows: int) -> Iterator[slice]:
         """The rows of the last result in two runs, each as soon as the current stream has waited for it."""
-        last = pieces(num_rows, self.size)[-1]
-        self.wait(*list(self.parts)[:-1])
+        *others, last = pieces(num_rows, self.size)
+        self.wait(range(len(others)))
         yield slice(last.start)
-        self.wait()
+        self.wait_for_all()
         yield last
 
     def release(self) -> None:
         """Let the streams that wait for a dead rank go on."""
-        ahead = (self.count + 2**30) % 2**32  # of all that may still be waited for
+        ahead = self.count + 2**30  # of all that may still be waited for
         self.words.write(1, *[ahead] * (2 * self.size**2))

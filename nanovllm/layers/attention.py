@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, by one of three interchangeable backends."""
+"""Attention over the paged KV cache, by interchangeable backends."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels._triton import HAS_TRITON, has_tma
+from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.flash_attention import (
     check_flash_attention,
     flash_attention_version,
@@ -34,7 +34,7 @@ class AttentionBackend(NamedTuple):
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
 FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
-FASTEST = AttentionBackend("triton, prefill by flash_attn", norm_rope_store, flash_prefill, paged_decode)
+FLASH_PREFILL = AttentionBackend("flash_attn+triton", norm_rope_store, flash_prefill, paged_decode)
 
 
 def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
@@ -43,13 +43,15 @@ def select_backend(name: str, device: str, block_size: int, head_dim: int, dtype
         raise ValueError(f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'")
     if device == "cuda" and not HAS_TRITON:
         raise ValueError("device 'cuda' needs Triton, which is not installed: pip install triton, or device='cpu'")
-    if name == "flash_attn":
+    if name.startswith("flash_attn"):
         check_flash_attention(block_size, head_dim, dtype)
-        return FLASH_ATTN
-    if name == "auto" and device == "cuda" and has_tma() and flash_attention_version() == "4":
-        with suppress(ValueError):  # docs/PERFORMANCE.md: faster than ours for prefill, slower for decode
-            check_flash_attention(block_size, head_dim, dtype)
-            return FASTEST
+        return FLASH_ATTN if name == "flash_attn" else FLASH_PREFILL
+    if name == "auto" and device == "cuda" and flash_attention_version() == "4":
+        # On Hopper, where it was measured, it is faster than ours for prefill and slower for decode.
+        if torch.cuda.get_device_capability()[0] == 9:
+            with suppress(ValueError):
+                check_flash_attention(block_size, head_dim, dtype)
+                return FLASH_PREFILL
     return TORCH if name == "torch" or device == "cpu" else TRITON
 
 

@@ -128,7 +128,8 @@ class RowParallelLinear(LinearBase):
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`; and its `next_norm`, where
         the all-reduce computes it on the way, else None.
 
-        x is what `before` makes of its argument row by row: so it can be made, and summed, piece by piece."""
+        x is what `before` makes of its argument row by row: so it can be made, and summed, piece by piece. What such
+        a sum leaves is said at `TensorParallel.all_reduce_in_pieces`."""
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once a rank
         if self.tp.sums_in_pieces(len(x)):
             compute = lambda rows: F.linear(before(x[rows]), self.weight, bias)  # noqa: E731

@@ -71,7 +71,8 @@ class Qwen3DecoderLayer(nn.Module):
         wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """hidden `[n, hidden]`, and its norm if that is known -> the same, the norm being the next layer's; of all
-        tokens, or of those `wanted` (indices)."""
+        tokens, or of those `wanted` (indices). Where ranks sum piece by piece, they pass on the norm of all tokens
+        and a part of hidden each."""
         norm = self.post_attention_layernorm
         x = (hidden, self.input_layernorm) if normed is None else (normed, None)
         hidden, normed = self.self_attn(positions, *x, hidden, norm, wanted)  # hidden + attention(norm(hidden))
@@ -94,7 +95,8 @@ class Qwen3Model(nn.Module):
         wanted, next_norms = None, self.next_norms
         if context.is_prefill:  # the last layer's tokens leave K and V, but only each sequence's last one goes on
             wanted = context.cu_seqlens_q[1:] - 1
-            next_norms = [None if norm is next_norms[-1] else norm for norm in next_norms]  # so it needs `hidden`
+            # A rank may have only its part of `hidden` beside a norm; the last layer needs it all.
+            next_norms = [None if norm is next_norms[-1] else norm for norm in next_norms]
         for layer, next_norm in zip(self.layers, next_norms):
             hidden, normed = layer(positions, hidden, normed, next_norm)
         self.tp.wait_for_pieces()

@@ -35,7 +35,8 @@ class TensorParallel:
     ) -> tuple[Tensor, Tensor | None]:
         """`all_reduce` of what `compute` yields for pieces of the rows, one being summed while the next is computed.
 
-        With a norm, a rank knows only its own rows of the first result. What it knows must be waited for.
+        The result must be waited for, and is valid until the next such sum. With a norm that is the norm, and a rank
+        has only its own part of the rows of `residual`; without, it is the sum, and `residual` is left half done.
         """
         if norm is None:
             return self.prefill_all_reduce(compute, residual, None, 0.0), None
@@ -47,7 +48,7 @@ class TensorParallel:
 
     def wait_for_pieces(self) -> None:
         if self.prefill_all_reduce is not None:
-            self.prefill_all_reduce.wait()
+            self.prefill_all_reduce.wait_for_all()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Floats `[...]` of each rank -> `[size, ...]` on every rank."""

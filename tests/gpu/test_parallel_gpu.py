@@ -112,7 +112,7 @@ def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothin
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 def test_sampling_options_on_several_ranks(parallel: Checkpoint, size: int, eager: bool, nothing_left: None) -> None:
-    """The logits are gathered, and every rank draws the same tokens: those of one GPU, but for what rounding turns."""
+    """Logits are gathered, and every rank draws the same tokens: those of one GPU, but for what rounding turns."""
     prompts, params = random_prompts(3, [5, 40, 17, 100, 64, 9, 11], VOCAB), PARAMS
     results = []
     for ranks in (1, size):
@@ -165,7 +165,7 @@ def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_rank_that_raises_ends_a_long_prefill(tmp_path: Path, size: int, nothing_left: None) -> None:
-    """Of more launches than the driver queues, so that a host is stuck in one until the wait for the dead rank ends."""
+    """Of more launches than the driver queues: the host is stuck in one until the wait for the dead rank ends."""
     deep = make_checkpoint(tmp_path, hidden_size=256, head_dim=64, num_hidden_layers=60)
     llm = make(deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100)
     fail_and_call(llm, dict(prompts=random_prompts(1, [900] * 20), sampling_params=greedy(9), use_tqdm=False))
