@@ -78,7 +78,7 @@ def test_messages_of_every_size_arrive_whole_and_in_order(num_workers: int) -> N
     received: dict[int, list[tuple[str, tuple]]] = {rank: [] for rank in range(1, num_workers + 1)}
 
     def work(rank: int) -> None:
-        channel.taken[rank - 1].set()
+        channel.taken[rank - 1].release()
         for _ in messages:
             received[rank].append(channel.receive(rank))
             time.sleep(0.002 * rank)  # some are slower

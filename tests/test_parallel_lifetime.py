@@ -123,6 +123,17 @@ def test_a_killed_rank_makes_the_call_raise(parallel: Checkpoint) -> None:
     assert time.monotonic() - killed[0] < 10
 
 
+def test_a_rank_killed_between_two_calls_makes_the_next_raise(parallel: Checkpoint) -> None:
+    llm = make(parallel, 2)
+    (worker,) = llm.model_runner.channel.processes  # type: ignore[union-attr]
+    time.sleep(0.5)  # it waits for a command
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):
+        llm.generate([[1]], greedy(40), use_tqdm=False)
+    assert time.monotonic() - start < 10
+
+
 def test_a_rank_that_cannot_start_makes_the_call_raise(parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     resource_tracker.ensure_running()  # it would not start either
     monkeypatch.setenv("PYTHONHASHSEED", "no number")

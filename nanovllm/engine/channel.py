@@ -17,16 +17,17 @@ HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this
 class Channel:
     """A shared-memory block, of a fresh name, that rank 0 writes and every worker reads; and one for the GPUs' words.
 
-    Each worker has two events: `ready` (a frame is there) and `taken` (the worker is up, and has copied the last one
-    out). Rank 0 waits for all `taken` before it writes again; a long message takes several frames.
+    Each worker has two semaphores: `ready` (a frame is there) and `taken` (the worker is up, and has copied the last
+    one out). Rank 0 waits for all `taken` before it writes again; a long message takes several frames. They are not
+    Events: setting one waits for those that wait for it, for ever if one of them was killed.
     """
 
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
         context = multiprocessing.get_context("spawn")
         self.memory = SharedMemory(create=True, size=size)
         self.words = SharedMemory(create=True, size=4096)  # see HostWords
-        self.ready = [context.Event() for _ in range(num_workers)]
-        self.taken = [context.Event() for _ in range(num_workers)]
+        self.ready = [context.Semaphore(0) for _ in range(num_workers)]
+        self.taken = [context.Semaphore(0) for _ in range(num_workers)]
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.is_closing, self.failure = False, ""
@@ -44,28 +45,31 @@ class Channel:
         capacity = self.memory.size - HEADER.size
         for start in range(0, len(message), capacity):
             frame = message[start : start + capacity]
-            self.wait_taken()
+            self._wait_taken()
             HEADER.pack_into(self.memory.buf, 0, len(message), len(frame))
             self.memory.buf[HEADER.size : HEADER.size + len(frame)] = frame
-            for ready, taken in zip(self.ready, self.taken, strict=True):
-                taken.clear()
-                ready.set()
+            for ready in self.ready:
+                ready.release()
 
-    def wait_taken(self) -> None:
-        """Rank 0: wait until every worker is up and has copied the last frame; RuntimeError if one has died."""
-        for event in self.taken:
-            while not event.wait(timeout=1.0):
+    def _wait_taken(self) -> None:
+        for taken in self.taken:
+            while not taken.acquire(timeout=1.0):
                 self.check_workers()
+
+    def wait_until_up(self) -> None:
+        """Rank 0: wait until every worker is up; RuntimeError if one has died."""
+        self._wait_taken()
+        for taken in self.taken:
+            taken.release()
 
     def receive(self, rank: int) -> tuple[str, tuple]:
         """Worker: wait for the next command."""
         message, length = b"", 1
         while len(message) < length:
-            self.ready[rank - 1].wait()
+            self.ready[rank - 1].acquire()
             length, frame_length = HEADER.unpack_from(self.memory.buf, 0)
             message += bytes(self.memory.buf[HEADER.size : HEADER.size + frame_length])
-            self.ready[rank - 1].clear()
-            self.taken[rank - 1].set()
+            self.taken[rank - 1].release()
         return pickle.loads(message)
 
     def watch(self) -> None:

@@ -305,7 +305,7 @@ def start_ranks(config: Config) -> ModelRunner:
             process = context.Process(target=run_worker, args=(config, rank, channel, store.port), daemon=True)
             process.start()
             channel.processes.append(process)
-        channel.wait_taken()  # a worker that cannot start is found out here, not in a collective
+        channel.wait_until_up()  # a worker that cannot start is found out here, not in a collective
         model_runner = ModelRunner(config, 0, channel, store)
         channel.check_workers()
         return model_runner

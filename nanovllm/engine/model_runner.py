@@ -359,7 +359,7 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
     try:
         if config.device == "cuda":
             torch.zeros(1, device=torch.device("cuda", rank))  # a GPU that cannot be used is found out here
-        channel.taken[rank - 1].set()
+        channel.taken[rank - 1].release()
         store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
         ModelRunner(config, rank, channel, store).loop()
     except Exception:

@@ -116,6 +116,8 @@ class Scheduler:
                 seqs.append(seq)
         for seq in seqs:
             seq.schedule(1)
+        # Attention goes through them in this order: a long one among the last would be alone on the GPU at the end.
+        seqs.sort(key=lambda seq: seq.num_computed_tokens, reverse=True)
         return Step(seqs, [True] * len(seqs), len(seqs), False) if seqs else None
 
     def _preempt_newest(self) -> Sequence:
