@@ -52,7 +52,8 @@ if [[ $what == ranks ]]; then
     [[ $gpus -gt 2 ]] || wait  # else one GPU and two are measured side by side
     (on $((gpus - 1))) &
     wait
-    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k 'not transformers' | tail -n 30
-    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k transformers | tail -n 30
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k 'not transformers' > "$out/tests0.log" 2>&1
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k transformers > "$out/tests1.log" 2>&1
+    tail -n 4 "$out"/tests*.log
     timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
 fi
