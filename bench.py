@@ -236,7 +236,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
     add("--sampling", nargs="+", default=[], metavar="NAME=VALUE", help="more SamplingParams: top_k=20 top_p=0.95")
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
-    add("--attention-backend", default="auto", help="auto, flash_attn, triton or torch")
+    add("--attention-backend", default="auto", help="auto, triton, flash_attn, flash_attn+triton, torch")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks to split the model over")
     add("--max-num-seqs", type=int, default=512, metavar="N", help="most sequences at once (default: 512)")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")

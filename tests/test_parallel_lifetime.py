@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_a_rank_killed_between_two_calls_makes_the_next_raise(parallel: Checkpoi
     with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):
         llm.generate([[1]], greedy(40), use_tqdm=False)
     assert time.monotonic() - start < 10
+
+
+def test_a_command_that_was_cut_short_does_not_keep_the_engine_from_ending(
+    parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(parallel, 2)
+    (worker,) = llm.model_runner.channel.processes  # type: ignore[union-attr]
+    cut = SimpleNamespace(release=lambda: sys.exit("a signal handler's"))
+    monkeypatch.setattr(llm.model_runner.channel, "ready", [cut])  # type: ignore[union-attr]
+    with pytest.raises(SystemExit):
+        llm.generate([[1]], greedy(4), use_tqdm=False)
+    monkeypatch.undo()
+    start = time.monotonic()
+    llm.exit()
+    assert time.monotonic() - start < 10 and not worker.is_alive()
 
 
 def test_a_rank_that_cannot_start_makes_the_call_raise(parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

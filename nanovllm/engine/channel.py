@@ -31,6 +31,7 @@ class Channel:
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.is_closing, self.failure = False, ""
+        self.is_whole = True  # no message was left half sent
         self.lock = threading.RLock()  # of whoever finds a dead worker first: a call, or `watch`
         self.on_death: Callable[[], None] = lambda: None  # ends what this rank's GPU is waiting for
         self.on_close: Callable[[], None] = lambda: None
@@ -40,9 +41,11 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple) -> None:
-        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died."""
+        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or a call was cut short."""
+        if not self.is_whole:
+            raise RuntimeError("an exception cut a command to the tensor-parallel ranks short; make a new LLM")
         message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
-        capacity = self.memory.size - HEADER.size
+        capacity, self.is_whole = self.memory.size - HEADER.size, False
         for start in range(0, len(message), capacity):
             frame = message[start : start + capacity]
             self._wait_taken()
@@ -50,6 +53,7 @@ class Channel:
             self.memory.buf[HEADER.size : HEADER.size + len(frame)] = frame
             for ready in self.ready:
                 ready.release()
+        self.is_whole = True
 
     def _wait_taken(self) -> None:
         for taken in self.taken:
@@ -99,7 +103,8 @@ class Channel:
 
         Returns what `check_workers` had to say of them.
         """
-        time.sleep(0.5)  # a worker that failed first is about to say why
+        if not self.is_closing:
+            time.sleep(0.5)  # a worker that failed first is about to say why
         with self.lock:
             failure = None
             try:
@@ -125,6 +130,7 @@ class Channel:
                     process.join()
             self.processes.clear()
             self.on_close()
+            self.on_death = self.on_close = lambda: None  # they refer to who refers to this
             for memory in (self.memory, self.words):
                 memory.close()
                 memory.unlink()

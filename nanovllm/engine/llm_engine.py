@@ -325,12 +325,11 @@ def shut_down(model_runner: ModelRunner) -> None:
     if channel is None:
         return model_runner.exit()
     with closing(channel):
-        if all(process.is_alive() for process in channel.processes):
+        if channel.is_whole and all(process.is_alive() for process in channel.processes):
             channel.is_closing = True  # workers that end now have not died
             model_runner.call("exit")
         else:
-            if not channel.is_closing:
-                channel.kill()
+            channel.kill()
             model_runner.exit()
 
 

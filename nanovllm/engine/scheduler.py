@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.block_manager import BlockManager
@@ -117,7 +118,7 @@ class Scheduler:
         for seq in seqs:
             seq.schedule(1)
         # Attention goes through them in this order: a long one among the last would be alone on the GPU at the end.
-        seqs.sort(key=lambda seq: seq.num_computed_tokens, reverse=True)
+        seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
         return Step(seqs, [True] * len(seqs), len(seqs), False) if seqs else None
 
     def _preempt_newest(self) -> Sequence:
