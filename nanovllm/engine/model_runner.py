@@ -100,14 +100,14 @@ class ModelRunner:
             self.channel.on_death = self.let_go
             threading.Thread(target=self.channel.watch, daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
-        hidden_size, dtype = self.config.hf_config.hidden_size, self.config.dtype
+        shape, dtype = (self.config.max_num_batched_tokens, self.config.hf_config.hidden_size), self.config.dtype
+        row_bytes = shape[1] * dtype.itemsize
         is_close = self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers)
-        if is_close and hidden_size * dtype.itemsize % 4 == 0:
-            words, max_tokens = HostWords(self.channel.words), self.config.max_num_batched_tokens
+        if is_close and row_bytes % 4 == 0:
+            words = HostWords(self.channel.words)
             self.channel.on_close = words.close
-            self.all_reduces.append(SmallAllReduce(self.rank, size, self.device, words, hidden_size * dtype.itemsize))
-            if max_tokens >= MIN_TOKENS:
-                shape = max_tokens, hidden_size
+            self.all_reduces.append(SmallAllReduce(self.rank, size, self.device, words, row_bytes))
+            if shape[0] >= MIN_TOKENS:
                 self.all_reduces.append(PrefillAllReduce(self.rank, size, self.device, words, shape, dtype))
 
     def let_go(self) -> None:

@@ -55,6 +55,7 @@ def test_ranks_give_the_tokens_of_transformers(
         kvcache_block_size=64, max_model_len=640, num_kvcache_blocks=24,
     )  # fmt: skip
     try:
+        assert len(llm.model_runner.all_reduces) == 1  # type: ignore[union-attr]  # no step is long enough for pieces
         for count in (12, 1, 3):  # as many tokens as each kernel takes
             tokens = generate_ids(llm, prompts[:count], greedy(NUM_TOKENS))
             if dtype == "float32":
@@ -104,7 +105,7 @@ def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothin
             assert tokens == expected if dtype == "float32" else check_choices(deep, prompts, tokens) is None
             if again != 2:  # the next time with all prefixes cached, or with none
                 llm.reset()
-        assert prefill_all_reduce.count > count + 3 * 12 - 1  # 6 sums of two pieces in each first step
+        assert prefill_all_reduce.count >= count + 3 * 12  # 6 sums of two pieces in each first step
     finally:
         llm.exit()
 
