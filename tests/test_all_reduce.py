@@ -1,5 +1,7 @@
 """The all-reduce kernel, one rank at a time, in memory where the other ranks' words lie already."""
 
+import functools
+
 import pytest
 import torch
 
@@ -22,14 +24,19 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("two_shot", [False, True], ids=["one-shot", "two-shot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("ranks, rank, numel, has_norm", [(2, 1, 6000, True), (4, 2, 9000, True), (3, 0, 2, False)])
+@pytest.mark.parametrize(
+    "ranks, rank, numel, has_norm, num_parts",
+    [(2, 1, 6000, True, 1), (4, 2, 9000, True, 1), (3, 0, 2, False, 1), (2, 0, 6000, True, 3)],
+)
 def test_sums_and_what_is_sent(
-    ranks: int, rank: int, numel: int, has_norm: bool, dtype: torch.dtype, two_shot: bool
+    ranks: int, rank: int, numel: int, has_norm: bool, num_parts: int, dtype: torch.dtype, two_shot: bool
 ) -> None:
     torch.manual_seed(0)
     slice_words = ROW * dtype.itemsize // 4
     memories = [torch.full((2 * ranks * MAX_WORDS,), EMPTY, dtype=torch.int32) for _ in range(ranks)]
+    in_parts = torch.randn(num_parts, numel).to(dtype)  # this rank's: of a GEMM whose inner dimension was split
     parts = [torch.randn(numel).to(dtype) for _ in range(ranks)]
+    parts[rank] = functools.reduce(torch.add, in_parts.float()).to(dtype)
     total = parts[0].float()
     for part in parts[1:]:  # in the order of the ranks
         total = total + part.float()
@@ -48,12 +55,12 @@ def test_sums_and_what_is_sent(
     rounds = torch.full((MAX_WORDS // slice_words,), ROUND, dtype=torch.int32)
     stop = torch.zeros(1, dtype=torch.int32)
     norm, normed = torch.randn(ROW).to(dtype), torch.full((numel,), torch.nan).to(dtype)
-    words, out, *norm_words = (x.view(torch.int32) for x in (parts[rank], residual, norm, normed))
+    words, out, *norm_words = (x.view(torch.int32) for x in (in_parts.flatten(), residual, norm, normed))
     num_slices = -(-num_words // slice_words)
     _all_reduce_kernel[(num_slices,)](
         words, out, out, *(norm_words if has_norm else (None, None)), 1e-3,
-        torch.tensor([memory.data_ptr() for memory in [*memories, stop]]), rounds, num_words, rank, RANKS=ranks,
-        SLICE=slice_words, BLOCK=next_power_of_2(slice_words), MAX_WORDS=MAX_WORDS,
+        torch.tensor([memory.data_ptr() for memory in [*memories, stop]]), rounds, num_words, rank, PARTS=num_parts,
+        RANKS=ranks, SLICE=slice_words, BLOCK=next_power_of_2(slice_words), MAX_WORDS=MAX_WORDS,
         DTYPE=getattr(tl, str(dtype).split(".")[1]), TWO_SHOT=two_shot, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN, PDL=False,
     )  # fmt: skip
     if has_norm:

@@ -3,8 +3,11 @@
 Without a GPU the Triton kernels run in Triton's interpreter (tests/conftest.py turns it on).
 """
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +17,9 @@ from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode, paged_decode_torch
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
-from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
-from nanovllm.kernels.skinny_gemm import skinny_gemm
+from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
     prefill_config,
@@ -93,6 +96,18 @@ def assert_near(out, expected, dtype):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@needs_triton
+def test_all_kernels_compile_for_hopper(tmp_path):
+    """Which the interpreter does not show, and CI has no GPU to."""
+    script, kernels = Path(__file__).with_name("compile_kernels.py"), Path(split_gemm.__code__.co_filename).parent
+    env = {**os.environ, "PYTHONPATH": str(kernels.parents[1]), "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    written = {name for file in kernels.glob("*.py") for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())}
+    assert len(written) > 10 and set(result.stdout.split()) == written
+
+
 # --- the elementwise kernels ---
 
 
@@ -126,17 +141,33 @@ def test_gemv(out_size, in_size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens", [1, 3, 16])
-@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500), (8, 3072)])
+@pytest.mark.parametrize("num_tokens, num_parts", [(2, 3), (33, 1), (140, 2)])
+@pytest.mark.parametrize("out_size, in_size", [(10, 48), (130, 1496), (64, 3072)])
 @both_dtypes
-def test_skinny_gemm(num_tokens, out_size, in_size, dtype):
+def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
     x, weight = randn(num_tokens, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
     for bias in (None, randn(out_size, dtype=dtype)):
-        residual = randn(num_tokens, out_size, dtype=dtype)
-        expected = residual.double() + x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        out = skinny_gemm(x, weight, bias, residual)
-        assert out is residual  # in place
-        assert_near(out, expected, dtype)
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        parts = split_gemm(x, weight, bias, num_parts)
+        assert parts.shape == (num_parts, num_tokens, out_size)
+        assert_near(parts.sum(0).to(dtype), expected, dtype)
+        assert num_parts == 1 or in_size == 48 or all(part.norm() < 0.9 * expected.norm() for part in parts)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_parts, rows, size", [(1, 3, 64), (3, 5, 1000)])
+@both_dtypes
+def test_add_rms_norm(num_parts, rows, size, dtype):
+    x, weight = randn(rows, size, dtype=dtype), randn(size, dtype=dtype)
+    parts = randn(num_parts, rows, size, dtype=dtype)
+    expected = x.double() + parts.double().sum(0)
+    for norm in (weight, None):
+        added = x.clone()
+        out = add_rms_norm(added, parts, norm, 1e-3)
+        assert_near(added, expected, dtype)
+        assert out is None if norm is None else out is not None
+        if norm is not None:
+            assert_near(out, norm64(expected, norm, 1e-3), dtype)
 
 
 @pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])
@@ -159,15 +190,16 @@ def rotated64(x, positions, cos, sin):
 @pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 16), (3, 1, 24), (12, 4, 64)])
 @pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "no_norm"])
+@pytest.mark.parametrize("num_parts", [1, 3])
 @both_dtypes
-def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, dtype):
+def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, dtype):
     slots = [35, -1, 0, 7, -1, 16, 47]
     positions = torch.tensor([3, 0, 39, 7, 1, 22, 22], device=DEVICE)
     angles = (torch.rand(40, head_dim // 2) * 6).to(DEVICE)
     cos, sin = angles.cos(), angles.sin()
     weights = [randn(head_dim, dtype=dtype) if has_norm else None for _ in range(2)]
-    qkv = randn(len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
-    q, k, v = qkv.clone().split([heads, kv_heads, kv_heads], dim=1)
+    qkv = randn(num_parts, len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = qkv.double().sum(0).split([heads, kv_heads, kv_heads], dim=1)
     if has_norm:
         q, k = (norm64(x, weight, 1e-6) for x, weight in zip((q, k), weights))
     q, k = (rotated64(x, positions, cos, sin) for x in (q, k))
@@ -177,8 +209,10 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, dtype):
         if slot >= 0:
             expected[0][slot // 16, slot % 16] = k[token]
             expected[1][slot // 16, slot % 16] = v[token]
-    fused(qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
-    assert_near(qkv, torch.cat((q, k, v.double()), dim=1), dtype)
+    qkv = qkv if num_parts > 1 else qkv[0]
+    out = fused(qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
+    assert num_parts > 1 or out is qkv  # in place
+    assert_near(out, torch.cat((q, k, v), dim=1), dtype)
     for cache, want in zip(caches, expected):
         assert_near(cache, want, dtype)
 

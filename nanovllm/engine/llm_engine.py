@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 import weakref
 from array import array
 from collections import Counter, deque
@@ -310,6 +311,7 @@ def start_ranks(config: Config) -> ModelRunner:
         channel.check_workers()
         return model_runner
     except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # a graph half made keeps NCCL from ending
         failure = channel.kill()
         channel.close()
         with suppress(Exception):  # the thread that watches may be aborting it

@@ -72,6 +72,8 @@ class ModelRunner:
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
         self.all_reduces: list[SmallAllReduce | PrefillAllReduce] = []  # of our own
+        self.graph_sizes: list[int] = []  # in ascending order
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # and what it leaves: tokens, logits
         self.is_cuda = config.device == "cuda"
         self.device = torch.device("cuda", rank) if self.is_cuda else torch.device("cpu")
         if self.is_cuda:
@@ -86,8 +88,6 @@ class ModelRunner:
         self._allocate_buffers()
         if self.is_cuda:
             self._warm_up_cached()
-        self.graph_sizes: list[int] = []  # in ascending order
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # and what it leaves: tokens, logits
         if self.is_cuda and not config.enforce_eager:
             self._capture_graphs()
 
@@ -115,6 +115,7 @@ class ModelRunner:
         for all_reduce in self.all_reduces:
             all_reduce.release()
         if self.is_cuda and dist.is_initialized():
+            self.graphs.clear()  # NCCL waits until no graph holds a kernel of it
             dist.distributed_c10d._abort_process_group()
 
     def _load_model(self) -> None:

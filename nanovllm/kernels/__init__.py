@@ -2,7 +2,7 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and new keys and values into the paged KV cache
 - `rms_norm`, `silu_mul`: RMSNorm and the activation of the MLP
-- `gemv`, `skinny_gemm`: a linear layer for one and for a few tokens (their references: `F.linear` and the two above)
+- `gemv`, `split_gemm`: a linear layer for one and for a few tokens (their references: `F.linear` and the two above)
 - `paged_decode`, `varlen_prefill`: attention over the paged cache, of one and of many new tokens a sequence
 - `flash_attention`: the same two attentions through the `flash_attn` package
 - `gumbel`, `penalties`, `threshold`: sampling

@@ -70,8 +70,8 @@ def _pack(low, high, DTYPE: tl.constexpr):
 @triton.jit
 def _all_reduce_kernel(
     x_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, eps, peers_ptr, rounds_ptr, num_words, rank,
-    RANKS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr, MAX_WORDS: tl.constexpr, DTYPE: tl.constexpr,
-    TWO_SHOT: tl.constexpr, EMPTY: tl.constexpr, OTHER_NAN: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, RANKS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr, MAX_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr, TWO_SHOT: tl.constexpr, EMPTY: tl.constexpr, OTHER_NAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
@@ -84,6 +84,12 @@ def _all_reduce_kernel(
     slot = (round & 1) * (RANKS * MAX_WORDS) + word  # of rank 0's words; the other ranks' follow
     slots_ptr, stop_ptr = _slots(peers_ptr, rank) + slot, _slots(peers_ptr, RANKS)
     words = tl.load(x_ptr + word, mask=mask, other=0)
+    if PARTS > 1:
+        low, high = _unpack(words, DTYPE)
+        for i in tl.static_range(1, PARTS):
+            part_low, part_high = _unpack(tl.load(x_ptr + i * num_words + word, mask=mask, other=0), DTYPE)
+            low, high = low + part_low, high + part_high
+        words = _pack(low, high, DTYPE)
     if residual_ptr is not None:
         residual_low, residual_high = _unpack(tl.load(residual_ptr + word, mask=mask, other=0), DTYPE)
     owner = program % RANKS
@@ -154,16 +160,18 @@ class SmallAllReduce:
         """The sum of the ranks' x, plus `residual`, in place of residual, or else of x; and its RMSNorm, if asked.
 
         x, residual `[n, hidden]`, norm_weight `[hidden]`, contiguous, of one dtype; without the last, of any shape.
+        With a residual, x may be in parts, `[parts, n, hidden]`.
         """
-        assert x.is_contiguous() and self.takes(x) and (residual is None or residual.is_contiguous())
-        assert norm_weight is None or norm_weight.nbytes == x[0].nbytes == 4 * self.slice
-        out, normed = x if residual is None else residual, None if norm_weight is None else torch.empty_like(x)
+        out = x if residual is None else residual
+        assert x.is_contiguous() and out.is_contiguous() and self.takes(out) and x.nbytes % out.nbytes == 0
+        assert norm_weight is None or norm_weight.nbytes == out[0].nbytes == 4 * self.slice
+        normed = None if norm_weight is None else torch.empty_like(out)
         words = (y if y is None else y.view(-1).view(torch.int32) for y in (x, residual, out, norm_weight, normed))
-        num_words, block = x.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
+        num_words, block = out.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
         _all_reduce_kernel[(triton.cdiv(num_words, self.slice),)](
-            *words, eps, self.peers, self.rounds, num_words, self.rank, RANKS=self.size, SLICE=self.slice,
-            BLOCK=block, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
-            TWO_SHOT=self.size > 2 and x.nbytes > ONE_SHOT_BYTES, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN,
+            *words, eps, self.peers, self.rounds, num_words, self.rank, PARTS=x.nbytes // out.nbytes, RANKS=self.size,
+            SLICE=self.slice, BLOCK=block, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
+            TWO_SHOT=self.size > 2 and out.nbytes > ONE_SHOT_BYTES, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN,
             num_warps=max(1, min(8, block // 256)), **pdl_options(),
         )  # fmt: skip
         return out, normed

@@ -26,7 +26,7 @@ class AttentionBackend(NamedTuple):
     """How to rotate and store, and how to attend in the two kinds of step. All backends give the same results."""
 
     name: str
-    norm_rope_store: Callable[..., None]
+    norm_rope_store: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
     decode: Callable[..., Tensor]
 
@@ -68,13 +68,15 @@ class Attention(nn.Module):
         self, positions: Tensor, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None,
         wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]` (overwritten) -> `[n, heads * head_dim]`; or
-        of a prefill only the `wanted` tokens, given the index of each sequence's last one."""
+        """positions `[n]`, qkv `[n, (heads + 2 * kv_heads) * head_dim]`, overwritten, or `[parts, n, ...]` whose sum
+        it is -> `[n, heads * head_dim]`; or of a prefill only the `wanted` tokens, given the index of each sequence's
+        last one."""
         context, qkv = get_context(), qkv.unflatten(-1, (-1, self.head_dim))
         rope, cache = (self.rotary_emb.cos, self.rotary_emb.sin), (self.k_cache, self.v_cache)
         norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm is not None else (None, None, 0.0)
         # K and V go to the cache before anything is read: sequences may share blocks filled in this very step.
-        self.backend.norm_rope_store(qkv, positions, *rope, *norms, *cache, context.slot_mapping, self.num_heads)
+        slots, store = context.slot_mapping, self.backend.norm_rope_store
+        qkv = store(qkv, positions, *rope, *norms, *cache, slots, self.num_heads)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if context.is_prefill:
             bounds_q, max_q = context.cu_seqlens_q, context.max_seqlen_q

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.skinny_gemm import skinny_gemm, takes_skinny_gemm
+from nanovllm.kernels.rms_norm import add_rms_norm
+from nanovllm.kernels.split_gemm import gemm_parts, split_gemm
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import check_shape
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
@@ -29,11 +31,25 @@ def takes_gemv(x: Tensor) -> bool:
     return x.is_cuda and x.shape[0] == 1
 
 
-def normed_linear(x: Tensor, norm: RMSNorm | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`norm(x) W^T + b`; for one token in one kernel."""
+def parts_of(x: Tensor, weight: Tensor) -> int:
+    """In how many parts `split_gemm` is to compute `x W^T`; 0: cuBLAS is to, whose launch costs the host a third: it
+    launches a prefill's kernels one by one, those of a decode step as a graph."""
+    return 0 if get_context().is_prefill else gemm_parts(x, weight)
+
+
+def normed_linear(
+    x: Tensor, norm: RMSNorm | None, weight: Tensor, bias: Tensor | None = None, in_parts: bool = False
+) -> Tensor:
+    """`norm(x) W^T + b`, for one token in one kernel; with `in_parts`, where that is faster, `[parts, n, out]` whose
+    sum it is, for a kernel that adds them up as it reads them."""
     if takes_gemv(x):
         return gemv(x, weight, bias, *((norm.weight, norm.eps) if norm is not None else ()))
-    return F.linear(x if norm is None else norm(x), weight, bias)
+    x = x if norm is None else norm(x)
+    num_parts = parts_of(x, weight)
+    if num_parts == 0 or num_parts > 1 and not in_parts:
+        return F.linear(x, weight, bias)
+    parts = split_gemm(x, weight, bias, num_parts)
+    return parts if num_parts > 1 else parts[0]
 
 
 class LinearBase(nn.Module):
@@ -100,9 +116,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         super().weight_loader(param, loaded, "qkv".index(shard_id))
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """As above; in a prefill on several GPUs the last piece of x may arrive while the others are multiplied."""
+        """As above, or in parts; in a prefill on several GPUs the last piece of x may arrive while the others are
+        multiplied."""
         if norm is not None or not self.tp.sums_in_pieces(len(x)):
-            return super().forward(x, norm)
+            return normed_linear(x, norm, self.weight, self.bias, in_parts=True)
         out = x.new_empty(len(x), len(self.weight))
         for rows in self.tp.arriving(len(x)):
             torch.mm(x[rows], self.weight.t(), out=out[rows])
@@ -126,7 +143,7 @@ class RowParallelLinear(LinearBase):
         before: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`; and its `next_norm`, where
-        the all-reduce computes it on the way, else None.
+        the kernel that adds computes it on the way, else None.
 
         x is what `before` makes of its argument row by row: so it can be made, and summed, piece by piece. What such
         a sum leaves is said at `TensorParallel.all_reduce_in_pieces`."""
@@ -137,11 +154,13 @@ class RowParallelLinear(LinearBase):
         x = before(x)
         if self.tp.size > 1:
             next_norm = None if takes_gemv(x) else next_norm  # a GEMV norms its input itself
-            return self.tp.all_reduce(normed_linear(x, None, self.weight, bias), residual, next_norm)
+            product = normed_linear(x, None, self.weight, bias, in_parts=True)
+            return self.tp.all_reduce(product, residual, next_norm)
         if takes_gemv(x):
             gemv(x, self.weight, bias, residual=residual)
-        elif takes_skinny_gemm(x):
-            skinny_gemm(x, self.weight, bias, residual)
+        elif num_parts := parts_of(x, self.weight):
+            norm = (next_norm.weight, next_norm.eps) if next_norm is not None else (None, 0.0)
+            return residual, add_rms_norm(residual, split_gemm(x, self.weight, bias, num_parts), *norm)
         else:
             residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
             if bias is not None:

@@ -21,9 +21,11 @@ class TensorParallel:
 
     def all_reduce(self, x: Tensor, residual: Tensor | None = None, norm: Any = None) -> tuple[Tensor, Tensor | None]:
         """`residual` + the sum of x over the ranks, in place of residual, or else of x; and `norm` (an RMSNorm) of
-        it, where it is to be had on the way."""
-        if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
+        it, where it is to be had on the way. With a residual, x may be in parts, `[parts, n, hidden]`."""
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(x if residual is None else residual):
             return self.small_all_reduce(x, residual, *((norm.weight, norm.eps) if norm is not None else ()))
+        if residual is not None and x.dim() > residual.dim():
+            x = x.sum(0)
         dist.all_reduce(x)
         return x if residual is None else residual.add_(x), None
 

@@ -16,6 +16,7 @@ from test_engine_gpu import DEVICE, VOCAB, check_choices, make
 from test_requests_gpu import PARAMS
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 2, reason="needs several CUDA GPUs")]
@@ -71,14 +72,19 @@ def test_ranks_give_the_tokens_of_transformers(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, nothing_left: None) -> None:
-    """Rows of several warps, as real models have them, for the norm that the all-reduce computes on its way."""
-    saved = make_checkpoint(tmp_path, std=2048**-0.5, vocab_size=VOCAB + 1, hidden_size=2048, num_key_value_heads=2)
+    """Rows of several warps, as real models have them, for the norm that the all-reduce computes on its way; many and
+    few. In bfloat16 it adds up the parts of GEMMs, too."""
+    saved = make_checkpoint(
+        tmp_path, std=2048**-0.5, vocab_size=VOCAB + 1, hidden_size=2048, intermediate_size=4096, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=4,
+    )  # fmt: skip
     wide = Checkpoint(saved.path, saved.model.to(DEVICE))
-    prompts = random_prompts(4, [1, 17, 100, 300, 40], VOCAB)
-    expected = wide.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+    prompts = random_prompts(4, [1, 17, 100, 300, 40, *range(2, 90)], VOCAB)
+    expected = wide.complete(prompts, 8, min_margin=2e-5)
     llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=150)
     try:
-        tokens = generate_ids(llm, prompts, greedy(NUM_TOKENS))
+        tokens = generate_ids(llm, prompts, [greedy(3 + i % 6) for i in range(len(prompts))])
+        expected = [some[: len(ids)] for some, ids in zip(expected, tokens)]
         assert tokens == expected if dtype == "float32" else check_choices(wide, prompts, tokens) is None
     finally:
         llm.exit()
@@ -171,6 +177,26 @@ def test_a_rank_that_raises_ends_a_long_prefill(tmp_path: Path, size: int, nothi
     llm = make(deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100)
     fail_and_call(llm, dict(prompts=random_prompts(1, [900] * 20), sampling_params=greedy(9), use_tqdm=False))
     llm.exit()
+
+
+def test_graphs_that_hold_nccl_keep_nothing_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    """NCCL goes on waiting for them when its communicator is ended; and it is in those of large steps."""
+    wide, options = make_checkpoint(tmp_path, hidden_size=4096), dict(tensor_parallel_size=2, max_num_seqs=264)
+    llm = make(wide, **options)
+    fail_and_call(llm, dict(prompts=random_prompts(1, [20] * 264), sampling_params=greedy(100), use_tqdm=False))
+    llm.exit()
+    decode = ModelRunner._decode
+
+    def fails(self: ModelRunner, size: int, *args: Any) -> Any:
+        if size == 256:
+            raise ValueError("a start that fails")
+        return decode(self, size, *args)
+
+    monkeypatch.setattr(ModelRunner, "_decode", fails)  # in this process: rank 0
+    with pytest.raises(ValueError, match="a start that fails"):
+        make(wide, **options)
 
 
 def test_an_interrupt_leaves_all_ranks_usable(busy: tuple[LLM, dict[str, Any]]) -> None:

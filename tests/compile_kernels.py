@@ -1,0 +1,87 @@
+"""Compile the Triton kernels for a Hopper GPU, which need not be there, and print the name of each.
+
+The interpreter, in which the other tests run them, allows what the compiler does not: a variable that is a tensor in
+one branch and a constant before it, say. Run in a process of its own, without TRITON_INTERPRET. The shapes are those
+of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden numbers.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nanovllm.kernels import all_reduce, gemv, gumbel, norm_rope_store, paged_decode, penalties, prefill_all_reduce
+from nanovllm.kernels import rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
+
+HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
+PDL = {"PDL": True, "launch_pdl": True}
+target = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
+run = JITFunction.run
+
+
+def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    run(self, *args, grid=grid, warmup=True, **options)
+    print(self.__name__)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return numbers(*shape, dtype=torch.int32)
+
+
+def main() -> None:
+    driver.set_active(target)
+    JITFunction.run = compile_only
+    for module in (all_reduce, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, silu_mul, split_gemm):
+        module.pdl_options = lambda: PDL
+    norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
+    rms_norm.rms_norm(x, norm, EPS)
+    silu_mul.silu_mul(x)
+    for weight in (norm, None):
+        rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS)
+        prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
+    gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
+    gemv.gemv(x[:1], numbers(256, HIDDEN), gated=True)
+    for num_tokens in (2, 32, 128):
+        split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
+
+    positions, angles, caches = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32), []
+    caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
+    for shape, weight in (((5,), numbers(DIM)), ((), None)):
+        qkv = numbers(*shape, 16, HEADS + 2 * KV_HEADS, DIM)
+        norm_rope_store.norm_rope_store(qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS)
+    q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    for splits in (1, 8):
+        config = paged_decode.DecodeConfig(128, splits)
+        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config)
+    for tables in (None, ints(2, 16)):
+        varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+
+    logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
+    for thresholds in (floats, None):
+        gumbel.gumbel_argmax(logits, floats, positions, positions, 0, thresholds)
+    penalties.penalize(logits, numbers(16, 30000, dtype=torch.int16), positions, (floats, floats, floats))
+    threshold.filter_thresholds(logits, floats, (ints(16), floats, floats))
+
+    summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
+    summed.peers, summed.rounds, summed.rank, summed.slice = positions, ints(512), 1, HIDDEN // 2
+    for summed.size in (2, 4):
+        for num_rows in (8, 256):  # one-shot and, with more than two ranks, two-shot
+            rows = numbers(num_rows, HIDDEN)
+            summed(rows)
+            summed(rows, rows.clone(), norm, EPS)
+            summed(numbers(2, num_rows, HIDDEN), rows, norm, EPS)
+
+
+if __name__ == "__main__":
+    main()
