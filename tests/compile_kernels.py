@@ -27,7 +27,10 @@ run = JITFunction.run
 
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-    run(self, *args, grid=grid, warmup=True, **options)
+    if "APPROX" in options:
+        options["APPROX"] = True  # as on a GPU
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
     print(self.__name__)
 
 
@@ -55,7 +58,7 @@ def main() -> None:
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
 
-    positions, angles, caches = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32), []
+    positions, angles = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32)
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
     for shape, weight in (((5,), numbers(DIM)), ((), None)):
         qkv = numbers(*shape, 16, HEADS + 2 * KV_HEADS, DIM)
@@ -74,7 +77,7 @@ def main() -> None:
     threshold.filter_thresholds(logits, floats, (ints(16), floats, floats))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
-    summed.peers, summed.rounds, summed.rank, summed.slice = positions, ints(512), 1, HIDDEN // 2
+    summed.peers, summed.rounds, summed.rank, summed.slice = positions, ints(512), 2, HIDDEN // 2
     for summed.size in (2, 4):
         for num_rows in (8, 256):  # one-shot and, with more than two ranks, two-shot
             rows = numbers(num_rows, HIDDEN)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import (
     QWEN2,
     QWEN3,
@@ -23,6 +24,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.layers import linear
 
 NUM_TOKENS = 32
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 6, 5, 4, 12, 31, 120, 33, 48, 63, 64, 65, 90]
@@ -347,6 +350,26 @@ def test_demo_equals_transformers(demo: tuple[LLM, list[dict[str, str]], list[st
     assert [output["text"] for output in outputs] == [
         llm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
     ]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("shape", ["qwen3-gqa4-bias", "qwen2"])
+def test_gemms_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """As a decode step computes them on a GPU, here in Triton's interpreter."""
+    checkpoint = make_checkpoint(tmp_path, **SHAPES[shape])
+    prompts = random_prompts(8, [3, 20, 33, 7])
+    expected = checkpoint.complete(prompts, 6)
+    nums: list[int] = []
+
+    def gemm_parts(x: torch.Tensor, weight: torch.Tensor) -> int:
+        nums.append(len(nums) % 4 if len(x) > 1 else 0)
+        return nums[-1]
+
+    monkeypatch.setattr(linear, "gemm_parts", gemm_parts)
+    llm = make_llm(checkpoint.path)
+    assert generate_ids(llm, prompts, greedy(6)) == expected
+    assert set(nums) == {0, 1, 2, 3}
+    llm.exit()
 
 
 def test_default_parameters_sample_within_the_limits(checkpoint: Checkpoint) -> None:

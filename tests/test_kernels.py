@@ -149,9 +149,8 @@ def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
     for bias in (None, randn(out_size, dtype=dtype)):
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         parts = split_gemm(x, weight, bias, num_parts)
-        assert parts.shape == (num_parts, num_tokens, out_size)
-        assert_near(parts.sum(0).to(dtype), expected, dtype)
-        assert num_parts == 1 or in_size == 48 or all(part.norm() < 0.9 * expected.norm() for part in parts)
+        assert parts.shape == (num_parts if in_size > 48 else 1, num_tokens, out_size)  # no part is empty
+        assert_near(parts.sum(0), expected, dtype)
 
 
 @needs_triton
@@ -190,7 +189,7 @@ def rotated64(x, positions, cos, sin):
 @pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 16), (3, 1, 24), (12, 4, 64)])
 @pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "no_norm"])
-@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("num_parts", [0, 1, 3])  # 0: not in parts
 @both_dtypes
 def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, dtype):
     slots = [35, -1, 0, 7, -1, 16, 47]
@@ -198,7 +197,7 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, 
     angles = (torch.rand(40, head_dim // 2) * 6).to(DEVICE)
     cos, sin = angles.cos(), angles.sin()
     weights = [randn(head_dim, dtype=dtype) if has_norm else None for _ in range(2)]
-    qkv = randn(num_parts, len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
+    qkv = randn(max(1, num_parts), len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
     q, k, v = qkv.double().sum(0).split([heads, kv_heads, kv_heads], dim=1)
     if has_norm:
         q, k = (norm64(x, weight, 1e-6) for x, weight in zip((q, k), weights))
@@ -209,9 +208,8 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, 
         if slot >= 0:
             expected[0][slot // 16, slot % 16] = k[token]
             expected[1][slot // 16, slot % 16] = v[token]
-    qkv = qkv if num_parts > 1 else qkv[0]
-    out = fused(qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
-    assert num_parts > 1 or out is qkv  # in place
+    out = fused(qkv[0] if num_parts == 0 else qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
+    assert num_parts > 0 or out.data_ptr() == qkv.data_ptr()  # in place
     assert_near(out, torch.cat((q, k, v), dim=1), dtype)
     for cache, want in zip(caches, expected):
         assert_near(cache, want, dtype)
@@ -513,7 +511,7 @@ package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
 from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
-from nanovllm.kernels import penalties, threshold
+from nanovllm.kernels import penalties, silu_mul, split_gemm, threshold
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.layers.attention import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)

@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
 from nanovllm.kernels.silu_mul import silu_mul_torch
+from nanovllm.layers import linear
 from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -389,3 +390,14 @@ def test_a_configuration_that_is_accepted_can_be_built(size: int, kv_heads: int)
     Qwen3ForCausalLM.check_config(config, size)
     for model in on_ranks(size, lambda: Qwen3ForCausalLM(config, 16)):
         assert model.model.layers[0].self_attn.qkv_proj.num_heads == 8 // size
+
+
+def test_a_product_in_parts_is_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, of_others, residual = torch.randn(3, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(of_others))
+    monkeypatch.setattr(linear, "gemm_parts", lambda x, weight: 3)
+    monkeypatch.setattr(linear, "split_gemm", lambda x, weight, bias, num_parts: parts[:num_parts])
+    (layer,) = on_ranks(2, lambda: RowParallelLinear(16, 8))[:1]
+    out, normed = layer(torch.randn(5, 8), residual.clone())
+    assert normed is None
+    torch.testing.assert_close(out, residual + parts.sum(0) + of_others)

@@ -21,6 +21,7 @@ import torch
 from conftest import Checkpoint, assert_idle, generate_ids, greedy, make_checkpoint, make_llm, random_prompts
 
 from nanovllm import DEMO_MODEL, LLM
+from nanovllm.engine.model_runner import ModelRunner
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -148,6 +149,34 @@ def test_a_command_that_was_cut_short_does_not_keep_the_engine_from_ending(
     start = time.monotonic()
     llm.exit()
     assert time.monotonic() - start < 10 and not worker.is_alive()
+
+
+@pytest.mark.parametrize("holds_kernels", [True, False])
+def test_nccl_is_ended_while_graphs_hold_kernels_of_it(holds_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL is played here: told to end, it stops its kernels, before which a graph that runs cannot be destroyed, and
+    then waits for all graphs that hold some."""
+    stopped, graphs = threading.Event(), {8: "a graph"}
+
+    class Graphs(dict):
+        def clear(self) -> None:
+            assert stopped.is_set(), "waits for NCCL's kernels"
+            super().clear()
+
+    def abort() -> None:
+        stopped.set()
+        while holds_kernels and runner.graphs:
+            time.sleep(0.01)
+        ended.append(True)
+
+    runner, ended = ModelRunner.__new__(ModelRunner), []
+    runner.graphs, runner.all_reduces, runner.is_cuda = Graphs(graphs), [], True
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", abort)
+    let_go = threading.Thread(target=runner.let_go, daemon=True)
+    let_go.start()
+    let_go.join(timeout=5.0)
+    monkeypatch.undo()
+    assert not let_go.is_alive() and ended and runner.graphs == ({} if holds_kernels else graphs)
 
 
 def test_a_rank_that_cannot_start_makes_the_call_raise(parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ class LLMEngine:
             self.reset()
             if channel is None or not isinstance(error, Exception):
                 raise
-            failure = channel.kill()  # the ranks may stand at different collectives now: nothing can go on from here
+            failure = kill_ranks(channel, error)  # they may stand at different collectives: this is the end
             with suppress(Exception):  # a CUDA error comes back at every call
                 self.exit()
             self.model_runner = None
@@ -311,15 +311,20 @@ def start_ranks(config: Config) -> ModelRunner:
         channel.check_workers()
         return model_runner
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # a graph half made keeps NCCL from ending
-        failure = channel.kill()
+        failure = kill_ranks(channel, error)
         channel.close()
-        with suppress(Exception):  # the thread that watches may be aborting it
+        with suppress(Exception):
             if dist.is_initialized():
                 dist.destroy_process_group()
         if failure is not None and isinstance(error, Exception):
             raise failure from error
         raise
+
+
+def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
+    """After an error of rank 0's; returns what a rank failed of, if one did."""
+    traceback.clear_frames(error.__traceback__)  # NCCL does not end while a frame holds a graph with a kernel of it
+    return channel.kill()
 
 
 def shut_down(model_runner: ModelRunner) -> None:

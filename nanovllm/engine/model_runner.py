@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from bisect import bisect_left
+from contextlib import suppress
 from itertools import accumulate
 from multiprocessing import parent_process
 from types import SimpleNamespace
@@ -111,12 +112,17 @@ class ModelRunner:
                 self.all_reduces.append(PrefillAllReduce(self.rank, size, self.device, words, shape, dtype))
 
     def let_go(self) -> None:
-        """A rank died: end the collectives that wait for it, with whatever result; the engine raises then."""
+        """A rank failed: end the collectives that wait for it, with whatever result; the engine raises then."""
         for all_reduce in self.all_reduces:
             all_reduce.release()
         if self.is_cuda and dist.is_initialized():
-            self.graphs.clear()  # NCCL waits until no graph holds a kernel of it
-            dist.distributed_c10d._abort_process_group()
+            abort = threading.Thread(target=abort_nccl, daemon=True)
+            abort.start()
+            for _ in range(5):  # it ends NCCL's kernels first, and goes on until no graph holds one
+                abort.join(timeout=1.0)
+                if not abort.is_alive():
+                    break
+                self.graphs.clear()
 
     def _load_model(self) -> None:
         config, hf_config, before = self.config, self.config.hf_config, torch.get_default_dtype()
@@ -207,8 +213,9 @@ class ModelRunner:
         """Record a decode step, sampling included, for each of many batch sizes: they share one memory pool."""
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
         self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
-        for size in (largest, 1):  # compiles the kernels, which a capture should not do
-            self._decode(size)
+        for size in (1, 16, 32, 64, 128, 256, largest):  # compiles the kernels, which a capture should not do
+            if size <= largest:
+                self._decode(size)
         torch.cuda.synchronize(self.device)
         pool = None
         for size in reversed(self.graph_sizes):  # the largest sizes the pool
@@ -344,6 +351,11 @@ class ModelRunner:
         context = Context(slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=tables)
         logits = self._forward(input_ids, arrays["positions"], context)
         return *self._sample(logits, arrays, extras), logits
+
+
+def abort_nccl() -> None:
+    with suppress(Exception):  # what it says would hide why it was called
+        dist.distributed_c10d._abort_process_group()
 
 
 def alias(tensor: Tensor) -> Tensor:

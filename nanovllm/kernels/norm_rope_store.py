@@ -67,8 +67,7 @@ def norm_rope_store(
     qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     eps: float, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor | None, num_heads: int,
 ) -> Tensor:  # fmt: skip
-    """Normalise and rotate q and k, store k and v in the cache, and return all three, in place of qkv if it has no
-    parts.
+    """Normalise and rotate q and k, store k and v in the cache, and return all three; in place of qkv, but for parts.
 
     qkv: `[n, num_heads + 2 * kv_heads, head_dim]`, contiguous: the projection's output; or `[parts, n, ...]`, whose
         sum that is.
@@ -79,7 +78,8 @@ def norm_rope_store(
     """
     num_tokens, total_heads, head_dim = qkv.shape[-3:]
     assert qkv.is_contiguous() and head_dim % 2 == 0
-    num_parts, out = (1, qkv) if qkv.dim() == 3 else (len(qkv), torch.empty_like(qkv[0]))
+    num_parts = len(qkv) if qkv.dim() == 4 else 1
+    out = qkv.view(qkv.shape[-3:]) if num_parts == 1 else torch.empty_like(qkv[0])
     _norm_rope_store_kernel[(num_tokens, triton.cdiv(total_heads, HEADS_PER_PROGRAM))](
         qkv, out, positions, cos, sin, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping, PARTS=num_parts,
         HEADS=num_heads, KV_HEADS=(total_heads - num_heads) // 2, HEAD_DIM=head_dim, BLOCK_H=HEADS_PER_PROGRAM,

@@ -1,7 +1,7 @@
 """`x W^T` for the few tokens of a decode step, in parts: the sum is left to the kernel that reads it.
 
-So few tokens make few tiles of a narrow weight, on which most of the card would wait. So the inner dimension is split
-until every multiprocessor has a part. cuBLAS does that less, adds the parts up itself, and does not start early.
+So few tokens make few tiles of a narrow weight, and most of the card would have none. Therefore the inner dimension
+is split until every multiprocessor has a part. cuBLAS splits it less, adds the parts up itself, and starts late.
 """
 
 import torch
@@ -13,6 +13,7 @@ from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 MAX_TOKENS = 256
 ROWS = 64  # of the weight, a tile: what a tensor-core instruction takes
 MAX_TILE = 128  # tokens a tile
+SHARED_BYTES = 200 << 10  # that a program may take; cards for desktops have half as much
 
 
 @triton.jit(do_not_specialize=["num_tokens", "part_size"])
@@ -24,8 +25,7 @@ def _split_gemm_kernel(
     first_row, part, first_token = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2) * TOKENS
     first, row = part * part_size, first_row + tl.arange(0, ROWS)
     # While it waits, each row that it will read is looked up: measured, that saves 1% of a step.
-    start = row.to(tl.int64) * in_size + tl.minimum(first, in_size - 1)
-    tl.load(weight_ptr + start, mask=row < out_size, volatile=True)
+    tl.load(weight_ptr + row.to(tl.int64) * in_size + first, mask=row < out_size, volatile=True)
     wait_for_previous(PDL)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for column in range(first, tl.minimum(first + part_size, in_size), CHUNK):
@@ -45,13 +45,16 @@ def gemm_parts(x: Tensor, weight: Tensor) -> int:
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     if not (x.is_cuda and has_tma() and x.dtype.itemsize == 2 and 2 <= num_tokens <= MAX_TOKENS and in_size % 8 == 0):
         return 0
+    num_sms, shared_memory = device_limits(x.device)
+    if shared_memory < SHARED_BYTES or out_size == 0:
+        return 0
     tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_TILE)
-    parts = min(device_limits(x.device)[0] // tiles, max(1, in_size // 256))
+    parts = min(num_sms // tiles, max(1, in_size // 256))
     return parts if parts > 1 or num_tokens <= 64 else 0
 
 
 def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -> Tensor:
-    """`[num_parts, n, out]` whose sum over the parts is `x W^T + bias`, each of x's dtype: so less has to be read.
+    """`[parts, n, out]`, at most num_parts, whose sum is `x W^T + bias`; in x's dtype, so that less has to be read.
 
     x `[n, in]`, weight `[out, in]`, bias `[out]`, contiguous; a row of x or weight is a multiple of 16 bytes.
     """
@@ -61,6 +64,7 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -
     chunk_bytes = 512 if tokens <= 32 and in_size >= 512 * num_parts else 256  # measured, like the stages
     chunk = chunk_bytes // x.dtype.itemsize
     part_size = triton.cdiv(triton.cdiv(in_size, chunk), num_parts) * chunk
+    num_parts = triton.cdiv(in_size, part_size)
     parts = torch.empty(num_parts, num_tokens, out_size, dtype=x.dtype, device=x.device)
     _split_gemm_kernel[(triton.cdiv(out_size, ROWS), num_parts, triton.cdiv(num_tokens, tokens))](
         TensorDescriptor.from_tensor(x, [tokens, chunk]), TensorDescriptor.from_tensor(weight, [ROWS, chunk]), weight,

@@ -32,8 +32,8 @@ def takes_gemv(x: Tensor) -> bool:
 
 
 def parts_of(x: Tensor, weight: Tensor) -> int:
-    """In how many parts `split_gemm` is to compute `x W^T`; 0: cuBLAS is to, whose launch costs the host a third: it
-    launches a prefill's kernels one by one, those of a decode step as a graph."""
+    """In how many parts `split_gemm` is to compute `x W^T`; 0: cuBLAS is to. Its launch costs the host a third, which
+    counts where the host launches one kernel after the other, as in a prefill, and not in a graph."""
     return 0 if get_context().is_prefill else gemm_parts(x, weight)
 
 
@@ -46,10 +46,9 @@ def normed_linear(
         return gemv(x, weight, bias, *((norm.weight, norm.eps) if norm is not None else ()))
     x = x if norm is None else norm(x)
     num_parts = parts_of(x, weight)
-    if num_parts == 0 or num_parts > 1 and not in_parts:
-        return F.linear(x, weight, bias)
-    parts = split_gemm(x, weight, bias, num_parts)
-    return parts if num_parts > 1 else parts[0]
+    if num_parts == 1 or (num_parts > 1 and in_parts):
+        return split_gemm(x, weight, bias, num_parts).squeeze(0)  # one part is the sum
+    return F.linear(x, weight, bias)
 
 
 class LinearBase(nn.Module):

@@ -1,7 +1,7 @@
 """Qwen3 (Yang et al., Qwen3 Technical Report, 2025) and Qwen2: a decoder-only transformer.
 
 Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The layer that reads a norm computes it, the one that
-ends a block adds to `hidden`, in place: on the way, where they can; an all-reduce computes the next norm, too.
+ends a block adds to `hidden`, in place: on the way, where they can; what adds may compute the next norm, too.
 Tensors have no batch dimension: the tokens of all sequences of a step lie one after the other, `[num_tokens, ...]`,
 and only attention knows the borders. From the last layer's attention on, a prefill goes on with each sequence's last
 token only.

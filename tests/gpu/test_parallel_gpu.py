@@ -79,12 +79,13 @@ def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, not
         num_attention_heads=32, num_key_value_heads=4,
     )  # fmt: skip
     wide = Checkpoint(saved.path, saved.model.to(DEVICE))
-    prompts = random_prompts(4, [1, 17, 100, 300, 40, *range(2, 90)], VOCAB)
-    expected = wide.complete(prompts, 8, min_margin=2e-5)
-    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=150)
+    prompts = random_prompts(4, [1, 17, 100, 300, 40, *(2 + i % 30 for i in range(150))], VOCAB)
+    params = [greedy(8 if i < 70 else 3 + i % 5) for i in range(len(prompts))]  # 155 at first, 70 at last
+    expected = [some[: p.max_tokens] for some, p in zip(wide.complete(prompts, 8, min_margin=2e-5), params)]
+    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=1500, max_num_seqs=160)
     try:
-        tokens = generate_ids(llm, prompts, [greedy(3 + i % 6) for i in range(len(prompts))])
-        expected = [some[: len(ids)] for some, ids in zip(expected, tokens)]
+        tokens = generate_ids(llm, prompts, params)
+        assert [len(ids) for ids in tokens] == [p.max_tokens for p in params]
         assert tokens == expected if dtype == "float32" else check_choices(wide, prompts, tokens) is None
     finally:
         llm.exit()
