@@ -18,36 +18,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import next_power_of_2, tl, triton
+from nanovllm.kernels._triton import next_power_of_2
 from nanovllm.kernels.all_reduce import share_memory
 from nanovllm.kernels.host_words import HostWords
+from nanovllm.kernels.rms_norm import _rms_norm_kernel
 
 MIN_ROWS = 2048  # of a piece: launching one takes the host 0.1 ms
 MIN_TOKENS = 2 * MIN_ROWS  # of a prefill: one piece would be summed beside nothing
 SENT, SUMMED = 0, 1  # what a rank's words to its peers count, in pieces
-
-
-@triton.jit
-def _add_norm_kernel(
-    part_ptr, inbox_ptr, residual_ptr, out_ptr, norm_ptr, eps, rank_stride, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    mask = column < COLUMNS
-    offset = tl.program_id(0).to(tl.int64) * COLUMNS + column
-    x = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    for source in tl.static_range(RANKS):  # in the order of the ranks, whoever sums
-        if source == RANK:
-            x += tl.load(part_ptr + offset, mask=mask, other=0.0)
-        else:
-            x += tl.load(inbox_ptr + rank_stride.to(tl.int64) * source + offset, mask=mask, other=0.0)
-    x = x.to(residual_ptr.dtype.element_ty)
-    tl.store(residual_ptr + offset, x, mask=mask)
-    if norm_ptr is not None:
-        x = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps)
-        x = (x * scale * tl.load(norm_ptr + column, mask=mask, other=0.0)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, x, mask=mask)
 
 
 def add_norm(
@@ -61,9 +39,9 @@ def add_norm(
     num_rows, columns = part.shape
     if num_rows:
         block = next_power_of_2(columns)
-        _add_norm_kernel[(num_rows,)](
-            part, inbox, residual, out, norm_weight, eps, inbox.stride(0), COLUMNS=columns, BLOCK=block, RANK=rank,
-            RANKS=len(inbox), num_warps=min(8, max(1, block // 512)),
+        _rms_norm_kernel[(num_rows,)](
+            residual, inbox, part, norm_weight, out, eps, inbox.stride(0), SIZE=columns, PARTS=len(inbox), OWN=rank,
+            BLOCK=block, PDL=False, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
 
 

@@ -8,27 +8,29 @@ from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, parts_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, parts_ptr, own_ptr, weight_ptr, out_ptr, eps, parts_stride, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    OWN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
-    row = tl.program_id(0).to(tl.int64) * SIZE
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < SIZE
+    column = tl.arange(0, BLOCK)
+    offsets, mask = tl.program_id(0).to(tl.int64) * SIZE + column, column < SIZE
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    x = tl.load(x_ptr + row + offsets, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        for part in tl.static_range(PARTS):
-            part_ptr = parts_ptr + part * (tl.num_programs(0) * SIZE) + row + offsets
-            x += tl.load(part_ptr, mask=mask, other=0.0).to(tl.float32)
-        stored = x.to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + row + offsets, stored, mask=mask)
-        x = stored.to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:  # x is the residual
+        for part in tl.static_range(PARTS):  # in this order, wherever number OWN lies
+            if part == OWN:
+                x += tl.load(own_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            else:
+                part_ptr = parts_ptr + parts_stride.to(tl.int64) * part
+                x += tl.load(part_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(x_ptr + offsets, x, mask=mask)
     if weight_ptr is not None:
-        scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
-        tl.store(out_ptr + row + offsets, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps) * weight
+    if out_ptr is not None:
+        tl.store(out_ptr + offsets, x, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,8 +40,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out, block = torch.empty_like(x), next_power_of_2(size)
     num_warps = min(8, max(1, block // 1024))  # few: a sum inside one warp needs no barrier
     _rms_norm_kernel[(num_rows,)](
-        x, None, weight, out, eps, SIZE=size, PARTS=0, BLOCK=block, num_warps=num_warps, **pdl_options()
-    )
+        x, None, None, weight, out, eps, 0, SIZE=size, PARTS=0, OWN=-1, BLOCK=block, num_warps=num_warps,
+        **pdl_options(),
+    )  # fmt: skip
     return out
 
 
@@ -50,8 +53,8 @@ def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) ->
     out, block = None if weight is None else torch.empty_like(x), next_power_of_2(size)
     num_warps = min(16, max(1, block // 64))  # many: there is more to read
     _rms_norm_kernel[(num_rows,)](
-        x, parts, weight, out, eps, SIZE=size, PARTS=num_parts, BLOCK=block, num_warps=num_warps,
-        **pdl_options(),
+        x, parts, None, weight, out, eps, parts.stride(0), SIZE=size, PARTS=num_parts, OWN=-1, BLOCK=block,
+        num_warps=num_warps, **pdl_options(),
     )  # fmt: skip
     return out
 

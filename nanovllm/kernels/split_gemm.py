@@ -10,7 +10,8 @@ from torch import Tensor
 from nanovllm.kernels._triton import TensorDescriptor, device_limits, has_tma, next_power_of_2, tl, triton
 from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 
-MAX_TOKENS = 256
+MAX_TOKENS = 256  # with more, a wide tile has enough to do, and cuBLAS is faster
+MAX_UNSPLIT_TOKENS = 64  # likewise in one part
 ROWS = 64  # of the weight, a tile: what a tensor-core instruction takes
 MAX_TILE = 128  # tokens a tile
 SHARED_BYTES = 200 << 10  # that a program may take; cards for desktops have half as much
@@ -43,14 +44,13 @@ def _split_gemm_kernel(
 def gemm_parts(x: Tensor, weight: Tensor) -> int:
     """In how many parts `split_gemm` is fastest; 0: cuBLAS is faster, or the kernel cannot take these."""
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
-    if not (x.is_cuda and has_tma() and x.dtype.itemsize == 2 and 2 <= num_tokens <= MAX_TOKENS and in_size % 8 == 0):
-        return 0
     num_sms, shared_memory = device_limits(x.device)
-    if shared_memory < SHARED_BYTES or out_size == 0:
+    is_able = x.is_cuda and has_tma() and shared_memory >= SHARED_BYTES
+    if not (is_able and x.dtype.itemsize == 2 and in_size % 8 == 0 and out_size and 2 <= num_tokens <= MAX_TOKENS):
         return 0
     tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_TILE)
     parts = min(num_sms // tiles, max(1, in_size // 256))
-    return parts if parts > 1 or num_tokens <= 64 else 0
+    return parts if parts > 1 or num_tokens <= MAX_UNSPLIT_TOKENS else 0
 
 
 def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -> Tensor:

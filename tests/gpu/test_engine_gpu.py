@@ -34,6 +34,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import PendingTokens
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.gumbel import gumbel_argmax_torch
+from nanovllm.kernels.split_gemm import MAX_UNSPLIT_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -45,7 +46,7 @@ VOCAB, NUM_TOKENS = 1000, 32
 # off by 2 to 4.
 TOLERANCE = 0.2
 # Around the gemv kernel's limit, the graph sizes, and the tiles and the limit of the GEMMs in one part.
-BATCH_SIZES = [1, 2, 3, 4, 16, 17, 33, 65]
+BATCH_SIZES = [1, 2, 3, 4, 5, 16, 17, 33, 65]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 700]
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-128": dict(architecture=QWEN3, num_attention_heads=8, num_key_value_heads=2, head_dim=128),
@@ -232,6 +233,7 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
     """Few tokens take another path through the linear layers than many; prompts of one or two tokens too."""
+    assert min(BATCH_SIZES) == 1 < MAX_UNSPLIT_TOKENS < max(BATCH_SIZES)
     prompts = random_prompts(6, [1 + i % 7 for i in range(65)], VOCAB)
     expected = small.complete(prompts, 12, min_margin=2e-5)
     llm = make(small, dtype=dtype, enforce_eager=eager, max_num_seqs=65)

@@ -80,9 +80,12 @@ def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, not
     )  # fmt: skip
     wide = Checkpoint(saved.path, saved.model.to(DEVICE))
     prompts = random_prompts(4, [1, 17, 100, 300, 40, *(2 + i % 30 for i in range(150))], VOCAB)
-    params = [greedy(8 if i < 70 else 3 + i % 5) for i in range(len(prompts))]  # 155 at first, 70 at last
-    expected = [some[: p.max_tokens] for some, p in zip(wide.complete(prompts, 8, min_margin=2e-5), params)]
-    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=1500, max_num_seqs=160)
+    expected = wide.complete(prompts[:5], NUM_TOKENS, min_margin=2e-5)
+    expected += wide.complete(prompts[5:], 8, min_margin=2e-5)
+    # 155 sequences at first, then 70, and 5 at last.
+    params = [greedy(NUM_TOKENS if i < 5 else 8 if i < 70 else 3 + i % 5) for i in range(len(prompts))]
+    expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params)]
+    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=150, max_num_seqs=160)
     try:
         tokens = generate_ids(llm, prompts, params)
         assert [len(ids) for ids in tokens] == [p.max_tokens for p in params]
