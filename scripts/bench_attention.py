@@ -73,7 +73,7 @@ def bench_decode(sweep: bool, flash: bool) -> None:
     for num_seqs in (1, 4, 16, 64, 256):
         work = DecodeWork(num_seqs, k_cache, v_cache)
         print(f"\ndecode, batch {num_seqs}")
-        chosen = decode_config(num_seqs, KV_HEADS, HEAD_DIM, DTYPE, k_cache.device)
+        chosen = decode_config(num_seqs, KV_HEADS, HEAD_DIM, DTYPE, k_cache.device, BLOCK_SIZE)
         print(work.report(chosen, work.time(paged_decode)))
         if flash:
             name = f"flash_attn {flash_attention.flash_attention_version()}"

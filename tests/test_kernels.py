@@ -295,11 +295,30 @@ def test_decode_takes_a_query_that_is_a_slice(decode):
     assert torch.equal(decode(q, *args), decode(q.clone(), *args))
 
 
-@pytest.mark.parametrize("num_seqs, splits", [(1, 32), (4, 32), (16, 8), (24, 4), (64, 1), (512, 1)])
-def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits):
+@needs_triton
+@pytest.mark.parametrize("stages", [2, 3, 5])
+@pytest.mark.parametrize("block_size", [16, 24, 64])
+def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stages):
+    def decode(*args):
+        return paged_decode(*args, config=DecodeConfig(16, 2, num_stages=stages))
+
+    check_decode(decode, 4, 2, 16, block_size, torch.float32, [0, 1, 31, 32, 33, 64, 65, 96, 97, 200])
+
+
+@pytest.mark.parametrize(
+    "num_seqs, splits, stages",
+    [(1, 32, 3), (4, 16, 3), (16, 4, 3), (24, 2, 3), (25, 1, 5), (33, 1, 5), (34, 1, 3), (99, 1, 3), (512, 1, 4)],
+)
+def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages):
     monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
-    config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"))
-    assert config.num_splits == splits
+    config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
+    assert config == DecodeConfig(64, splits, num_stages=stages)
+
+
+@pytest.mark.parametrize("block_size, block_n", [(256, 64), (16, 16), (48, 16), (96, 32), (24, 64), (1, 64)])
+def test_decode_tiles_lie_in_one_block_where_they_can(monkeypatch, block_size, block_n):
+    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
+    assert decode_config(64, 8, 128, torch.bfloat16, torch.device("cuda"), block_size).block_n == block_n
 
 
 # --- varlen_prefill ---
@@ -388,8 +407,9 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
     monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory))
     monkeypatch.setattr("nanovllm.kernels.varlen_prefill.device_limits", lambda device: (132, shared_memory))
     row = head_dim * dtype.itemsize
-    decode = decode_config(256, 8, head_dim, dtype, torch.device("cuda"))
-    assert 4 * decode.block_n * row <= shared_memory and decode.block_n >= 16
+    for num_seqs in (1, 32, 256):
+        decode = decode_config(num_seqs, 8, head_dim, dtype, torch.device("cuda"), 256)
+        assert 2 * (decode.num_stages - 1) * decode.block_n * row <= shared_memory and decode.block_n >= 16
     for block_size in (1, 256):
         prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
         # One stage less than asked for is what a kernel that reads through the block table takes at the least.

@@ -213,8 +213,9 @@ class ModelRunner:
         """Record a decode step, sampling included, for each of many batch sizes: they share one memory pool."""
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
         self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
-        # Compiles the kernels, which a capture should not do: those of `split_gemm` depend on the size.
-        for size in sorted({min(size, largest) for size in (1, 16, 32, 64, 128, 256, largest)}):
+        # Compiles the kernels, which a capture should not do: those of `split_gemm` and decode attention depend on
+        # the size, and all their choices are among these.
+        for size in sorted({1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, largest} & set(self.graph_sizes)):
             self._decode(size)
         torch.cuda.synchronize(self.device)
         pool = None

@@ -24,22 +24,28 @@ class DecodeConfig(NamedTuple):
     block_n: int  # tokens a tile
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 3  # tiles in the works, the one that is computed included
 
 
 def decode_config(
-    num_seqs: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    num_seqs: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int
 ) -> DecodeConfig:
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
-    programs, splits = max(1, num_seqs * kv_heads), 1
-    if programs < 3 * num_sms // 2:  # up to eight a multiprocessor: more do not help, fewer leave the longest alone
-        splits = min(MAX_SPLITS, 1 << (8 * num_sms // programs).bit_length() - 1)
-    block_n = 128 if splits < MAX_SPLITS else 32  # smaller tiles are shared out more evenly
-    token_bytes = next_power_of_2(head_dim) * dtype.itemsize
-    while block_n > 16 and block_n * token_bytes > min(32 * 1024, shared_memory // 4):
+    programs, splits, stages = max(1, num_seqs * kv_heads), 1, 3
+    if programs < 3 * num_sms // 2:  # up to four a multiprocessor: more do not help, fewer leave the longest alone
+        splits = min(MAX_SPLITS, 1 << (4 * num_sms // programs).bit_length() - 1)
+    elif programs <= 2 * num_sms:
+        stages = 5  # so few read enough at a time only with more tiles each
+    elif programs > 6 * num_sms:
+        stages = 4
+    block_n, token_bytes = 64, next_power_of_2(head_dim) * dtype.itemsize
+    if block_size % 16 == 0:  # a tile of one block is found faster
+        block_n = min(block_n, block_size & -block_size)
+    stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
+    while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
         block_n //= 2
-    return DecodeConfig(block_n, splits)
+    return DecodeConfig(block_n, splits, num_stages=stages)
 
 
 @triton.jit
@@ -54,7 +60,7 @@ def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
 def _paged_decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr, q_stride, table_stride,
     scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, seq, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
@@ -67,19 +73,36 @@ def _paged_decode_kernel(
     dims = tl.arange(0, BLOCK_D)
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-    wait_for_previous(PDL)
-    q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
-    first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(context_len, BLOCK_N))
+    table = block_tables_ptr + seq * table_stride
+    first_tile, num_tiles = split * tiles_per_split, tl.cdiv(context_len, BLOCK_N)
+    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    # The loop's first tiles are on their way before its first round is: before this step's numbers are waited for.
+    # Only the sequence's last tile holds any of those, the new token's K and V; where it is near, wait at once.
+    if num_tiles - first_tile <= STAGES:
+        wait_for_previous(PDL)
+    q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
+    columns = (kv_head * HEAD_DIM + dims)[None, :]
+    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: known a tile ahead, its keys do not wait for it
+        in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
+        block = tl.load(table + first_tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for tile in range(first_tile, last_tile):
+        if tile == first_tile:
+            wait_for_previous(PDL)
+            q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
-        blocks = tl.load(block_tables_ptr + seq * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0)
-        slots = (blocks * BLOCK_SIZE + tokens % BLOCK_SIZE).to(tl.int64)  # a cache has more than 2^31 elements
-        offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + (kv_head * HEAD_DIM + dims)[None, :]
+        if BLOCK_SIZE % BLOCK_N == 0:
+            slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
+            offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
+            next_block = table + (tile + 1) * BLOCK_N // BLOCK_SIZE
+            block = tl.load(next_block, mask=tile + 1 < last_tile, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
+            offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
@@ -137,7 +160,7 @@ def paged_decode(
     (num_seqs, heads, head_dim), (block_size, kv_heads) = q.shape, k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
-    config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device)
+    config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size)
     splits, group, block_d = config.num_splits, heads // kv_heads, max(16, next_power_of_2(head_dim))
     partial = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = None  # without splits, the one share is the result
@@ -147,8 +170,8 @@ def paged_decode(
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
         q, k_cache, v_cache, partial, lse, context_lens, block_tables, q.stride(0), block_tables.stride(0),
         scale * math.log2(math.e), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, **pdl_options(),
+        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](

@@ -7,6 +7,7 @@ from nanovllm.kernels import flash_attention
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.paged_decode import DecodeConfig, paged_decode, paged_decode_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -133,6 +134,35 @@ def test_decode_shapes(heads, kv_heads, head_dim, dtype, num_splits):
     out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, 0.1, config)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert relative_error(out, exact_decode(q, cache, lengths, 0.1)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+@pytest.mark.parametrize("block_size", [48, 256])
+def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_splits):
+    lengths = [*range(1, 1200, 9)]  # the new token in any of the first tiles, or later
+    cache, scale, config = Cache(lengths, block_size, BF16), 0.1, DecodeConfig(64, num_splits, num_stages=num_stages)
+    q = randn(len(lengths), HEADS, HEAD_DIM, dtype=BF16)
+    expected = exact_decode(q, cache, lengths, scale)
+    slots = torch.stack([s[-1] for s in cache.slots])
+    qkv = torch.cat((q, *(values.flatten(0, 1)[slots] for values in (cache.k, cache.v))), dim=1)
+    sin = torch.zeros(1, HEAD_DIM // 2, device="cuda")
+    rope, store = (torch.zeros_like(slots), sin.cos(), sin), (cache.k, cache.v, slots.int(), HEADS)
+    lens, x, weight = ints(lengths), randn(len(lengths), 4096, dtype=BF16), randn(4096, 4096, dtype=BF16)
+
+    def step():
+        for values in (cache.k, cache.v):
+            values.flatten(0, 1).index_fill_(0, slots, NAN)
+        split_gemm(x, weight, None, 4)  # only takes time: the next kernels start beside it, and wait
+        new = norm_rope_store(qkv, *rope, None, None, 0.0, *store)
+        return paged_decode(new[:, :HEADS], cache.k, cache.v, lens, cache.tables, scale, config)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    graph.replay()
+    assert relative_error(out, expected) < TOLERANCE[BF16]
 
 
 @pytest.mark.parametrize("backend", DECODES)
