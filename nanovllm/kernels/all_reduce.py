@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
 from nanovllm.kernels.host_words import HostWords
+from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_BYTES = 2 << 20  # of a tensor; most of prefills are larger
 MAX_WORDS = MAX_BYTES // 4
@@ -165,7 +166,7 @@ class SmallAllReduce:
         out = x if residual is None else residual
         assert x.is_contiguous() and out.is_contiguous() and self.takes(out) and x.nbytes % out.nbytes == 0
         assert norm_weight is None or norm_weight.nbytes == out[0].nbytes == 4 * self.slice
-        normed = None if norm_weight is None else torch.empty_like(out)
+        normed = None if norm_weight is None else empty_rows(*out.shape, out)
         words = (y if y is None else y.view(-1).view(torch.int32) for y in (x, residual, out, norm_weight, normed))
         num_words, block = out.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
         _all_reduce_kernel[(triton.cdiv(num_words, self.slice),)](

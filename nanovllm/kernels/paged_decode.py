@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
 from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
+from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_SPLITS = 32
 
@@ -162,7 +163,7 @@ def paged_decode(
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
     config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size)
     splits, group, block_d = config.num_splits, heads // kv_heads, max(16, next_power_of_2(head_dim))
-    partial = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = out = empty_rows(num_seqs, heads * head_dim, q).view(q.shape)
     lse = None  # without splits, the one share is the result
     if splits > 1:
         partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)

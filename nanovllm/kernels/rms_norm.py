@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels.split_gemm import empty_rows
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight`, in float32 inside, of x `[n, size]`, contiguous, and weight `[size]`."""
     num_rows, size = x.shape
     assert x.is_contiguous()
-    out, block = torch.empty_like(x), next_power_of_2(size)
+    out, block = empty_rows(num_rows, size, x), next_power_of_2(size)
     num_warps = min(8, max(1, block // 1024))  # few: a sum inside one warp needs no barrier
     _rms_norm_kernel[(num_rows,)](
         x, None, None, weight, out, eps, 0, SIZE=size, PARTS=0, OWN=-1, BLOCK=block, num_warps=num_warps,
@@ -50,7 +51,7 @@ def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) ->
     """Add the sum of parts `[num_parts, n, size]` to x, in place, and return `rms_norm` of that (no weight: None)."""
     num_parts, num_rows, size = parts.shape
     assert x.is_contiguous() and parts.is_contiguous()
-    out, block = None if weight is None else torch.empty_like(x), next_power_of_2(size)
+    out, block = None if weight is None else empty_rows(num_rows, size, x), next_power_of_2(size)
     num_warps = min(16, max(1, block // 64))  # many: there is more to read
     _rms_norm_kernel[(num_rows,)](
         x, parts, None, weight, out, eps, parts.stride(0), SIZE=size, PARTS=num_parts, OWN=-1, BLOCK=block,

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels.split_gemm import empty_rows
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """x `[n, 2 * size]`, contiguous, gate and up side by side -> `[n, size]`."""
     num_rows, size = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous()
-    out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
+    out = empty_rows(num_rows, size, x)
     _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](x, out, SIZE=size, BLOCK=1024, **pdl_options())
     return out
 
