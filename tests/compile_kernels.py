@@ -64,8 +64,8 @@ def main() -> None:
         qkv = numbers(*shape, 16, HEADS + 2 * KV_HEADS, DIM)
         norm_rope_store.norm_rope_store(qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS)
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    for splits, stages in ((1, 4), (1, 5), (8, 3)):
-        config = paged_decode.DecodeConfig(64, splits, num_stages=stages)
+    for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
+        config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
         paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)

@@ -318,13 +318,23 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
 
 
 @pytest.mark.parametrize(
-    "num_seqs, splits, stages",
-    [(1, 32, 3), (4, 16, 3), (16, 4, 3), (24, 2, 3), (25, 1, 5), (33, 1, 5), (34, 1, 3), (99, 1, 3), (512, 1, 4)],
+    "num_seqs, splits, stages, registers",
+    [
+        (1, 32, 3, None),
+        (4, 16, 3, None),
+        (16, 4, 3, None),
+        (24, 2, 3, None),
+        (25, 1, 5, None),
+        (33, 1, 5, None),
+        (34, 1, 3, None),
+        (99, 1, 3, None),
+        (100, 1, 3, 168),
+    ],
 )
-def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages):
+def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages, registers):
     monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
-    assert config == DecodeConfig(64, splits, num_stages=stages)
+    assert config == DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
 
 
 @pytest.mark.parametrize("block_size, block_n", [(256, 64), (16, 16), (48, 16), (96, 32), (24, 64), (1, 64)])

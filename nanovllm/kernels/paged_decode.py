@@ -1,8 +1,9 @@
 """Decode attention: one new query token a sequence, keys and values read from the paged cache.
 
 Reading K and V is all the time it takes. So each is read once, for all the query heads that share it, in tiles that
-are loaded while earlier ones are computed, with the online softmax of Milakov & Gimelshein (2018). When there are too
-few sequences to occupy the card, several programs share each ("Flash-Decoding", Dao et al. 2023).
+are loaded while earlier ones are computed, the first even before the kernel ahead has ended, with the online softmax
+of Milakov & Gimelshein (2018). When there are too few sequences to occupy the card, several programs share each
+("Flash-Decoding", Dao et al. 2023).
 """
 
 import math
@@ -26,6 +27,7 @@ class DecodeConfig(NamedTuple):
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
     num_stages: int = 3  # tiles in the works, the one that is computed included
+    max_registers: int | None = None  # a thread's: fewer let more programs share a multiprocessor
 
 
 def decode_config(
@@ -38,15 +40,15 @@ def decode_config(
         splits = min(MAX_SPLITS, 1 << (4 * num_sms // programs).bit_length() - 1)
     elif programs <= 2 * num_sms:
         stages = 5  # so few read enough at a time only with more tiles each
-    elif programs > 6 * num_sms:
-        stages = 4
     block_n, token_bytes = 64, next_power_of_2(head_dim) * dtype.itemsize
     if block_size % 16 == 0:  # a tile of one block is found faster
         block_n = min(block_n, block_size & -block_size)
     stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
     while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
         block_n //= 2
-    return DecodeConfig(block_n, splits, num_stages=stages)
+    # Many programs, with maybe short contexts, gain by being three on a multiprocessor, few by having no such limit.
+    max_registers = 168 if programs > 6 * num_sms and token_bytes == 256 else None
+    return DecodeConfig(block_n, splits, num_stages=stages, max_registers=max_registers)
 
 
 @triton.jit
@@ -61,7 +63,8 @@ def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
 def _paged_decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr, q_stride, table_stride,
     scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    READ_AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, seq, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
@@ -77,11 +80,13 @@ def _paged_decode_kernel(
     table = block_tables_ptr + seq * table_stride
     first_tile, num_tiles = split * tiles_per_split, tl.cdiv(context_len, BLOCK_N)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
-    # The loop's first tiles are on their way before its first round is: before this step's numbers are waited for.
-    # Only the sequence's last tile holds any of those, the new token's K and V; where it is near, wait at once.
-    if num_tiles - first_tile <= STAGES:
-        wait_for_previous(PDL)
     q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
+    # Reading ahead, the loop's first tiles are on their way before its first round, which waits for this step's
+    # numbers. Of K and V those are in the sequence's last tile only; where that is near, wait at once.
+    if not READ_AHEAD or num_tiles - first_tile <= STAGES:
+        wait_for_previous(PDL)
+    if not READ_AHEAD:
+        q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     columns = (kv_head * HEAD_DIM + dims)[None, :]
     if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: known a tile ahead, its keys do not wait for it
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
@@ -90,9 +95,10 @@ def _paged_decode_kernel(
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for tile in range(first_tile, last_tile):
-        if tile == first_tile:
-            wait_for_previous(PDL)
-            q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
+        if READ_AHEAD:
+            if tile == first_tile:
+                wait_for_previous(PDL)
+                q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
         if BLOCK_SIZE % BLOCK_N == 0:
@@ -172,7 +178,8 @@ def paged_decode(
         q, k_cache, v_cache, partial, lse, context_lens, block_tables, q.stride(0), block_tables.stride(0),
         scale * math.log2(math.e), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(),
+        READ_AHEAD=q.itemsize == 2,  # in float32, q carried through the loop would not stay in registers
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](
