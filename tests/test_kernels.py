@@ -166,6 +166,23 @@ def test_split_gemm_of_rows_with_others_behind_them(num_tokens):
 
 
 @needs_triton
+def test_split_gemm_reads_past_the_rows_only_where_there_is_memory(monkeypatch):
+    module = sys.modules[split_gemm.__module__]
+    descriptor, shapes = module.TensorDescriptor, []
+
+    def spy(x, shape, *args):
+        shapes.append(shape[0])
+        return descriptor(x, shape, *args)
+
+    spy.from_tensor = descriptor.from_tensor
+    monkeypatch.setattr(module, "TensorDescriptor", spy)
+    x, weight = randn(40, 64), randn(80, 64)
+    for rows, read in ((x[:17], 32), (x[8:25], 32), (x[9:26], 17), (x[23:], 17), (x[:17].clone(), 17), (x, 40)):
+        assert_near(split_gemm(rows, weight, None, 1)[0], rows.double() @ weight.double().T, torch.float32)
+        assert shapes.pop() == read
+
+
+@needs_triton
 @pytest.mark.parametrize("num_parts, rows, size", [(1, 3, 64), (3, 5, 1000)])
 @both_dtypes
 def test_add_rms_norm(num_parts, rows, size, dtype):
@@ -432,6 +449,7 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
     for num_seqs in (1, 32, 256):
         decode = decode_config(num_seqs, 8, head_dim, dtype, torch.device("cuda"), 256)
         assert 2 * (decode.num_stages - 1) * decode.block_n * row <= shared_memory and decode.block_n >= 16
+        assert decode.num_stages >= 3
     for block_size in (1, 256):
         prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
         # One stage less than asked for is what a kernel that reads through the block table takes at the least.

@@ -214,7 +214,7 @@ class ModelRunner:
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
         self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
         # Compiles the kernels, which a capture should not do: those of `split_gemm` and decode attention depend on
-        # the size, and all their choices are among these.
+        # the size. All their choices are among these, but for some numbers of KV heads, or on smaller cards.
         for size in sorted({1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, largest} & set(self.graph_sizes)):
             self._decode(size)
         torch.cuda.synchronize(self.device)

@@ -52,10 +52,17 @@ def launch_next(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait until all that earlier kernels write can be read. Before, only what a copy or a plain kernel wrote may be:
-    the kernel ahead may have let this one in while it still waits itself."""
+    """Wait until all that earlier kernels write can be read. Before, only what a copy or a plain kernel wrote may be,
+    or came before one: the kernel ahead may have let this one in while it still waits itself."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def wait_in_loop(PDL: tl.constexpr):
+    """`wait_for_previous`, written so that Triton pipelines the loop it stands in; 3.9 does not with `gdc_wait`."""
+    if PDL:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
-from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
+from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous, wait_in_loop
 from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_SPLITS = 32
@@ -82,7 +82,8 @@ def _paged_decode_kernel(
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
     q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
     # Reading ahead, the loop's first tiles are on their way before its first round, which waits for this step's
-    # numbers. Of K and V those are in the sequence's last tile only; where that is near, wait at once.
+    # numbers. Of K and V those are in the sequence's last tile only; where that is near, wait at once. What earlier
+    # steps wrote can be read: each step has begun with plain kernels since.
     if not READ_AHEAD or num_tiles - first_tile <= STAGES:
         wait_for_previous(PDL)
     if not READ_AHEAD:
@@ -97,11 +98,11 @@ def _paged_decode_kernel(
     for tile in range(first_tile, last_tile):
         if READ_AHEAD:
             if tile == first_tile:
-                wait_for_previous(PDL)
+                wait_in_loop(PDL)
                 q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
-        if BLOCK_SIZE % BLOCK_N == 0:
+        if BLOCK_SIZE % BLOCK_N == 0:  # in 64 bits: a cache has more than 2^31 elements
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
             offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
             next_block = table + (tile + 1) * BLOCK_N // BLOCK_SIZE

@@ -78,6 +78,7 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -
     chunk = chunk_bytes // x.dtype.itemsize
     part_size = triton.cdiv(triton.cdiv(in_size, chunk), num_parts) * chunk
     num_parts = triton.cdiv(in_size, part_size)
+    # A tile may reach past x's rows where there is memory.
     has_tile = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() >= tokens * in_size
     x_shape = [max(num_tokens, tokens) if has_tile else num_tokens, in_size]
     parts = torch.empty(num_parts, num_tokens, out_size, dtype=x.dtype, device=x.device)
