@@ -14,9 +14,9 @@ except ImportError:  # macOS, Windows: the kernels cannot be launched, the PyTor
     triton = tl = libdevice = Mock()
 
 try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents
 except ImportError:  # an older Triton, or none
-    gdc_launch_dependents = gdc_wait = None
+    gdc_launch_dependents = None
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,7 +33,7 @@ def pdl_options() -> dict[str, bool]:
     It must wait before it touches what an earlier kernel writes; until then, reading its weights, say, costs no time.
     """
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if gdc_wait is not None and is_hopper else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if gdc_launch_dependents is not None and is_hopper else {"PDL": False}
 
 
 @lru_cache
@@ -54,15 +54,10 @@ def launch_next(PDL: tl.constexpr):
 def wait_for_previous(PDL: tl.constexpr):
     """Wait until all that earlier kernels write can be read. Before, only what a copy or a plain kernel wrote may be,
     or came before one: the kernel ahead may have let this one in while it still waits itself."""
-    if PDL:
-        gdc_wait()
-
-
-@triton.jit
-def wait_in_loop(PDL: tl.constexpr):
-    """`wait_for_previous`, written so that Triton pipelines the loop it stands in; 3.9 does not with `gdc_wait`."""
-    if PDL:
-        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    if PDL:  # not gdc_wait: a loop with that in it Triton 3.9 does not pipeline
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @lru_cache

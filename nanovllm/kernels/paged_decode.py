@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
-from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous, wait_in_loop
+from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_SPLITS = 32
@@ -80,13 +80,15 @@ def _paged_decode_kernel(
     table = block_tables_ptr + seq * table_stride
     first_tile, num_tiles = split * tiles_per_split, tl.cdiv(context_len, BLOCK_N)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
-    q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
-    # Reading ahead, the loop's first tiles are on their way before its first round, which waits for this step's
-    # numbers. Of K and V those are in the sequence's last tile only; where that is near, wait at once. What earlier
-    # steps wrote can be read: each step has begun with plain kernels since.
-    if not READ_AHEAD or num_tiles - first_tile <= STAGES:
+    if READ_AHEAD:
+        # The loop's first tiles are on their way before its first round, which waits for this step's numbers. Of K
+        # and V those are in the sequence's last tile only; where that is near, wait at once. What earlier steps wrote
+        # can be read: each step has begun with plain kernels since.
+        q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
+        if num_tiles - first_tile <= STAGES:
+            wait_for_previous(PDL)
+    else:
         wait_for_previous(PDL)
-    if not READ_AHEAD:
         q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     columns = (kv_head * HEAD_DIM + dims)[None, :]
     if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: known a tile ahead, its keys do not wait for it
@@ -98,7 +100,7 @@ def _paged_decode_kernel(
     for tile in range(first_tile, last_tile):
         if READ_AHEAD:
             if tile == first_tile:
-                wait_in_loop(PDL)
+                wait_for_previous(PDL)
                 q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len

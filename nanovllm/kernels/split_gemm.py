@@ -55,6 +55,7 @@ def gemm_parts(x: Tensor, weight: Tensor) -> int:
 
 
 def tile_tokens(num_tokens: int) -> int:
+    """Tokens of a tile, a power of two."""
     return min(MAX_TILE, max(16, next_power_of_2(num_tokens)))
 
 
