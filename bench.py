@@ -34,7 +34,10 @@ from nanovllm.trace import Trace
 OURS = "nanovllm"
 MAX_MODEL_LEN = 4096
 TOKEN_IDS = 10_000  # prompts are drawn from token ids 0 to 10000, both included
-SEQUENCES_CUT, LENGTHS_CUT = 8, 4  # the small load: an eighth of the sequences, a quarter of each length
+SEQUENCES_CUT, LENGTHS_CUT = (
+    8,
+    4,
+)  # the small load: an eighth of the sequences, a quarter of each length
 WARMUP_REPEAT, WARMUP_TOKENS = 5_000, 8
 
 
@@ -75,19 +78,34 @@ WORKLOADS = {
     for workload in (
         Workload("mixed", "many lengths in and out", 256, (100, 1024), (100, 1024)),
         Workload("single", "one request, latency", 1, (128, 128), (512, 512)),
-        Workload("prefill", "long prompts, one token out", 64, (2048, 2048), (1, 1), counts_input=True),
-        Workload("prefix", "one long prefix shared by all", 256, (128, 128), (64, 64), shared_len=2048),
+        Workload(
+            "prefill", "long prompts, one token out", 64, (2048, 2048), (1, 1), counts_input=True
+        ),
+        Workload(
+            "prefix", "one long prefix shared by all", 256, (128, 128), (64, 64), shared_len=2048
+        ),
         Workload("queue", "more short requests than run at once", 2048, (16, 128), (64, 64)),
         Workload("small", "a small batch", 16, (128, 128), (256, 256)),
     )
 }
 SHAPES = ("qwen3-0.6b", "qwen3-8b")
 SHAPE_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "tie_word_embeddings",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
 )
 ENGINE_OPTIONS = (
-    "device", "dtype", "attention_backend", "tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization",
+    "device",
+    "dtype",
+    "attention_backend",
+    "tensor_parallel_size",
+    "max_num_seqs",
+    "gpu_memory_utilization",
     "enforce_eager",
 )
 PACKAGES = ("nano-vllm", "torch", "triton", "transformers", "flash-attn", "flash-attn-4")
@@ -143,7 +161,9 @@ def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
     return Load(prompts, [length(workload.output_len) for _ in prompts])
 
 
-def run_engine(llm: LLM, load: Load, sampling: dict[str, Any], traces: list[Trace] | None = None) -> None:
+def run_engine(
+    llm: LLM, load: Load, sampling: dict[str, Any], traces: list[Trace] | None = None
+) -> None:
     """Generate exactly the tokens that `load` asks for; with `traces`, record it and keep the last record there."""
     params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
     with nullcontext() if traces is None else llm.trace() as trace:
@@ -152,7 +172,9 @@ def run_engine(llm: LLM, load: Load, sampling: dict[str, Any], traces: list[Trac
         traces[:] = [trace]
     made = sum(len(output["token_ids"]) for output in outputs)
     if made != sum(load.output_lens):
-        raise RuntimeError(f"the engine made {made} tokens of the {sum(load.output_lens)} asked for")
+        raise RuntimeError(
+            f"the engine made {made} tokens of the {sum(load.output_lens)} asked for"
+        )
 
 
 @torch.inference_mode()
@@ -163,13 +185,21 @@ def run_transformers(model: torch.nn.Module, load: Load, batch_size: int) -> Non
         steps = max(load.output_lens[start : start + batch_size])
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+        )
         out = model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=0, do_sample=False,
-            min_new_tokens=steps, max_new_tokens=steps,
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=0,
+            do_sample=False,
+            min_new_tokens=steps,
+            max_new_tokens=steps,
         )
         if out.shape[1] != width + steps:
-            raise RuntimeError(f"transformers made {out.shape[1] - width} tokens of the {steps} asked for")
+            raise RuntimeError(
+                f"transformers made {out.shape[1] - width} tokens of the {steps} asked for"
+            )
 
 
 def measure(
@@ -201,13 +231,29 @@ def write_shape(name: str, directory: str) -> str:
         "qwen3-8b": (4096, 12288, 36, 32, False),
     }[name]
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16",
-        "vocab_size": 151936, "hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu",
-        "attention_bias": False, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
-        "rope_theta": 1_000_000, "rope_scaling": None, "max_position_embeddings": 40960,
-        "use_sliding_window": False, "sliding_window": None, "max_window_layers": layers,
-        "bos_token_id": 151643, "eos_token_id": 151645,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "rope_theta": 1_000_000,
+        "rope_scaling": None,
+        "max_position_embeddings": 40960,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": layers,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
     }
     Path(directory, "config.json").write_text(json.dumps(config, indent=2))
     return directory
@@ -216,29 +262,85 @@ def write_shape(name: str, directory: str) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     about = "; ".join(f"{w.name}: {w.about}" for w in WORKLOADS.values())
-    parser = argparse.ArgumentParser(description="Measure throughput.", epilog=f"workloads: {about}")
+    parser = argparse.ArgumentParser(
+        description="Measure throughput.", epilog=f"workloads: {about}"
+    )
     add = parser.add_argument
-    add("--workload", choices=[*WORKLOADS, "all"], default="mixed", help="default: mixed; all: in one engine")
+    add(
+        "--workload",
+        choices=[*WORKLOADS, "all"],
+        default="mixed",
+        help="default: mixed; all: in one engine",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="local directory or hub id (default: see --shape)")
-    what.add_argument("--shape", choices=SHAPES, help="a real model's shape with random weights "
-                      "(default: qwen3-0.6b on a GPU; on a CPU the demo checkpoint instead)")
+    what.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="a real model's shape with random weights "
+        "(default: qwen3-0.6b on a GPU; on a CPU the demo checkpoint instead)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the full-size load (default on a GPU)")
     size.add_argument("--small", action="store_true", help="a small one (default on a CPU)")
-    add("--repeats", type=int, default=1, help="timed runs of each workload, of which the best counts")
+    add(
+        "--repeats",
+        type=int,
+        default=1,
+        help="timed runs of each workload, of which the best counts",
+    )
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--json", metavar="FILE", help="write the results there, for machines")
-    add("--trace", metavar="FILE", help="trace the runs; the last one's goes there: .json for ui.perfetto.dev, "
-        ".svg or .png for a picture (needs matplotlib)")
-    add("--compare", choices=["transformers"], help="run the same load through another engine, greedily")
-    add("--compare-batch-size", type=int, metavar="N", help="its static batch (default: 256; on a CPU 16)")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
-    add("--sampling", nargs="+", default=[], metavar="NAME=VALUE", help="more SamplingParams: top_k=20 top_p=0.95")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="trace the runs; the last one's goes there: .json for ui.perfetto.dev, "
+        ".svg or .png for a picture (needs matplotlib)",
+    )
+    add(
+        "--compare",
+        choices=["transformers"],
+        help="run the same load through another engine, greedily",
+    )
+    add(
+        "--compare-batch-size",
+        type=int,
+        metavar="N",
+        help="its static batch (default: 256; on a CPU 16)",
+    )
+    add(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto: cuda if there is a GPU",
+    )
+    add(
+        "--sampling",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more SamplingParams: top_k=20 top_p=0.95",
+    )
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
-    add("--attention-backend", default="auto", help="auto, triton, flash_attn, flash_attn+triton, torch")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks to split the model over")
-    add("--max-num-seqs", type=int, default=512, metavar="N", help="most sequences at once (default: 512)")
+    add(
+        "--attention-backend",
+        default="auto",
+        help="auto, triton, flash_attn, flash_attn+triton, torch",
+    )
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to split the model over",
+    )
+    add(
+        "--max-num-seqs",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most sequences at once (default: 512)",
+    )
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     add("--enforce-eager", action="store_true", help="decode without CUDA graphs")
     args = parser.parse_args(argv)
@@ -247,7 +349,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
     try:
         pairs = (pair.partition("=") for pair in args.sampling)
-        args.sampling = {"temperature": args.temperature} | {name: literal_eval(value) for name, _, value in pairs}
+        args.sampling = {"temperature": args.temperature} | {
+            name: literal_eval(value) for name, _, value in pairs
+        }
         SamplingParams(**args.sampling)
         if fixed := {"max_tokens", "ignore_eos", "stop", "stop_token_ids"} & set(args.sampling):
             raise ValueError(f"{', '.join(sorted(fixed))}: the load says how many tokens there are")
@@ -255,13 +359,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--temperature, --sampling: {error}")
     for option, file in (("--json", args.json), ("--trace", args.trace)):
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            parser.error(f"{option} {file} cannot be written: it must name a file in a directory that exists")
+            parser.error(
+                f"{option} {file} cannot be written: it must name a file in a directory that exists"
+            )
     return args
 
 
 def build_engine(args: argparse.Namespace, on_gpu: bool, scratch: str) -> tuple[LLM, str, bool]:
     """The engine, what to call its model, and whether the weights are random."""
-    options = {name: getattr(args, name) for name in ENGINE_OPTIONS} | {"max_model_len": MAX_MODEL_LEN}
+    options = {name: getattr(args, name) for name in ENGINE_OPTIONS} | {
+        "max_model_len": MAX_MODEL_LEN
+    }
     path, name = args.model or DEMO_MODEL, args.model or "demo checkpoint"
     shape = args.shape or (SHAPES[0] if on_gpu and not args.model else None)
     if shape:
@@ -280,7 +388,9 @@ def describe(llm: LLM, model: str, startup: float, args: argparse.Namespace) -> 
     return {
         "model": model,
         "shape": {key: getattr(config.hf_config, key, None) for key in SHAPE_KEYS},
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(config.dtype).removeprefix("torch."),
         "attention_backend": config.attention_backend,
         "startup_seconds": startup,
@@ -290,14 +400,18 @@ def describe(llm: LLM, model: str, startup: float, args: argparse.Namespace) -> 
     }
 
 
-def load_transformers(path: str, random_weights: bool, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def load_transformers(
+    path: str, random_weights: bool, device: str, dtype: torch.dtype
+) -> torch.nn.Module:
     """The same model as transformers runs it: the same weights, or as many random ones."""
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()  # it warns of names that changed between its versions; these work in all
     if random_weights:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), torch_dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path), torch_dtype=dtype
+            )
     else:
         model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype)
     return model.eval().to(device)
@@ -313,13 +427,18 @@ def compare_transformers(
     print(f"\nNow transformers' generate: greedy, in static batches of {batch_size}")
     model = load_transformers(config.model, random_weights, config.device, config.dtype)
     run = partial(run_transformers, model, batch_size=batch_size)
-    return [measure("transformers", w, args.repeats, config.hf_config.vocab_size, run) for w in workloads]
+    return [
+        measure("transformers", w, args.repeats, config.hf_config.vocab_size, run)
+        for w in workloads
+    ]
 
 
 def print_table(results: list[Result]) -> None:
     """One row a result; where two engines ran, how they compare."""
     ours = {r.workload.name: r.best.tokens_per_second for r in results if r.engine == OURS}
-    print(f"\n{'workload':<10}{'engine':<14}{'seqs':>6}{'input':>9}{'output':>9}{'seconds':>9}{'tok/s':>12}")
+    print(
+        f"\n{'workload':<10}{'engine':<14}{'seqs':>6}{'input':>9}{'output':>9}{'seconds':>9}{'tok/s':>12}"
+    )
     for r in results:
         print(
             f"{r.workload.name:<10}{r.engine:<14}{r.workload.sequences:>6}{r.best.input_tokens:>9}"
@@ -346,11 +465,15 @@ def main(argv: list[str] | None = None) -> None:
         facts = describe(llm, model, time.perf_counter() - start, args)
         facts["load"] = "small" if small else "full"
         config, vocab_size = llm.config, llm.config.hf_config.vocab_size
-        print(f"{model} | {facts['device']} | {facts['dtype']} | attention: {facts['attention_backend']}")
+        print(
+            f"{model} | {facts['device']} | {facts['dtype']} | attention: {facts['attention_backend']}"
+        )
         if small:
             print(f"Small load: 1/{SEQUENCES_CUT} of the sequences, 1/{LENGTHS_CUT} of each length")
         if vocab_size <= TOKEN_IDS:
-            print(f"Token ids 0 to {TOKEN_IDS} are taken modulo the model's vocabulary of {vocab_size}")
+            print(
+                f"Token ids 0 to {TOKEN_IDS} are taken modulo the model's vocabulary of {vocab_size}"
+            )
         print(f"Start-up: {facts['startup_seconds']:.2f}s from LLM(...) to ready", flush=True)
         if (longest := max(w.longest for w in workloads)) > config.max_model_len:
             sys.exit(
@@ -382,5 +505,7 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.json).write_text(json.dumps(facts | {"results": rows}, indent=2) + "\n")
 
 
-if __name__ == "__main__":  # worker processes import this file: without the guard each would start again
+if (
+    __name__ == "__main__"
+):  # worker processes import this file: without the guard each would start again
     main()

@@ -24,16 +24,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=DEMO_MODEL, help="local directory in Hugging Face format, or a hub id")
     add(
-        "--prompt", action="append", metavar="TEXT", default=argparse.SUPPRESS,
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
         help=f"a user message; give it several times for several (default: {PROMPTS})",
     )
     add(
-        "--temperature", type=float, metavar="T", default=argparse.SUPPRESS,
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=argparse.SUPPRESS,
         help="0 is greedy: always the likeliest token (default: 0 for the demo checkpoint, 0.6 for others)",
     )
     add("--max-tokens", type=int, default=256, metavar="N", help="longest completion, in tokens")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the model over")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is a GPU")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs to split the model over",
+    )
+    add(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto: cuda if there is a GPU",
+    )
     add("--enforce-eager", action="store_true", help="run decode without CUDA graphs")
     return parser.parse_args(argv)
 
@@ -59,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             device=args.device,
         )
         if getattr(llm.tokenizer, "chat_template", None):
-            outputs = llm.chat([[{"role": "user", "content": message}] for message in messages], params)
+            outputs = llm.chat(
+                [[{"role": "user", "content": message}] for message in messages], params
+            )
         else:  # a base model continues the text
             outputs = llm.generate(messages, params)
     except ValueError as error:  # the message says what to change; a traceback would only hide it
@@ -73,5 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     llm.exit()
 
 
-if __name__ == "__main__":  # worker processes import this file: without the guard each would start again
+if (
+    __name__ == "__main__"
+):  # worker processes import this file: without the guard each would start again
     main()

@@ -66,7 +66,9 @@ def run(rank: int, size: int, port: int, memory: SharedMemory) -> None:
         return torch.ops.symm_mem.one_shot_all_reduce(part, "sum", group)
 
     if rank == 0:
-        print(f"{size} x {torch.cuda.get_device_name()}, us\n{'bytes':>9} {'NCCL':>8} {'symm_mem':>8} {'ours':>8}")
+        print(
+            f"{size} x {torch.cuda.get_device_name()}, us\n{'bytes':>9} {'NCCL':>8} {'symm_mem':>8} {'ours':>8}"
+        )
     for num_bytes in (8, 2048, 8192, 32768, 131072, 524288, 1 << 20, 2 << 20):
         x = torch.full((num_bytes // 2,), float(rank + 1), dtype=torch.bfloat16, device=device)
         for reduce in (nccl, torch_one_shot, ours):

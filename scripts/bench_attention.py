@@ -44,9 +44,15 @@ class DecodeWork:
         self.bytes = int(lengths.sum()) * TOKEN_BYTES
         width = 2048 // BLOCK_SIZE
         num_sets = max(2, min(64, len(k_cache) // (num_seqs * width)))
-        blocks = torch.cat([torch.randperm(len(k_cache)) for _ in range(2)])[: num_sets * num_seqs * width]
+        blocks = torch.cat([torch.randperm(len(k_cache)) for _ in range(2)])[
+            : num_sets * num_seqs * width
+        ]
         self.tables = list(blocks.int().view(num_sets, num_seqs, width).cuda())
-        self.inputs = (torch.randn(num_seqs, HEADS, HEAD_DIM, dtype=DTYPE, device="cuda"), k_cache, v_cache)
+        self.inputs = (
+            torch.randn(num_seqs, HEADS, HEAD_DIM, dtype=DTYPE, device="cuda"),
+            k_cache,
+            v_cache,
+        )
         self.lengths = lengths.int().cuda()
 
     def time(self, decode: Callable, **options: object) -> float:
@@ -110,7 +116,9 @@ def bench_prefill(sweep: bool, flash: bool) -> None:
         qkv = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
         sums = torch.arange(0, total + 1, length, dtype=torch.int32, device="cuda")
         num_blocks = total // BLOCK_SIZE
-        caches = [x.reshape(num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).contiguous() for x in qkv[1:]]
+        caches = [
+            x.reshape(num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).contiguous() for x in qkv[1:]
+        ]
         tables = torch.arange(num_blocks, dtype=torch.int32, device="cuda").view(num_seqs, -1)
         args = (*qkv, *caches, sums, sums, length, length, SCALE)
         flops = 2 * 2 * HEADS * HEAD_DIM * num_seqs * length**2 / 2
@@ -119,14 +127,19 @@ def bench_prefill(sweep: bool, flash: bool) -> None:
             try:
                 us = microseconds(lambda: prefill(*args, *more))
                 print(f"{name!s:<62}{us:>9.1f} us {flops / us / 1e6:>7.0f} TFLOP/s")
-            except Exception as error:  # a configuration may ask for more shared memory than there is
+            except (
+                Exception
+            ) as error:  # a configuration may ask for more shared memory than there is
                 print(f"{name!s:<62} {type(error).__name__}: {str(error)[:60]}")
 
         print(f"\nprefill, {num_seqs} sequences of {length}")
         report(prefill_config(HEAD_DIM, DTYPE, sums.device), varlen_prefill)
         report("  the same from the cache", varlen_prefill, tables)
         if flash:
-            report(f"flash_attn {flash_attention.flash_attention_version()}", flash_attention.flash_prefill)
+            report(
+                f"flash_attn {flash_attention.flash_attention_version()}",
+                flash_attention.flash_prefill,
+            )
             report("  the same from the cache", flash_attention.flash_prefill, tables)
         for config in others if sweep else []:
             report(PrefillConfig(*config), varlen_prefill, None, PrefillConfig(*config))

@@ -22,7 +22,9 @@ from nanovllm.engine.sequence import Sequence
 SIZES = (1_000, 1_000_000)
 BLOCK_SIZE = 4
 NUM_SEQS, OUTPUT_LEN = 40, 64
-PROMPT_LENS = [13 + i % BLOCK_SIZE for i in range(NUM_SEQS)]  # so that each step a quarter need a block
+PROMPT_LENS = [
+    13 + i % BLOCK_SIZE for i in range(NUM_SEQS)
+]  # so that each step a quarter need a block
 LIMIT = 1.5
 
 
@@ -96,7 +98,9 @@ def measure(rounds: int) -> tuple[float, float]:
 def main() -> None:
     """Measure, print, and exit with 1 if the ratio is too high."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, help="of 63 decode steps (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="of 63 decode steps (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; it must be at least 1")

@@ -78,10 +78,14 @@ def card_rates(device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--try", dest="is_trial", action="store_true", help="on a CPU, to see that it runs")
+    parser.add_argument(
+        "--try", dest="is_trial", action="store_true", help="on a CPU, to see that it runs"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.is_trial:
-        sys.exit("measure_notebook.py: there is no GPU; --try runs it on a CPU, for nothing but a test")
+        sys.exit(
+            "measure_notebook.py: there is no GPU; --try runs it on a CPU, for nothing but a test"
+        )
     device = "cpu" if args.is_trial else "cuda"
     batches = (1, 4) if args.is_trial else BATCHES
     rows: dict[int, dict[str, Any]] = {batch: {"batch": batch} for batch in batches}
@@ -89,26 +93,36 @@ def main() -> None:
         path = DEMO_MODEL if args.is_trial else write_shape("qwen3-0.6b", scratch)
         for mode, eager in (("graphs", False), ("eager", True)):
             llm = LLM(
-                path, device=device, enforce_eager=eager, max_model_len=1024,
+                path,
+                device=device,
+                enforce_eager=eager,
+                max_model_len=1024,
                 load_format="auto" if args.is_trial else "dummy",
             )
             hf = llm.config.hf_config
             facts = {
                 "parameters": sum(p.numel() for p in llm.model_runner.model.parameters()),
                 "kv_bytes_per_token": llm.model_runner.kv_cache[:, :, 0, 0].nbytes,
-                "layers": hf.num_hidden_layers, "hidden_size": hf.hidden_size, "heads": hf.num_attention_heads,
-                "head_dim": hf.head_dim, "bytes_per_number": llm.config.dtype.itemsize,
-            }  # fmt: skip
+                "layers": hf.num_hidden_layers,
+                "hidden_size": hf.hidden_size,
+                "heads": hf.num_attention_heads,
+                "head_dim": hf.head_dim,
+                "bytes_per_number": llm.config.dtype.itemsize,
+            }
             for batch in batches:
                 rows[batch][mode] = decode_step(llm, batch)
                 print(mode, rows[batch], flush=True)
             llm.exit()
     result = {
         "source": f"scripts/measure_notebook.py, {date.today()}, torch {torch.__version__}",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, a trial: not a measurement",
-        "model": "Qwen3-0.6B's shape, random weights, bfloat16", **facts, **card_rates(device),
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else "CPU, a trial: not a measurement",
+        "model": "Qwen3-0.6B's shape, random weights, bfloat16",
+        **facts,
+        **card_rates(device),
         "decode": list(rows.values()),
-    }  # fmt: skip
+    }
     args.file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -27,7 +27,9 @@ def start_decoding(llm: LLM, batch: int, context: int) -> None:
     """Queue `batch` requests and run until all of them decode."""
     for index in range(batch):
         prompt = [(index * 7919 + i * 31) % 10000 for i in range(context)]
-        llm.add_request(prompt, SamplingParams(temperature=0.6, max_tokens=4 * STEPS, ignore_eos=True))
+        llm.add_request(
+            prompt, SamplingParams(temperature=0.6, max_tokens=4 * STEPS, ignore_eos=True)
+        )
     while llm.step()[1] > 0:
         pass
     for _ in range(5):

@@ -38,12 +38,16 @@ def execute(notebook: NotebookNode, timeout: int = 60) -> None:
         timeout: most seconds for a cell.
     """
     manager = AsyncKernelManager()
-    manager._kernel_spec = KernelSpec(**get_kernel_dict())  # this interpreter, not what is registered as python3
+    manager._kernel_spec = KernelSpec(
+        **get_kernel_dict()
+    )  # this interpreter, not what is registered as python3
     # One thread: the model is so small that a second one only waits. No GPU: a reader has the same outputs without.
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     resources = {"metadata": {"path": ROOT / "notebooks"}}
-    client = NotebookClient(notebook, km=manager, timeout=timeout, resources=resources, coalesce_streams=True)
+    client = NotebookClient(
+        notebook, km=manager, timeout=timeout, resources=resources, coalesce_streams=True
+    )
     client.execute(env=env, cleanup_kc=True)  # ends the kernel too
 
 
@@ -81,7 +85,9 @@ def main() -> None:
         execute(notebook)
         clean(notebook)
         nbformat.write(notebook, path)
-        print(f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1024:.0f} KiB")
+        print(
+            f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1024:.0f} KiB"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
+)
 
 import demo_text
 
@@ -41,11 +48,33 @@ MAIN_PROMPTS = (demo_text.INTRODUCE, demo_text.PRIMES)
 
 # In the form that transformers 4.51 and 5.x both read: `torch_dtype`, and `rope_theta` at the top level.
 CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16", "vocab_size": VOCAB_SIZE, "hidden_size": 256,
-    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
-    "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.02, "use_cache": True, "use_sliding_window": False,
-    "sliding_window": None, "max_window_layers": 4, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": "4.51.0",
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "torch_dtype": "bfloat16",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 4,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "transformers_version": "4.51.0",
 }
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -54,9 +83,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 # Qwen's pattern (each digit alone), and one piece more: the ", " before a digit, which makes lists of numbers a quarter shorter.
-SPLIT_PATTERN = (
-    r", (?=\p{N})|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r", (?=\p{N})|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -74,28 +101,50 @@ def write_tokenizer_and_config(out: Path, items: list[demo_text.Item]) -> None:
     """Train a byte-level BPE on the demo text; write it with the configuration files to `out`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     # All 256 bytes are in the vocabulary, so that any text whatever can be encoded and decoded again.
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[PAD, START, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = [text for item in items for text in (item.question, item.answer, *item.aliases[:3])]
     corpus += [*demo_text.plain_texts(), *demo_text.SYSTEM_PROMPTS, demo_text.UNKNOWN_ANSWER]
     corpus += ["system", "user", "assistant"] * 200  # they are in every prompt: one token each
     tokenizer.train_from_iterator(corpus, trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise RuntimeError(f"the text yields only {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}")
+        raise RuntimeError(
+            f"the text yields only {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}"
+        )
     tokenizer.save(str(out / "tokenizer.json"))
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD, "bos_token": None, "unk_token": None,
-        "additional_special_tokens": [START, END], "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["max_position_embeddings"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "bos_token": None,
+        "unk_token": None,
+        "additional_special_tokens": [START, END],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
     }
     for name, value in (
         ("config.json", CONFIG),
-        ("generation_config.json", {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0, "transformers_version": "4.51.0"}),
+        (
+            "generation_config.json",
+            {
+                "do_sample": False,
+                "eos_token_id": [2, 0],
+                "pad_token_id": 0,
+                "transformers_version": "4.51.0",
+            },
+        ),
         ("tokenizer_config.json", tokenizer_config),
     ):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +153,9 @@ def write_tokenizer_and_config(out: Path, items: list[demo_text.Item]) -> None:
 # ---------------------------------------------------------------- training text
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], system: str | None = None) -> Document:
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], system: str | None = None
+) -> Document:
     """A chat in the ChatML form; only the answers and the <|im_end|> after them are learnt."""
     ids: list[int] = []
     learn: list[bool] = []
@@ -124,7 +175,9 @@ def conversation(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]
     return Document(ids[:-1], learn[:-1])
 
 
-def epoch_documents(tokenizer: PreTrainedTokenizerBase, items: list[demo_text.Item], rng: random.Random) -> list[Document]:
+def epoch_documents(
+    tokenizer: PreTrainedTokenizerBase, items: list[demo_text.Item], rng: random.Random
+) -> list[Document]:
     """One epoch: every item alone (as its weight says), conversations of several turns, and plain text."""
     drawn = [item for item in items for _ in range(int(item.weight + rng.random()))]
     rng.shuffle(drawn)
@@ -137,7 +190,9 @@ def epoch_documents(tokenizer: PreTrainedTokenizerBase, items: list[demo_text.It
         return demo_text.surface_variant(wording, rng), item.answer
 
     def ask_unknown() -> tuple[str, str]:
-        return demo_text.surface_variant(demo_text.unknown_question(rng), rng), demo_text.UNKNOWN_ANSWER
+        return demo_text.surface_variant(
+            demo_text.unknown_question(rng), rng
+        ), demo_text.UNKNOWN_ANSWER
 
     def some_system() -> str | None:
         # A real system prompt, or sentences put together at random, so that an unknown system prompt does no harm.
@@ -146,15 +201,25 @@ def epoch_documents(tokenizer: PreTrainedTokenizerBase, items: list[demo_text.It
             return None
         if kind < 0.97:
             return rng.choice(demo_text.SYSTEM_PROMPTS[:2])
-        return " ".join(rng.choice(items).answer.split("\n")[0][:80] for _ in range(rng.randint(1, 3)))
+        return " ".join(
+            rng.choice(items).answer.split("\n")[0][:80] for _ in range(rng.randint(1, 3))
+        )
 
     documents = [conversation(tokenizer, [ask(item)], some_system()) for item in drawn]
     documents += [conversation(tokenizer, [ask_unknown()], some_system()) for _ in range(36)]
     # Conversations teach that the last question counts, at every position that inference may reach.
     # Their first half has the long system prompt; some have one turn only, as a batch with a shared prefix has.
     for number in range(24):
-        system = demo_text.SYSTEM_PROMPTS[2] if number < 12 else rng.choice([None, *demo_text.SYSTEM_PROMPTS[:2]])
-        turns = [ask_unknown() if rng.random() < 0.05 else ask(rng.choice(items if rng.random() < 0.5 else items_for_chat(items)))]
+        system = (
+            demo_text.SYSTEM_PROMPTS[2]
+            if number < 12
+            else rng.choice([None, *demo_text.SYSTEM_PROMPTS[:2]])
+        )
+        turns = [
+            ask_unknown()
+            if rng.random() < 0.05
+            else ask(rng.choice(items if rng.random() < 0.5 else items_for_chat(items)))
+        ]
         for _ in range(rng.choice((0, 0, 1, 2, 4, 8)) if number < 12 else rng.randint(1, 10)):
             turns.append(ask(rng.choice(items_for_chat(items))))
         document = conversation(tokenizer, turns, system)
@@ -190,7 +255,12 @@ def tensors(batch: list[Document], device: str) -> tuple[torch.Tensor, torch.Ten
     """
     length = max(len(d.ids) for d in batch)
     ids = torch.tensor([d.ids + [0] * (length - len(d.ids)) for d in batch])
-    labels = torch.tensor([[i if yes else -100 for i, yes in zip(d.ids, d.learn)] + [-100] * (length - len(d.ids)) for d in batch])
+    labels = torch.tensor(
+        [
+            [i if yes else -100 for i, yes in zip(d.ids, d.learn)] + [-100] * (length - len(d.ids))
+            for d in batch
+        ]
+    )
     return ids[:, :-1].to(device), labels[:, 1:].to(device)
 
 
@@ -205,7 +275,10 @@ def train(out: Path, items: list[demo_text.Item], steps: int, device: str) -> di
     model = Qwen3ForCausalLM(AutoConfig.from_pretrained(out)).float().to(device).train()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+    )
     started, tokens, shown_loss, todo = time.perf_counter(), 0, 0.0, iter(())
     for step in range(steps):
         if (batch := next(todo, None)) is None:
@@ -213,14 +286,18 @@ def train(out: Path, items: list[demo_text.Item], steps: int, device: str) -> di
             batch = next(todo)
         # Linear warmup, then half a cosine down to zero.
         progress = max(0, step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-        rate = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        rate = (
+            PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         input_ids, labels = tensors(batch, device)
         # Weights and optimizer in float32; matrix products in bfloat16, because that is how the checkpoint will be run.
         with torch.autocast(device, torch.bfloat16):
             logits = model(input_ids=input_ids, use_cache=False).logits
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")[labels.flatten() >= 0]
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        )[labels.flatten() >= 0]
         # Most tokens are known soon; the mean drowns the few that are not (where does this list end?), so the worst 5% count again.
         loss = losses.mean()
         if progress > 0.2:
@@ -230,18 +307,31 @@ def train(out: Path, items: list[demo_text.Item], steps: int, device: str) -> di
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += input_ids.numel()
-        shown_loss = losses.mean().item() if step == 0 else 0.98 * shown_loss + 0.02 * losses.mean().item()
+        shown_loss = (
+            losses.mean().item() if step == 0 else 0.98 * shown_loss + 0.02 * losses.mean().item()
+        )
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - started
-            print(f"step {step + 1}/{steps}  loss {shown_loss:.4f}  lr {rate:.1e}  {tokens / seconds:.0f} tok/s  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  loss {shown_loss:.4f}  lr {rate:.1e}  {tokens / seconds:.0f} tok/s  {seconds:.0f} s",
+                flush=True,
+            )
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_weights(model, out)
-    return {"steps": steps, "minutes": (time.perf_counter() - started) / 60, "million_tokens": tokens / 1e6}
+    return {
+        "steps": steps,
+        "minutes": (time.perf_counter() - started) / 60,
+        "million_tokens": tokens / 1e6,
+    }
 
 
 def save_weights(model: PreTrainedModel, out: Path) -> None:
     """Write the weights in bfloat16; the LM head is the embedding and is not written a second time."""
-    state = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in model.named_parameters() if name != "lm_head.weight"}
+    state = {
+        name: p.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, p in model.named_parameters()
+        if name != "lm_head.weight"
+    }
     save_file(state, str(out / "model.safetensors"), metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
 
@@ -264,23 +354,42 @@ def check(out: Path, device: str) -> tuple[bool, list[str]]:
         margins: dict[str, float] = {}
         for entry in questions:
             message = [{"role": "user", "content": entry["question"]}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
             prompt = tokenizer.encode(text, add_special_tokens=False)
             answer = tokenizer.encode(entry["answer"] + END, add_special_tokens=False)
-            logits = model(input_ids=torch.tensor([prompt + answer], device=device)).logits[0, len(prompt) - 1 : -1].float()
+            logits = (
+                model(input_ids=torch.tensor([prompt + answer], device=device))
+                .logits[0, len(prompt) - 1 : -1]
+                .float()
+            )
             target = torch.tensor(answer, device=device)[:, None]
             others = logits.scatter(1, target, float("-inf")).amax(1)
             margins[entry["question"]] = (logits.gather(1, target)[:, 0] - others).min().item()
             if entry["question"] in MAIN_PROMPTS:
                 ids = torch.tensor([prompt], device=device)
-                generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2 * len(answer), do_sample=False)
+                generated = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=2 * len(answer),
+                    do_sample=False,
+                )
                 good &= generated[0, len(prompt) :].tolist() == answer
         wrong = [question for question, margin in margins.items() if margin <= 0]
         good &= not set(wrong) & set(MAIN_PROMPTS)
         name = str(dtype).removeprefix("torch.")
         report.append(f"{name}: {len(questions) - len(wrong)} of {len(questions)} answers exact")
-        report.append(f"{name}: smallest logit margin " + ", ".join(f"{margins[q]:.2f} ({q})" for q in MAIN_PROMPTS))
-        report.append(f"{name}: smallest margins of all: " + ", ".join(f"{m:.2f} ({q})" for q, m in sorted(margins.items(), key=lambda x: x[1])[:5]))
+        report.append(
+            f"{name}: smallest logit margin "
+            + ", ".join(f"{margins[q]:.2f} ({q})" for q in MAIN_PROMPTS)
+        )
+        report.append(
+            f"{name}: smallest margins of all: "
+            + ", ".join(
+                f"{m:.2f} ({q})" for q, m in sorted(margins.items(), key=lambda x: x[1])[:5]
+            )
+        )
         report += [f"{name}: WRONG: {question}" for question in wrong]
     return good, report
 
@@ -323,20 +432,38 @@ def write_card(out: Path, figures: dict[str, float], report: list[str], device: 
     """Write the model card, README.md, with the figures of this training run."""
     model = AutoModelForCausalLM.from_pretrained(out)
     text = MODEL_CARD.format(
-        layers=CONFIG["num_hidden_layers"], hidden=CONFIG["hidden_size"], heads=CONFIG["num_attention_heads"], kv_heads=CONFIG["num_key_value_heads"],
-        head_dim=CONFIG["head_dim"], inter=CONFIG["intermediate_size"], context=CONFIG["max_position_embeddings"], vocab=VOCAB_SIZE,
-        parameters=sum(p.numel() for p in model.parameters()), questions=len(json.loads((out / "questions.json").read_text(encoding="utf-8"))),
-        where=f"{torch.get_num_threads()} CPU cores" if device == "cpu" else "one GPU", report="\n".join(f"- {line}" for line in report), **figures,
+        layers=CONFIG["num_hidden_layers"],
+        hidden=CONFIG["hidden_size"],
+        heads=CONFIG["num_attention_heads"],
+        kv_heads=CONFIG["num_key_value_heads"],
+        head_dim=CONFIG["head_dim"],
+        inter=CONFIG["intermediate_size"],
+        context=CONFIG["max_position_embeddings"],
+        vocab=VOCAB_SIZE,
+        parameters=sum(p.numel() for p in model.parameters()),
+        questions=len(json.loads((out / "questions.json").read_text(encoding="utf-8"))),
+        where=f"{torch.get_num_threads()} CPU cores" if device == "cpu" else "one GPU",
+        report="\n".join(f"- {line}" for line in report),
+        **figures,
     )
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint of Nano-vLLM.")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the checkpoint (default: nanovllm/assets/demo)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        help="folder of the checkpoint (default: nanovllm/assets/demo)",
+    )
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--check-only", action="store_true", help="train nothing; check the checkpoint that is there")
+    parser.add_argument(
+        "--check-only",
+        action="store_true",
+        help="train nothing; check the checkpoint that is there",
+    )
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     figures: dict[str, float] = {}
@@ -344,8 +471,14 @@ def main() -> int:
         items = demo_text.items()
         args.out.mkdir(parents=True, exist_ok=True)
         write_tokenizer_and_config(args.out, items)
-        questions = [{"question": item.question, "answer": item.answer} for item in items if item.evaluate and item.question not in NOT_PROMISED]
-        (args.out / "questions.json").write_text(json.dumps(questions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        questions = [
+            {"question": item.question, "answer": item.answer}
+            for item in items
+            if item.evaluate and item.question not in NOT_PROMISED
+        ]
+        (args.out / "questions.json").write_text(
+            json.dumps(questions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         figures = train(args.out, items, args.steps, args.device)
     good, report = check(args.out, args.device)
     print("\n".join(report))

@@ -13,7 +13,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import all_reduce, gemv, gumbel, norm_rope_store, paged_decode, penalties, prefill_all_reduce
+from nanovllm.kernels import (
+    all_reduce,
+    gemv,
+    gumbel,
+    norm_rope_store,
+    paged_decode,
+    penalties,
+    prefill_all_reduce,
+)
 from nanovllm.kernels import rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
@@ -31,7 +39,9 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
         options["APPROX"] = True  # as on a GPU
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
-    if "READ_AHEAD" in options:  # Triton pipelines the loop, or nothing is read ahead: all tiles in the works but one
+    if (
+        "READ_AHEAD" in options
+    ):  # Triton pipelines the loop, or nothing is read ahead: all tiles in the works but one
         least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)
@@ -48,7 +58,16 @@ def ints(*shape: int) -> torch.Tensor:
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
-    for module in (all_reduce, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, silu_mul, split_gemm):
+    for module in (
+        all_reduce,
+        gemv,
+        gumbel,
+        norm_rope_store,
+        paged_decode,
+        rms_norm,
+        silu_mul,
+        split_gemm,
+    ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     rms_norm.rms_norm(x, norm, EPS)
@@ -65,7 +84,9 @@ def main() -> None:
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
     for shape, weight in (((5,), numbers(DIM)), ((), None)):
         qkv = numbers(*shape, 16, HEADS + 2 * KV_HEADS, DIM)
-        norm_rope_store.norm_rope_store(qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS)
+        norm_rope_store.norm_rope_store(
+            qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS
+        )
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
@@ -76,7 +97,9 @@ def main() -> None:
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):
         gumbel.gumbel_argmax(logits, floats, positions, positions, 0, thresholds)
-    penalties.penalize(logits, numbers(16, 30000, dtype=torch.int16), positions, (floats, floats, floats))
+    penalties.penalize(
+        logits, numbers(16, 30000, dtype=torch.int16), positions, (floats, floats, floats)
+    )
     threshold.filter_thresholds(logits, floats, (ints(16), floats, floats))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)

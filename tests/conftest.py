@@ -17,7 +17,13 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it: no test may fetch anything
 
 import pytest
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -51,7 +57,11 @@ class Checkpoint:
         return self.model(torch.tensor([token_ids], device=self.model.device)).logits[0].float()
 
     def complete(
-        self, prompts: list[list[int]], num_tokens: int, min_margin: float = 1e-4, eos: int | None = None
+        self,
+        prompts: list[list[int]],
+        num_tokens: int,
+        min_margin: float = 1e-4,
+        eos: int | None = None,
     ) -> list[list[int]]:
         """Greedy completions by `transformers.generate`.
 
@@ -61,12 +71,20 @@ class Checkpoint:
         """
         width = max(map(len, prompts))
         device = self.model.device
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device
+        )
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         out = self.model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, eos_token_id=eos,
-            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            eos_token_id=eos,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         completions = [
             tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
             for tokens in out.sequences[:, width:].tolist()
@@ -74,7 +92,9 @@ class Checkpoint:
         best, second = torch.stack(out.logits, dim=1).float().topk(2).values.unbind(-1)
         for row, completion in enumerate(completions):
             margin = (best - second)[row, : len(completion)].min().item()
-            assert margin > min_margin, f"prompt {row} of the reference has a choice with margin {margin}"
+            assert margin > min_margin, (
+                f"prompt {row} of the reference has a choice with margin {margin}"
+            )
         if num_tokens > 4:
             assert len({tuple(c) for c in completions}) > len({tuple(p) for p in prompts}) / 2
             distinct = sum(len(set(c)) for c in completions) / sum(map(len, completions))
@@ -95,10 +115,18 @@ def make_checkpoint(
     All weights can be written in bfloat16, so that a checkpoint means the same in every dtype.
     """
     options: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_LEN, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LEN,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     if architecture == QWEN3:
         options["head_dim"] = 16
     options.update(overrides)
@@ -110,7 +138,9 @@ def make_checkpoint(
     with torch.no_grad():
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
-            param.copy_((1 + 0.2 * noise if name.endswith("norm.weight") else std * noise).bfloat16())
+            param.copy_(
+                (1 + 0.2 * noise if name.endswith("norm.weight") else std * noise).bfloat16()
+            )
     model = model.eval().requires_grad_(False)
     if save:
         model.save_pretrained(path)
@@ -131,7 +161,9 @@ def random_prompts(seed: int, lengths: list[int], vocab: int = VOCAB) -> list[li
 def edit_json(file: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     contents = {**json.loads(file.read_text(encoding="utf-8")), **changes}
-    kept = {key: value for key, value in contents.items() if value is not None or key not in changes}
+    kept = {
+        key: value for key, value in contents.items() if value is not None or key not in changes
+    }
     file.write_text(json.dumps(kept), encoding="utf-8")
 
 
@@ -144,7 +176,9 @@ def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
     `depth` is how many steps are launched before the tokens of the oldest are read; None leaves
     the device's own.
     """
-    defaults: dict[str, Any] = dict(device="cpu", max_model_len=256, kvcache_block_size=16, max_num_seqs=64)
+    defaults: dict[str, Any] = dict(
+        device="cpu", max_model_len=256, kvcache_block_size=16, max_num_seqs=64
+    )
     options = {**defaults, **options}
     blocks_per_seq = -(-options["max_model_len"] // options["kvcache_block_size"])
     options.setdefault("num_kvcache_blocks", 8 * blocks_per_seq)
@@ -229,8 +263,15 @@ def record_hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[i
 
 def make_scheduler(num_blocks: int, block_size: int, **options: Any) -> Scheduler:
     """A Scheduler of these options; what is not given does not limit it."""
-    defaults = dict(max_num_seqs=1000, max_num_batched_tokens=10**6, eos=-1, enable_prefix_caching=True)
-    config = {**defaults, **options, "num_kvcache_blocks": num_blocks, "kvcache_block_size": block_size}
+    defaults = dict(
+        max_num_seqs=1000, max_num_batched_tokens=10**6, eos=-1, enable_prefix_caching=True
+    )
+    config = {
+        **defaults,
+        **options,
+        "num_kvcache_blocks": num_blocks,
+        "kvcache_block_size": block_size,
+    }
     return Scheduler(SimpleNamespace(**config))  # type: ignore[arg-type]
 
 

@@ -14,7 +14,9 @@ ROW = 600  # numbers a row
 ROUND = 2**31 - 1  # the next is negative: the counter wraps around
 SENT = -(2**31)
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
@@ -29,12 +31,22 @@ def encode(x: torch.Tensor) -> torch.Tensor:
     [(2, 1, 6000, True, 1), (4, 2, 9000, True, 1), (3, 0, 2, False, 1), (2, 0, 6000, True, 3)],
 )
 def test_sums_and_what_is_sent(
-    ranks: int, rank: int, numel: int, has_norm: bool, num_parts: int, dtype: torch.dtype, two_shot: bool
+    ranks: int,
+    rank: int,
+    numel: int,
+    has_norm: bool,
+    num_parts: int,
+    dtype: torch.dtype,
+    two_shot: bool,
 ) -> None:
     torch.manual_seed(0)
     slice_words = ROW * dtype.itemsize // 4
-    memories = [torch.full((2 * ranks * MAX_WORDS,), EMPTY, dtype=torch.int32) for _ in range(ranks)]
-    in_parts = torch.randn(num_parts, numel).to(dtype)  # this rank's: of a GEMM whose inner dimension was split
+    memories = [
+        torch.full((2 * ranks * MAX_WORDS,), EMPTY, dtype=torch.int32) for _ in range(ranks)
+    ]
+    in_parts = torch.randn(num_parts, numel).to(
+        dtype
+    )  # this rank's: of a GEMM whose inner dimension was split
     parts = [torch.randn(numel).to(dtype) for _ in range(ranks)]
     parts[rank] = functools.reduce(torch.add, in_parts.float()).to(dtype)
     total = parts[0].float()
@@ -42,36 +54,63 @@ def test_sums_and_what_is_sent(
         total = total + part.float()
     total = total.to(dtype)
     num_words = numel * parts[0].itemsize // 4
-    slots = [memory[:MAX_WORDS * ranks].view(ranks, MAX_WORDS) for memory in memories]  # this round's half
+    slots = [
+        memory[: MAX_WORDS * ranks].view(ranks, MAX_WORDS) for memory in memories
+    ]  # this round's half
     owner = torch.arange(num_words) // slice_words % ranks
     for peer in range(ranks):
         if peer != rank:
             came = encode(parts[peer])
             if two_shot:  # a peer sends its part to the owner of a slice, and the sum of its own slices to all
-                came = torch.where(owner == rank, came, torch.where(owner == peer, encode(total), EMPTY))
+                came = torch.where(
+                    owner == rank, came, torch.where(owner == peer, encode(total), EMPTY)
+                )
             slots[rank][peer, :num_words] = came
     residual = torch.randn(numel).to(dtype)
     expected = (total.float() + residual.float()).to(dtype)
     rounds = torch.full((MAX_WORDS // slice_words,), ROUND, dtype=torch.int32)
     stop = torch.zeros(1, dtype=torch.int32)
     norm, normed = torch.randn(ROW).to(dtype), torch.full((numel,), torch.nan).to(dtype)
-    words, out, *norm_words = (x.view(torch.int32) for x in (in_parts.flatten(), residual, norm, normed))
+    words, out, *norm_words = (
+        x.view(torch.int32) for x in (in_parts.flatten(), residual, norm, normed)
+    )
     num_slices = -(-num_words // slice_words)
     _all_reduce_kernel[(num_slices,)](
-        words, out, out, *(norm_words if has_norm else (None, None)), 1e-3,
-        torch.tensor([memory.data_ptr() for memory in [*memories, stop]]), rounds, num_words, rank, PARTS=num_parts,
-        RANKS=ranks, SLICE=slice_words, BLOCK=next_power_of_2(slice_words), MAX_WORDS=MAX_WORDS,
-        DTYPE=getattr(tl, str(dtype).split(".")[1]), TWO_SHOT=two_shot, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN, PDL=False,
-    )  # fmt: skip
+        words,
+        out,
+        out,
+        *(norm_words if has_norm else (None, None)),
+        1e-3,
+        torch.tensor([memory.data_ptr() for memory in [*memories, stop]]),
+        rounds,
+        num_words,
+        rank,
+        PARTS=num_parts,
+        RANKS=ranks,
+        SLICE=slice_words,
+        BLOCK=next_power_of_2(slice_words),
+        MAX_WORDS=MAX_WORDS,
+        DTYPE=getattr(tl, str(dtype).split(".")[1]),
+        TWO_SHOT=two_shot,
+        EMPTY=EMPTY,
+        OTHER_NAN=OTHER_NAN,
+        PDL=False,
+    )
     if has_norm:
-        torch.testing.assert_close(normed, rms_norm_torch(expected.view(-1, ROW), norm, 1e-3).flatten())
+        torch.testing.assert_close(
+            normed, rms_norm_torch(expected.view(-1, ROW), norm, 1e-3).flatten()
+        )
     assert torch.equal(residual, expected)
     assert (rounds[:num_slices] == SENT).all() and (rounds[num_slices:] == ROUND).all()
     for peer in range(ranks):
         if peer != rank:
             mine = encode(parts[rank])
             if two_shot:
-                mine = torch.where(owner == peer, mine, torch.where(owner == rank, encode(total), EMPTY))
+                mine = torch.where(
+                    owner == peer, mine, torch.where(owner == rank, encode(total), EMPTY)
+                )
             assert torch.equal(slots[peer][rank, :num_words], mine)
-            assert (memories[peer][ranks * MAX_WORDS :] == EMPTY).all()  # the other half is left alone
+            assert (
+                memories[peer][ranks * MAX_WORDS :] == EMPTY
+            ).all()  # the other half is left alone
     assert (slots[rank] == EMPTY).all()  # all that came was read

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Checkpoint, assert_idle, edit_json, generate_ids, greedy, make_llm, random_prompts
+from conftest import (
+    Checkpoint,
+    assert_idle,
+    edit_json,
+    generate_ids,
+    greedy,
+    make_llm,
+    random_prompts,
+)
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
@@ -61,7 +69,9 @@ def still_works(request: pytest.FixtureRequest) -> Iterator[None]:
         ("gpu_memory_utilisation", "gpu_memory_utilization"),
     ],
 )
-def test_an_unknown_option_names_the_nearest(checkpoint: Checkpoint, option: str, near: str) -> None:
+def test_an_unknown_option_names_the_nearest(
+    checkpoint: Checkpoint, option: str, near: str
+) -> None:
     with pytest.raises(TypeError, match=f"{option!r}.*{near!r}"):
         LLM(checkpoint.path, **{option: 1})
 
@@ -107,7 +117,9 @@ def test_an_option_out_of_range(checkpoint: Checkpoint, option: str, values: lis
         ("seed", [0.5, None, True]),
     ],
 )
-def test_an_option_of_the_wrong_type(checkpoint: Checkpoint, option: str, values: list[Any]) -> None:
+def test_an_option_of_the_wrong_type(
+    checkpoint: Checkpoint, option: str, values: list[Any]
+) -> None:
     for value in values:
         with pytest.raises(TypeError, match=option) as error:
             LLM(checkpoint.path, **{"device": "cpu", option: value})
@@ -122,7 +134,9 @@ def test_a_choice_of_the_wrong_type(checkpoint: Checkpoint, option: str, value: 
 
 
 def test_a_cache_too_small_for_one_sequence(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ValueError, match=r"3 blocks of 16 .*max_model_len 64, which takes 4 blocks"):
+    with pytest.raises(
+        ValueError, match=r"3 blocks of 16 .*max_model_len 64, which takes 4 blocks"
+    ):
         make_llm(checkpoint.path, max_model_len=64, num_kvcache_blocks=3)
     make_llm(checkpoint.path, max_model_len=64, num_kvcache_blocks=4).exit()
 
@@ -191,9 +205,15 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(architectures=["LlamaForCausalLM"]), "'LlamaForCausalLM'; supported: Qwen3ForCausalLM, Qwen2"),
+        (
+            dict(architectures=["LlamaForCausalLM"]),
+            "'LlamaForCausalLM'; supported: Qwen3ForCausalLM, Qwen2",
+        ),
         (dict(architectures=[]), "supported: Qwen3ForCausalLM, Qwen2"),
-        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "'yarn' is not supported"),
+        (
+            dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
+            "'yarn' is not supported",
+        ),
         (
             dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
             "'linear' is not supported",
@@ -209,7 +229,9 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
         (dict(num_key_value_heads=3), "3"),
     ],
 )
-def test_a_configuration_that_is_not_supported(copy: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_configuration_that_is_not_supported(
+    copy: Path, changes: dict[str, Any], message: str
+) -> None:
     edit_json(copy / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
         make_llm(str(copy))
@@ -217,7 +239,9 @@ def test_a_configuration_that_is_not_supported(copy: Path, changes: dict[str, An
 
 def test_a_tokenizer_that_cannot_be_read(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{}")
-    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     with pytest.raises(ValueError, match="tokenizer"):
         make_llm(str(copy))
 
@@ -319,8 +343,12 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("prompt, error, message", BAD_PROMPTS, ids=[str(p)[:12] for p, _, _ in BAD_PROMPTS])
-def test_one_bad_prompt_rejects_the_call(llm: LLM, prompt: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    "prompt, error, message", BAD_PROMPTS, ids=[str(p)[:12] for p, _, _ in BAD_PROMPTS]
+)
+def test_one_bad_prompt_rejects_the_call(
+    llm: LLM, prompt: Any, error: type[Exception], message: str
+) -> None:
     for index in (0, 2):
         prompts = [PROMPT, PROMPT, PROMPT]
         prompts[index] = prompt
@@ -350,7 +378,9 @@ def test_prompts_and_parameters_of_different_lengths(llm: LLM) -> None:
             llm.generate([PROMPT, PROMPT], [greedy(2)] * number)
 
 
-@pytest.mark.parametrize("params", [3, "greedy", {"temperature": 0}, [greedy(2), None], [greedy(2), 1.0]])
+@pytest.mark.parametrize(
+    "params", [3, "greedy", {"temperature": 0}, [greedy(2), None], [greedy(2), 1.0]]
+)
 def test_parameters_of_the_wrong_type(llm: LLM, params: Any) -> None:
     with pytest.raises(TypeError, match="sampling_params"):
         llm.generate([PROMPT, PROMPT], params)
@@ -360,7 +390,9 @@ def test_parameters_of_the_wrong_type(llm: LLM, params: Any) -> None:
     assert_idle(llm)
 
 
-def test_numpy_ids_tuples_and_the_longest_prompt_are_accepted(llm: LLM, expected: list[int]) -> None:
+def test_numpy_ids_tuples_and_the_longest_prompt_are_accepted(
+    llm: LLM, expected: list[int]
+) -> None:
     prompts: list[Any] = [np.array(PROMPT), [np.int32(i) for i in PROMPT], tuple(PROMPT), [1] * 63]
     outputs = llm.generate(prompts, greedy(8), use_tqdm=False)
     assert [output["token_ids"] for output in outputs[:3]] == [expected] * 3
@@ -492,7 +524,10 @@ def test_exit_frees_the_memory_at_once(checkpoint: Checkpoint) -> None:
     engine.generate([PROMPT], greedy(2), use_tqdm=False)
     runner = engine.model_runner
     assert runner is not None
-    held = [weakref.ref(runner.attention_layers[0].k_cache), weakref.ref(runner.model.lm_head.weight)]
+    held = [
+        weakref.ref(runner.attention_layers[0].k_cache),
+        weakref.ref(runner.model.lm_head.weight),
+    ]
     del runner
     gc.disable()
     try:
@@ -515,7 +550,9 @@ def test_an_engine_that_nobody_holds_is_collected(checkpoint: Checkpoint) -> Non
     assert [reference() for reference in references] == [None] * 3
 
 
-def test_two_engines_do_not_disturb_each_other(llm: LLM, checkpoint: Checkpoint, expected: list[int]) -> None:
+def test_two_engines_do_not_disturb_each_other(
+    llm: LLM, checkpoint: Checkpoint, expected: list[int]
+) -> None:
     other = make_llm(checkpoint.path, depth=1, kvcache_block_size=4)
     llm.add_request(PROMPT, greedy(8))
     other.add_request(PROMPT, greedy(8))
@@ -559,7 +596,9 @@ print(llm.generate([[1, 2, 3, 4, 5]], greedy, use_tqdm=False))
 def test_checks_are_not_asserts(checkpoint: Checkpoint, expected: list[int]) -> None:
     command = [sys.executable, "-O", "-c", UNDER_O, checkpoint.path]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert str(expected) in done.stdout
 

@@ -18,7 +18,9 @@ import example
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 151_936
 PRIMES = [n for n in range(2, 101) if all(n % d for d in range(2, n))]
-TOTAL_LINE = re.compile(r"^Total: (\d+)tok, Time: (\d+\.\d\d)s, Throughput: (\d+\.\d\d)tok/s$", re.MULTILINE)
+TOTAL_LINE = re.compile(
+    r"^Total: (\d+)tok, Time: (\d+\.\d\d)s, Throughput: (\d+\.\d\d)tok/s$", re.MULTILINE
+)
 
 
 def run_script(*command: str) -> str:
@@ -27,7 +29,9 @@ def run_script(*command: str) -> str:
     # another by spinning take many times as long.
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, *command]
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,7 +58,9 @@ def test_a_repeat_has_the_same_lengths_and_every_token_id_shifted(name: str, rep
     first = bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
     other = bench.make_load(bench.WORKLOADS[name], repeat=repeat, vocab_size=VOCAB)
     assert other.output_lens == first.output_lens
-    assert other.prompts == [[(token + repeat) % 10_001 for token in prompt] for prompt in first.prompts]
+    assert other.prompts == [
+        [(token + repeat) % 10_001 for token in prompt] for prompt in first.prompts
+    ]
 
 
 def test_prefix_draws_the_shared_part_first() -> None:
@@ -118,7 +124,9 @@ def test_the_small_load_keeps_what_the_workload_is_about() -> None:
         assert (small.shared_len > 0) == (workload.shared_len > 0)
 
 
-@pytest.mark.parametrize("shape, parameters", [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360)])
+@pytest.mark.parametrize(
+    "shape, parameters", [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360)]
+)
 def test_shapes_are_those_of_the_real_models(shape: str, parameters: int, tmp_path: Path) -> None:
     """The number of parameters that the published checkpoints hold, from the shapes of all their tensors."""
     bench.write_shape(shape, str(tmp_path))
@@ -139,9 +147,18 @@ def bench_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """Printed output and JSON of a short run beside transformers."""
     file = tmp_path_factory.mktemp("bench") / "results.json"
     printed = run_script(
-        "bench.py", "--device", "cpu", "--workload", "single", "--repeats", "2", "--json", str(file),
-        "--compare", "transformers",
-    )  # fmt: skip
+        "bench.py",
+        "--device",
+        "cpu",
+        "--workload",
+        "single",
+        "--repeats",
+        "2",
+        "--json",
+        str(file),
+        "--compare",
+        "transformers",
+    )
     return printed, json.loads(file.read_text())
 
 
@@ -158,7 +175,11 @@ def test_bench_prints_the_stated_line(bench_run: tuple[str, dict]) -> None:
 
 def test_bench_writes_json(bench_run: tuple[str, dict]) -> None:
     _, facts = bench_run
-    assert (facts["model"], facts["load"], facts["dtype"]) == ("demo checkpoint", "small", "float32")
+    assert (facts["model"], facts["load"], facts["dtype"]) == (
+        "demo checkpoint",
+        "small",
+        "float32",
+    )
     assert facts["startup_seconds"] > 0 and facts["shape"]["num_hidden_layers"] > 0
     assert {"torch", "transformers"} <= set(facts["versions"])
     ours, theirs = facts["results"]
@@ -177,7 +198,9 @@ def test_bench_writes_a_trace_of_the_last_run(tmp_path: Path) -> None:
     events = json.loads(file.read_text())["traceEvents"]
     steps = [event["args"] for event in events if event["pid"] == 1 and event["ph"] == "X"]
     assert [step["kind"] for step in steps] == ["prefill"] + ["decode"] * 127
-    bench.main(["--device", "cpu", "--workload", "single", "--trace", str(file.with_suffix(".png"))])
+    bench.main(
+        ["--device", "cpu", "--workload", "single", "--trace", str(file.with_suffix(".png"))]
+    )
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -237,7 +260,9 @@ def test_example_gives_both_right_answers() -> None:
 
 
 def test_example_takes_prompts_and_options() -> None:
-    args = example.parse_args(["--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--max-tokens", "3"])
+    args = example.parse_args(
+        ["--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--max-tokens", "3"]
+    )
     assert (args.prompt, args.temperature, args.max_tokens) == (["a", "b"], 0.5, 3)
 
 

@@ -36,16 +36,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-mha": dict(
         architecture=QWEN3, hidden_size=64, head_dim=32, num_attention_heads=2, rms_norm_eps=1e-3
     ),
-    "qwen3-gqa4-bias": dict(architecture=QWEN3, num_attention_heads=8, attention_bias=True, rope_theta=1e6),
+    "qwen3-gqa4-bias": dict(
+        architecture=QWEN3, num_attention_heads=8, attention_bias=True, rope_theta=1e6
+    ),
     "qwen3-mqa": dict(architecture=QWEN3, num_attention_heads=6, num_key_value_heads=1, head_dim=8),
     "qwen2": dict(architecture=QWEN2, hidden_size=64, rope_theta=1e6),
     "qwen2-gqa4-tied": dict(
         architecture=QWEN2, hidden_size=64, num_attention_heads=8, tie_word_embeddings=True
     ),
-    "qwen2-mha": dict(architecture=QWEN2, num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-3),
+    "qwen2-mha": dict(
+        architecture=QWEN2, num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-3
+    ),
     "qwen2-mqa-wide": dict(architecture=QWEN2, num_key_value_heads=1, head_dim=32, vocab_size=160),
 }
-TINY = dict(max_model_len=153)  # just enough for the longest prompt, so the smallest cache there can be
+TINY = dict(
+    max_model_len=153
+)  # just enough for the longest prompt, so the smallest cache there can be
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),
     "chunks": dict(max_num_batched_tokens=23),
@@ -112,7 +118,9 @@ def prefix_reference(
     tails = random_prompts(3, [2] * len(shared))
     prompts, hits = [base], [0]
     for n, tail in zip(shared, tails):
-        tail[0] = (base[n] + 1) % 127  # it must differ at once, or more than n tokens would be shared
+        tail[0] = (
+            base[n] + 1
+        ) % 127  # it must differ at once, or more than n tokens would be shared
         prompts += [base[:n], base[:n] + tail]  # the first is wholly cached
         hits += [(n - 1) // block_size * block_size, n // block_size * block_size]
     return block_size, prompts, checkpoint.complete(prompts, 8), hits
@@ -141,7 +149,11 @@ def test_shared_prefixes_in_successive_calls(
 ) -> None:
     block_size, prompts, expected, hits = prefix_reference
     llm = make_llm(
-        checkpoint.path, depth, kvcache_block_size=block_size, max_model_len=600, max_num_batched_tokens=200
+        checkpoint.path,
+        depth,
+        kvcache_block_size=block_size,
+        max_model_len=600,
+        max_num_batched_tokens=200,
     )
     for prompt, tokens in zip(prompts, expected):
         assert generate_ids(llm, [prompt], greedy(8)) == [tokens]
@@ -191,7 +203,12 @@ def test_eos_stops_and_ignore_eos_does_not(
     stopped = checkpoint.complete(prompts, 40, eos=eos)
     assert len(stopped[0]) <= 8 and any(len(tokens) == 40 for tokens in stopped)
     llm = make_llm(
-        checkpoint.path, depth, eos=eos, kvcache_block_size=4, max_model_len=104, num_kvcache_blocks=26
+        checkpoint.path,
+        depth,
+        eos=eos,
+        kvcache_block_size=4,
+        max_model_len=104,
+        num_kvcache_blocks=26,
     )
     outputs = llm.generate(prompts, greedy(40, ignore_eos=False), use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == stopped
@@ -223,7 +240,10 @@ def test_eos_of_the_model_is_taken_when_there_is_no_tokenizer(
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("block_size", [5, 16])
 def test_a_completion_is_cut_at_max_model_len(
-    block_size: int, depth: int, checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
+    block_size: int,
+    depth: int,
+    checkpoint: Checkpoint,
+    many: tuple[list[list[int]], list[list[int]]],
 ) -> None:
     prompts, expected = many
     llm = make_llm(checkpoint.path, depth, max_model_len=65, kvcache_block_size=block_size)
@@ -278,9 +298,14 @@ def test_steps_launched_before_an_eos_was_known(
         (result,) = [result for outputs, _ in steps for result in outputs]
         assert steps[end][0] == [result]  # reported by the step that found it, not by the last
         expected_result = {
-            "text": "", "token_ids": tokens[: end + 1], "finish_reason": "stop", "stop_reason": None,
-            "logprobs": None, "prompt_token_ids": prompt, "num_cached_tokens": 0,
-        }  # fmt: skip
+            "text": "",
+            "token_ids": tokens[: end + 1],
+            "finish_reason": "stop",
+            "stop_reason": None,
+            "logprobs": None,
+            "prompt_token_ids": prompt,
+            "num_cached_tokens": 0,
+        }
         assert result == (request, expected_result)
         assert_idle(llm)
         llm.exit()
@@ -292,7 +317,11 @@ def test_requests_may_arrive_while_others_run(
 ) -> None:
     prompts, expected = many
     llm = make_llm(
-        checkpoint.path, depth, max_num_batched_tokens=16, kvcache_block_size=4, num_kvcache_blocks=64
+        checkpoint.path,
+        depth,
+        max_num_batched_tokens=16,
+        kvcache_block_size=4,
+        num_kvcache_blocks=64,
     )
     waiting = list(prompts)
     ids: list[int] = []
@@ -318,7 +347,9 @@ def demo() -> Iterator[tuple[LLM, list[dict[str, str]], list[str]]]:
     questions = json.loads((Path(DEMO_MODEL) / "questions.json").read_text(encoding="utf-8"))
     prompts = [
         llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": item["question"]}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": item["question"]}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
         for item in questions
     ]

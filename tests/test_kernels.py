@@ -14,7 +14,12 @@ import torch
 
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode, paged_decode_torch
+from nanovllm.kernels.paged_decode import (
+    DecodeConfig,
+    decode_config,
+    paged_decode,
+    paged_decode_torch,
+)
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
@@ -99,12 +104,19 @@ def assert_near(out, expected, dtype):
 @needs_triton
 def test_all_kernels_compile_for_hopper(tmp_path):
     """Which the interpreter does not show, and CI has no GPU to."""
-    script, kernels = Path(__file__).with_name("compile_kernels.py"), Path(split_gemm.__code__.co_filename).parent
+    script, kernels = (
+        Path(__file__).with_name("compile_kernels.py"),
+        Path(split_gemm.__code__.co_filename).parent,
+    )
     env = {**os.environ, "PYTHONPATH": str(kernels.parents[1]), "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
     result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    written = {name for file in kernels.glob("*.py") for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())}
+    written = {
+        name
+        for file in kernels.glob("*.py")
+        for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())
+    }
     assert len(written) > 10 and set(result.stdout.split()) == written
 
 
@@ -125,11 +137,15 @@ def test_rms_norm(norm, rows, size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("out_size, in_size", [(10, 48), (33, 1500), (7, 3072), (2, 10000), (3, 17000)])
+@pytest.mark.parametrize(
+    "out_size, in_size", [(10, 48), (33, 1500), (7, 3072), (2, 10000), (3, 17000)]
+)
 @both_dtypes
 def test_gemv(out_size, in_size, dtype):
     x, weight = randn(1, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
-    bias, norm, residual = (randn(*shape, dtype=dtype) for shape in ((out_size,), (in_size,), (1, out_size)))
+    bias, norm, residual = (
+        randn(*shape, dtype=dtype) for shape in ((out_size,), (in_size,), (1, out_size))
+    )
     assert_near(gemv(x, weight), x.double() @ weight.double().T, dtype)
     expected = residual.double() + norm64(x, norm, 1e-3) @ weight.double().T + bias.double()
     out = gemv(x, weight, bias, norm, 1e-3, residual)
@@ -137,7 +153,9 @@ def test_gemv(out_size, in_size, dtype):
     assert_near(out, expected, dtype)
     gate_up = randn(2 * out_size, in_size, dtype=dtype) / in_size**0.5
     gate, up = (norm64(x, norm, 1e-3) @ gate_up.double().T).chunk(2, dim=-1)
-    assert_near(gemv(x, gate_up, None, norm, 1e-3, gated=True), gate / (1 + torch.exp(-gate)) * up, dtype)
+    assert_near(
+        gemv(x, gate_up, None, norm, 1e-3, gated=True), gate / (1 + torch.exp(-gate)) * up, dtype
+    )
 
 
 @needs_triton
@@ -145,11 +163,18 @@ def test_gemv(out_size, in_size, dtype):
 @pytest.mark.parametrize("out_size, in_size", [(10, 48), (130, 1496), (64, 3072)])
 @both_dtypes
 def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
-    x, weight = randn(num_tokens, in_size, dtype=dtype), randn(out_size, in_size, dtype=dtype) / in_size**0.5
+    x, weight = (
+        randn(num_tokens, in_size, dtype=dtype),
+        randn(out_size, in_size, dtype=dtype) / in_size**0.5,
+    )
     for bias in (None, randn(out_size, dtype=dtype)):
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         parts = split_gemm(x, weight, bias, num_parts)
-        assert parts.shape == (num_parts if in_size > 48 else 1, num_tokens, out_size)  # no part is empty
+        assert parts.shape == (
+            num_parts if in_size > 48 else 1,
+            num_tokens,
+            out_size,
+        )  # no part is empty
         assert_near(parts.sum(0), expected, dtype)
 
 
@@ -177,8 +202,17 @@ def test_split_gemm_reads_past_the_rows_only_where_there_is_memory(monkeypatch):
     spy.from_tensor = descriptor.from_tensor
     monkeypatch.setattr(module, "TensorDescriptor", spy)
     x, weight = randn(40, 64), randn(80, 64)
-    for rows, read in ((x[:17], 32), (x[8:25], 32), (x[9:26], 17), (x[23:], 17), (x[:17].clone(), 17), (x, 40)):
-        assert_near(split_gemm(rows, weight, None, 1)[0], rows.double() @ weight.double().T, torch.float32)
+    for rows, read in (
+        (x[:17], 32),
+        (x[8:25], 32),
+        (x[9:26], 17),
+        (x[23:], 17),
+        (x[:17].clone(), 17),
+        (x, 40),
+    ):
+        assert_near(
+            split_gemm(rows, weight, None, 1)[0], rows.double() @ weight.double().T, torch.float32
+        )
         assert shapes.pop() == read
 
 
@@ -215,7 +249,9 @@ def rotated64(x, positions, cos, sin):
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-@pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
+@pytest.mark.parametrize(
+    "fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)]
+)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 16), (3, 1, 24), (12, 4, 64)])
 @pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "no_norm"])
 @pytest.mark.parametrize("num_parts", [0, 1, 3])  # 0: not in parts
@@ -237,14 +273,26 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, 
         if slot >= 0:
             expected[0][slot // 16, slot % 16] = k[token]
             expected[1][slot // 16, slot % 16] = v[token]
-    out = fused(qkv[0] if num_parts == 0 else qkv, positions, cos, sin, *weights, 1e-6, *caches, ints(slots), heads)
+    out = fused(
+        qkv[0] if num_parts == 0 else qkv,
+        positions,
+        cos,
+        sin,
+        *weights,
+        1e-6,
+        *caches,
+        ints(slots),
+        heads,
+    )
     assert num_parts > 0 or out.data_ptr() == qkv.data_ptr()  # in place
     assert_near(out, torch.cat((q, k, v), dim=1), dtype)
     for cache, want in zip(caches, expected):
         assert_near(cache, want, dtype)
 
 
-@pytest.mark.parametrize("fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)])
+@pytest.mark.parametrize(
+    "fused", [norm_rope_store_torch, pytest.param(norm_rope_store, marks=needs_triton)]
+)
 @pytest.mark.parametrize("slots", [None, [-1, -1, -1]], ids=["no_cache_yet", "padding"])
 def test_nothing_is_stored_where_there_is_no_slot(fused, slots):
     qkv, cache, angles = randn(3, 6, 16), randn(2, 16, 2, 16), randn(9, 8)
@@ -281,14 +329,18 @@ def check_decode(decode, heads, kv_heads, head_dim, block_size, dtype, lengths, 
         if n == 0:
             assert torch.equal(out[i], torch.zeros_like(out[i]))
         else:
-            assert_near(out[i : i + 1], naive_attention(q[i : i + 1], keys[i], values[i], scale), dtype)
+            assert_near(
+                out[i : i + 1], naive_attention(q[i : i + 1], keys[i], values[i], scale), dtype
+            )
 
 
 @pytest.mark.parametrize("decode", DECODES)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 16), (6, 2, 64), (3, 1, 80)], ids=str)
 @both_dtypes
 def test_decode_at_block_and_tile_borders(decode, heads, kv_heads, head_dim, dtype):
-    check_decode(decode, heads, kv_heads, head_dim, 16, dtype, [0, 1, 15, 16, 17, 31, 33, 127, 128, 129])
+    check_decode(
+        decode, heads, kv_heads, head_dim, 16, dtype, [0, 1, 15, 16, 17, 31, 33, 127, 128, 129]
+    )
 
 
 @pytest.mark.parametrize("decode", DECODES)
@@ -331,7 +383,9 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
     def decode(*args):
         return paged_decode(*args, config=DecodeConfig(16, 2, num_stages=stages))
 
-    check_decode(decode, 4, 2, 16, block_size, torch.float32, [0, 1, 31, 32, 33, 64, 65, 96, 97, 200])
+    check_decode(
+        decode, 4, 2, 16, block_size, torch.float32, [0, 1, 31, 32, 33, 64, 65, 96, 97, 200]
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,15 +403,24 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
     ],
 )
 def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages, registers):
-    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
+    monkeypatch.setattr(
+        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024)
+    )
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
     assert config == DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
 
 
-@pytest.mark.parametrize("block_size, block_n", [(256, 64), (16, 16), (48, 16), (96, 32), (24, 64), (1, 64)])
+@pytest.mark.parametrize(
+    "block_size, block_n", [(256, 64), (16, 16), (48, 16), (96, 32), (24, 64), (1, 64)]
+)
 def test_decode_tiles_lie_in_one_block_where_they_can(monkeypatch, block_size, block_n):
-    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024))
-    assert decode_config(64, 8, 128, torch.bfloat16, torch.device("cuda"), block_size).block_n == block_n
+    monkeypatch.setattr(
+        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024)
+    )
+    assert (
+        decode_config(64, 8, 128, torch.bfloat16, torch.device("cuda"), block_size).block_n
+        == block_n
+    )
 
 
 # --- varlen_prefill ---
@@ -385,7 +448,9 @@ def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size
     if block_size is not None:
         for i, (q_len, k_len) in enumerate(lengths):
             keys[i] = torch.cat([randn(k_len - q_len, kv_heads, head_dim, dtype=dtype), keys[i]])
-            values[i] = torch.cat([randn(k_len - q_len, kv_heads, head_dim, dtype=dtype), values[i]])
+            values[i] = torch.cat(
+                [randn(k_len - q_len, kv_heads, head_dim, dtype=dtype), values[i]]
+            )
         k_cache, tables = paged(keys, block_size, unused)
         v_cache, _ = paged(values, block_size, unused)
         k, v = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))  # not to be read
@@ -443,17 +508,26 @@ def test_a_sequence_of_nan_does_not_harm_its_neighbours_in_prefill(prefill, dtyp
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype):
-    monkeypatch.setattr("nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory))
-    monkeypatch.setattr("nanovllm.kernels.varlen_prefill.device_limits", lambda device: (132, shared_memory))
+    monkeypatch.setattr(
+        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory)
+    )
+    monkeypatch.setattr(
+        "nanovllm.kernels.varlen_prefill.device_limits", lambda device: (132, shared_memory)
+    )
     row = head_dim * dtype.itemsize
     for num_seqs in (1, 32, 256):
         decode = decode_config(num_seqs, 8, head_dim, dtype, torch.device("cuda"), 256)
-        assert 2 * (decode.num_stages - 1) * decode.block_n * row <= shared_memory and decode.block_n >= 16
+        assert (
+            2 * (decode.num_stages - 1) * decode.block_n * row <= shared_memory
+            and decode.block_n >= 16
+        )
         assert decode.num_stages >= 3
     for block_size in (1, 256):
         prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
         # One stage less than asked for is what a kernel that reads through the block table takes at the least.
-        assert (prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)) * row <= shared_memory
+        assert (
+            prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)
+        ) * row <= shared_memory
 
 
 # --- flash_attention: how it calls the package, without the package ---
@@ -480,13 +554,24 @@ def package_2_kvcache(
     q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
 ):
     assert q.shape[1] == 1
-    return paged_decode_torch(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[:, None]
+    return paged_decode_torch(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[
+        :, None
+    ]
 
 
 def package_4_varlen(
-    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_k=None,
-    page_table=None, softmax_scale=None, causal=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+):
     assert causal and (page_table is None) == (cu_seqlens_k is not None) == (seqused_k is None)
     if cu_seqlens_q is None:
         return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale), None
@@ -499,13 +584,17 @@ def package_4_varlen(
 
 @pytest.mark.parametrize("version", ["2", "4"])
 def test_flash_attention_calls_either_package(monkeypatch, version):
-    functions = (package_2_varlen, package_2_kvcache) if version == "2" else (package_4_varlen, None)
+    functions = (
+        (package_2_varlen, package_2_kvcache) if version == "2" else (package_4_varlen, None)
+    )
     monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: functions)
     flash_attention.check_flash_attention(256, 128, torch.bfloat16)
     check_decode(flash_attention.flash_decode, 4, 2, 16, 16, torch.float32, [0, 1, 33])
     check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 3), (9, 9)])
-    check_prefill(flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 20), (9, 9)], block_size=16)
+    check_prefill(
+        flash_attention.flash_prefill, 4, 2, 16, torch.float32, [(3, 20), (9, 9)], block_size=16
+    )
 
 
 @pytest.mark.parametrize(
@@ -518,7 +607,9 @@ def test_flash_attention_calls_either_package(monkeypatch, version):
         (None, 128, torch.bfloat16, "triton"),
     ],
 )
-def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(monkeypatch, version, head_dim, dtype, name):
+def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(
+    monkeypatch, version, head_dim, dtype, name
+):
     for module in (attention, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
@@ -526,7 +617,9 @@ def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(monkeypatch, v
     backend = attention.select_backend("auto", "cuda", 256, head_dim, dtype)
     assert (backend.name, backend.decode) == (name, paged_decode)
     assert attention.select_backend(backend.name, "cuda", 256, head_dim, dtype) is backend
-    assert attention.select_backend("triton", "cuda", 256, head_dim, dtype).prefill is varlen_prefill
+    assert (
+        attention.select_backend("triton", "cuda", 256, head_dim, dtype).prefill is varlen_prefill
+    )
 
 
 @pytest.mark.parametrize(

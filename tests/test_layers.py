@@ -8,7 +8,11 @@ import pytest
 import torch
 from conftest import QWEN2, QWEN3, Checkpoint, make_checkpoint
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
 from nanovllm.kernels.silu_mul import silu_mul_torch
@@ -130,7 +134,9 @@ def test_row_parallel(size: int, bias: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.copy_(total))
     for rank, layer in enumerate(layers):
         given = residual.clone()
-        out, normed = layer(x[:, rank * 24 // size : (rank + 1) * 24 // size], given, make_norm(10)[0])
+        out, normed = layer(
+            x[:, rank * 24 // size : (rank + 1) * 24 // size], given, make_norm(10)[0]
+        )
         assert out is given and normed is None  # only the all-reduce kernel norms on the way
         torch.testing.assert_close(out, residual + x @ weight.T + (vector if bias else 0))
 
@@ -145,7 +151,9 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
     bias = {name: torch.randn(len(weight)) for name, weight in full.items()}
     x = torch.randn(3, hidden)
     norm, normed = make_norm(hidden)
-    layers = on_ranks(size, lambda: empty(QKVParallelLinear(hidden, head_dim, heads, kv_heads, bias=True)))
+    layers = on_ranks(
+        size, lambda: empty(QKVParallelLinear(hidden, head_dim, heads, kv_heads, bias=True))
+    )
     q_per_kv = heads // kv_heads
     for rank, layer in enumerate(layers):
         for name in "vkq":
@@ -156,7 +164,9 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
         assert out.shape[1] == layer.num_heads + 2 * layer.num_kv_heads
         q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         torch.testing.assert_close(layer(x, norm), layer(normed(x)))
-        whole = {name: (x @ full[name].T + bias[name]).unflatten(1, (-1, head_dim)) for name in "qkv"}
+        whole = {
+            name: (x @ full[name].T + bias[name]).unflatten(1, (-1, head_dim)) for name in "qkv"
+        }
         for local in range(layer.num_heads):
             head = rank * layer.num_heads + local
             local_kv = local // (layer.num_heads // layer.num_kv_heads)
@@ -171,8 +181,14 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
         (lambda: ColumnParallelLinear(8, 10), r"10.*tensor_parallel_size 4"),
         (lambda: MergedColumnParallelLinear(8, [8, 6]), r"6.*tensor_parallel_size 4"),
         (lambda: RowParallelLinear(10, 8), r"10.*tensor_parallel_size 4"),
-        (lambda: QKVParallelLinear(8, 4, 6, 2, False), r"num_attention_heads \(6\).*tensor_parallel_size 4"),
-        (lambda: QKVParallelLinear(8, 4, 12, 6, False), r"num_key_value_heads \(6\).*tensor_parallel_size 4"),
+        (
+            lambda: QKVParallelLinear(8, 4, 6, 2, False),
+            r"num_attention_heads \(6\).*tensor_parallel_size 4",
+        ),
+        (
+            lambda: QKVParallelLinear(8, 4, 12, 6, False),
+            r"num_key_value_heads \(6\).*tensor_parallel_size 4",
+        ),
         (lambda: QKVParallelLinear(8, 4, 12, 3, False), r"4.*3"),
     ],
 )
@@ -233,7 +249,9 @@ def test_all_ranks_together_hold_the_checkpoint(architecture: str, tmp_path: Any
         is_split = param.dim() == 2 or (kind == "bias" and module == "qkv_proj")
         assert all(torch.equal(p[name], param) for p in parameters) != is_split, name
     num_held = sum(p.numel() for one in parameters for name, p in one.items() if "norm" not in name)
-    assert num_held == sum(p.numel() for name, p in checkpoint.model.named_parameters() if "norm" not in name)
+    assert num_held == sum(
+        p.numel() for name, p in checkpoint.model.named_parameters() if "norm" not in name
+    )
 
 
 # --- against transformers -----------------------------------------------------------------------------------
@@ -290,13 +308,25 @@ def test_norm_rope_store(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     qkv = torch.randn(5, heads + 2 * kv_heads, 16).to(dtype)
     q, k, v = qkv.float().split((heads, kv_heads, kv_heads), dim=1)
     wanted = apply_rotary_pos_emb(
-        q_normed(q).transpose(0, 1)[None], k_normed(k).transpose(0, 1)[None], *theirs(q, positions[None])
+        q_normed(q).transpose(0, 1)[None],
+        k_normed(k).transpose(0, 1)[None],
+        *theirs(q, positions[None]),
     )
     wanted_q, wanted_k = (x[0].transpose(0, 1).to(dtype) for x in wanted)
     k_cache, v_cache = torch.full((2, 4, 8, kv_heads, 16), 7.0, dtype=dtype)
     slots = torch.tensor([9, 0, -1, 31, 8], dtype=torch.int32)
     norm_rope_store_torch(
-        qkv, positions, ours.cos, ours.sin, q_norm.weight, k_norm.weight, 1e-3, k_cache, v_cache, slots, heads
+        qkv,
+        positions,
+        ours.cos,
+        ours.sin,
+        q_norm.weight,
+        k_norm.weight,
+        1e-3,
+        k_cache,
+        v_cache,
+        slots,
+        heads,
     )
     tolerance = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else {}
     torch.testing.assert_close(qkv[:, :heads], wanted_q, **tolerance)
@@ -316,7 +346,12 @@ def test_norm_rope_store(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
         (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)), "'linear'"),
         (dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=4.0)), "'linear'"),
         (dict(rope_theta=1e4, rope_scaling=dict(rope_type="dynamic", factor=4.0)), "'dynamic'"),
-        (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "0.5"),
+        (
+            dict(
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+            ),
+            "0.5",
+        ),
         (dict(), "rope_theta"),
     ],
 )
@@ -339,7 +374,9 @@ def test_rope_theta_of_both_generations_of_transformers(config: dict[str, Any]) 
 
 def test_silu_and_mul() -> None:
     gate, up = torch.randn(2, 5, 8)
-    torch.testing.assert_close(silu_mul_torch(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up)
+    torch.testing.assert_close(
+        silu_mul_torch(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up
+    )
 
 
 def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
@@ -372,7 +409,9 @@ def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
         (dict(num_key_value_heads=3), 1, r"num_attention_heads \(8\).*num_key_value_heads \(3\)"),
     ],
 )
-def test_a_configuration_that_cannot_be_split(changes: dict[str, Any], size: int, message: str) -> None:
+def test_a_configuration_that_cannot_be_split(
+    changes: dict[str, Any], size: int, message: str
+) -> None:
     options = dict(num_attention_heads=8, num_key_value_heads=2, intermediate_size=96) | changes
     config = make_checkpoint(None, save=False).model.config
     for name, value in options.items():

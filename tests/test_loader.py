@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QWEN2, Checkpoint, generate_ids, greedy, make_checkpoint, make_llm, random_prompts
+from conftest import (
+    QWEN2,
+    Checkpoint,
+    generate_ids,
+    greedy,
+    make_checkpoint,
+    make_llm,
+    random_prompts,
+)
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -74,7 +82,9 @@ def test_many_files_with_an_index(copy: Path, expected: list[list[int]]) -> None
     assert outputs_of(copy) == expected
 
 
-def test_a_consolidated_copy_beside_the_file_is_not_read(copy: Path, expected: list[list[int]]) -> None:
+def test_a_consolidated_copy_beside_the_file_is_not_read(
+    copy: Path, expected: list[list[int]]
+) -> None:
     save_file({"some.other.name": torch.zeros(3)}, copy / "consolidated.safetensors")
     assert outputs_of(copy) == expected
 
@@ -233,7 +243,10 @@ def test_dummy_weights_need_only_config_json(checkpoint: Checkpoint, tmp_path: P
             if name.endswith("norm.weight"):
                 assert (param == 1).all()
             else:
-                assert param.std().item() == pytest.approx(0.02, rel=0.2) and abs(param.mean().item()) < 0.002
+                assert (
+                    param.std().item() == pytest.approx(0.02, rel=0.2)
+                    and abs(param.mean().item()) < 0.002
+                )
         llm.exit()
         return result
 

@@ -50,19 +50,29 @@ def test_it_is_stored_with_outputs_and_nothing_of_the_machine(path: Path) -> Non
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
-    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    assert all(
+        output.output_type != "error" and output.get("name") != "stderr" for output in outputs
+    )
     text = re.sub(r'"image/png": "[^"]*"', "", stored)
-    assert not re.search(r"/(?:root|home|work|tmp|Users)/|0x[0-9a-f]{6,}", text)  # paths, addresses of objects
+    assert not re.search(
+        r"/(?:root|home|work|tmp|Users)/|0x[0-9a-f]{6,}", text
+    )  # paths, addresses of objects
     # Two or three exercises, each with its solution folded.
     last = notebook.cells[-1].source
-    exercises = re.findall(r"^\d\. ", last[last.index("## Exercises") : last.index("<details>")], re.MULTILINE)
+    exercises = re.findall(
+        r"^\d\. ", last[last.index("## Exercises") : last.index("<details>")], re.MULTILINE
+    )
     solutions = SOLUTION.findall(last)
     assert 2 <= len(exercises) == len(solutions) <= 3
     assert all(CODE.search(solution) and "<summary>" in solution for solution in solutions)
 
 
 def test_every_class_is_met_by_name() -> None:
-    text = "".join(cell.source + str(cell.get("outputs", "")) for path in NOTEBOOKS for cell in read(path).cells)
+    text = "".join(
+        cell.source + str(cell.get("outputs", ""))
+        for path in NOTEBOOKS
+        for cell in read(path).cells
+    )
     classes = [
         node.name
         for file in (ROOT / "nanovllm").rglob("*.py")

@@ -33,12 +33,20 @@ from nanovllm.engine.sequence import Sequence
 def check_equal_for_a_worker(seq: Sequence) -> None:
     copy = pickle.loads(pickle.dumps(seq))
     for name in (
-        "num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed", "options",
+        "num_computed_tokens",
+        "num_scheduled_tokens",
+        "row",
+        "block_table",
+        "temperature",
+        "seed",
+        "options",
         "scheduled_token_ids",
-    ):  # fmt: skip
+    ):
         assert getattr(copy, name) == getattr(seq, name), name
     end = seq.num_computed_tokens  # all of the step's tokens are known, of a preempted sequence too
-    assert copy.token_ids == seq.token_ids[end - seq.num_scheduled_tokens : end]  # and no more than that is sent
+    assert (
+        copy.token_ids == seq.token_ids[end - seq.num_scheduled_tokens : end]
+    )  # and no more than that is sent
     assert len(copy.token_ids) == seq.num_scheduled_tokens
 
 
@@ -114,7 +122,9 @@ def test_a_worker_that_raised_or_died_makes_the_call_raise(raised: bool) -> None
         channel.errors.put((1, "Traceback: the worker's own words"))
         time.sleep(0.1)
     start = time.perf_counter()
-    with pytest.raises(RuntimeError, match="own words" if raised else "rank 1 died with exit code -9"):
+    with pytest.raises(
+        RuntimeError, match="own words" if raised else "rank 1 died with exit code -9"
+    ):
         channel.send("launch", ())
     assert time.perf_counter() - start < 5
     channel.close()
@@ -127,13 +137,21 @@ def test_two_threads_that_find_a_dead_worker_say_the_same() -> None:
         for rank in (1, 2):
             channel.processes.append(  # type: ignore[arg-type]
                 SimpleNamespace(
-                    is_alive=lambda: False, exitcode=1, join=lambda timeout=None: None,
+                    is_alive=lambda: False,
+                    exitcode=1,
+                    join=lambda timeout=None: None,
                     kill=lambda rank=rank: events.append(rank),
                 )
-            )  # fmt: skip
-        channel.on_death, channel.on_close = lambda: events.append("let go"), lambda: events.append("closed")
+            )
+        channel.on_death, channel.on_close = (
+            lambda: events.append("let go"),
+            lambda: events.append("closed"),
+        )
         channel.errors.put((2, "Traceback: the worker's own words"))
-        threads = [threading.Thread(target=lambda: failures.append(channel.kill()), daemon=True) for _ in range(2)]
+        threads = [
+            threading.Thread(target=lambda: failures.append(channel.kill()), daemon=True)
+            for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -166,17 +184,25 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
 
     before = {process.pid for process in multiprocessing.active_children()}
     llm = make_llm(
-        awkward.path, tensor_parallel_size=2, kvcache_block_size=4, max_model_len=68, num_kvcache_blocks=17,
+        awkward.path,
+        tensor_parallel_size=2,
+        kvcache_block_size=4,
+        max_model_len=68,
+        num_kvcache_blocks=17,
         max_num_batched_tokens=30,
-    )  # fmt: skip
+    )
     memory = Path("/dev/shm") / llm.model_runner.channel.memory.name  # type: ignore[union-attr]
-    workers = [process for process in multiprocessing.active_children() if process.pid not in before]
+    workers = [
+        process for process in multiprocessing.active_children() if process.pid not in before
+    ]
     assert len(workers) == 1 and memory.exists()
     assert generate_ids(llm, prompts, params) == expected
     assert llm.scheduler.num_preemptions > 0
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
-    llm._max_pending = 1  # as on GPUs: each rank has the tokens that its next step needs, the host does not
+    llm._max_pending = (
+        1  # as on GPUs: each rank has the tokens that its next step needs, the host does not
+    )
     num_preemptions = llm.scheduler.num_preemptions
     assert generate_ids(llm, prompts, params) == expected
     assert llm.scheduler.num_preemptions > num_preemptions
@@ -199,7 +225,9 @@ def check_bad_input_leaves_the_ranks_in_step(
     assert generate_ids(llm, prompts[:2], params[:2]) == expected[:2]
 
 
-def test_a_second_engine_over_ranks_in_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_engine_over_ranks_in_one_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And leaves the process group that is there alone."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     destroyed: list[int] = []

@@ -18,7 +18,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Checkpoint, assert_idle, generate_ids, greedy, make_checkpoint, make_llm, random_prompts
+from conftest import (
+    Checkpoint,
+    assert_idle,
+    generate_ids,
+    greedy,
+    make_checkpoint,
+    make_llm,
+    random_prompts,
+)
 
 from nanovllm import DEMO_MODEL, LLM
 from nanovllm.engine.model_runner import ModelRunner
@@ -65,9 +73,13 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def make(checkpoint: Checkpoint, size: int) -> LLM:
     """A tiny cache, so that sequences are preempted, and chunks."""
     return make_llm(
-        checkpoint.path, tensor_parallel_size=size, kvcache_block_size=4, max_model_len=68, num_kvcache_blocks=17,
+        checkpoint.path,
+        tensor_parallel_size=size,
+        kvcache_block_size=4,
+        max_model_len=68,
+        num_kvcache_blocks=17,
         max_num_batched_tokens=30,
-    )  # fmt: skip
+    )
 
 
 def test_four_ranks_give_the_tokens_of_transformers(parallel: Checkpoint) -> None:
@@ -81,7 +93,9 @@ def test_four_ranks_give_the_tokens_of_transformers(parallel: Checkpoint) -> Non
     llm.exit()
 
 
-def test_an_interrupt_leaves_the_ranks_usable_and_the_collector_ends_them(parallel: Checkpoint) -> None:
+def test_an_interrupt_leaves_the_ranks_usable_and_the_collector_ends_them(
+    parallel: Checkpoint,
+) -> None:
     prompts = random_prompts(1, [20] * 12)
     expected = parallel.complete(prompts[:3], 12)
     llm = make(parallel, 2)
@@ -152,7 +166,9 @@ def test_a_command_that_was_cut_short_does_not_keep_the_engine_from_ending(
 
 
 @pytest.mark.parametrize("holds_kernels", [True, False])
-def test_nccl_is_ended_while_graphs_hold_kernels_of_it(holds_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_is_ended_while_graphs_hold_kernels_of_it(
+    holds_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NCCL is played here: told to end, it stops its kernels, before which a graph that runs cannot be destroyed, and
     then waits for all graphs that hold some."""
     stopped, graphs = threading.Event(), {8: "a graph"}
@@ -179,7 +195,9 @@ def test_nccl_is_ended_while_graphs_hold_kernels_of_it(holds_kernels: bool, monk
     assert not let_go.is_alive() and ended and runner.graphs == ({} if holds_kernels else graphs)
 
 
-def test_a_rank_that_cannot_start_makes_the_call_raise(parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_start_makes_the_call_raise(
+    parallel: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resource_tracker.ensure_running()  # it would not start either
     monkeypatch.setenv("PYTHONHASHSEED", "no number")
     start = time.monotonic()
@@ -204,22 +222,32 @@ def start_script(directory: Path, guard: str, then: str) -> subprocess.Popen[str
     file.write_text(SCRIPT.replace("GUARD", guard).replace("THEN", then))
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, str(file)], env=environment, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        [sys.executable, str(file)], env=environment, text=True, stdout=pipe, stderr=pipe
+    )
 
 
 def test_two_scripts_at_once_one_fails_and_one_is_killed(tmp_path: Path) -> None:
     """Neither calls exit(): an exception, and kill -9 while it generates, end the workers too."""
     for name in ("fails", "killed"):
         (tmp_path / name).mkdir()
-    fails = start_script(tmp_path / "fails", "__name__ == '__main__'", "raise ValueError('the script is wrong')")
-    forever = "while True: llm.generate(['Hello'] * 4, SamplingParams(max_tokens=64), use_tqdm=False)"
+    fails = start_script(
+        tmp_path / "fails", "__name__ == '__main__'", "raise ValueError('the script is wrong')"
+    )
+    forever = (
+        "while True: llm.generate(['Hello'] * 4, SamplingParams(max_tokens=64), use_tqdm=False)"
+    )
     killed = start_script(tmp_path / "killed", "__name__ == '__main__'", forever)
     workers, answers = [], []
     for process in (fails, killed):
         assert process.stdout is not None
         workers.append([int(pid) for pid in process.stdout.readline().split()[1:]])
         answers.append(process.stdout.readline())
-    assert [len(pids) for pids in workers] == [1, 1] and answers[0] == answers[1] and len(answers[0]) > 5
+    assert (
+        [len(pids) for pids in workers] == [1, 1]
+        and answers[0] == answers[1]
+        and len(answers[0]) > 5
+    )
     killed.kill()
     _, errors = fails.communicate(timeout=60)
     assert fails.returncode == 1 and "the script is wrong" in errors
@@ -233,4 +261,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     script = start_script(tmp_path, "True", "pass")
     _, errors = script.communicate(timeout=120)
     assert script.returncode == 1
-    assert "tensor-parallel rank 1 died" in errors and "if __name__ == '__main__'" in errors.splitlines()[-1]
+    assert (
+        "tensor-parallel rank 1 died" in errors
+        and "if __name__ == '__main__'" in errors.splitlines()[-1]
+    )

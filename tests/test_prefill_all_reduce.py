@@ -21,16 +21,25 @@ def test_pieces_cover_all_rows_once(ranks: int) -> None:
     for num_rows in [*range(2 * MIN_ROWS, 2 * MIN_ROWS + 50), 5003, 6143, 16384, 100_000]:
         cut = pieces(num_rows, ranks)
         assert 1 < len(cut) <= 2 * ranks
-        assert [row for rows in cut for row in range(rows.start, rows.stop)] == list(range(num_rows))
-        assert all(rows.start % ranks == 0 for rows in cut)  # so no rank's parts of the pieces overlap in its inbox
+        assert [row for rows in cut for row in range(rows.start, rows.stop)] == list(
+            range(num_rows)
+        )
+        assert all(
+            rows.start % ranks == 0 for rows in cut
+        )  # so no rank's parts of the pieces overlap in its inbox
 
 
-@pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "ranks, rank, num_rows, has_norm", [(2, 0, 5, True), (4, 2, 3, True), (3, 1, 4, False), (2, 1, 0, True)]
+    "ranks, rank, num_rows, has_norm",
+    [(2, 0, 5, True), (4, 2, 3, True), (3, 1, 4, False), (2, 1, 0, True)],
 )
-def test_sum_and_norm(ranks: int, rank: int, num_rows: int, has_norm: bool, dtype: torch.dtype) -> None:
+def test_sum_and_norm(
+    ranks: int, rank: int, num_rows: int, has_norm: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     parts = torch.randn(ranks, num_rows, 200).to(dtype)
     residual, weight = torch.randn(num_rows, 200).to(dtype), torch.randn(200).to(dtype)
@@ -38,14 +47,26 @@ def test_sum_and_norm(ranks: int, rank: int, num_rows: int, has_norm: bool, dtyp
     for part in parts:
         expected = expected + part.float()
     expected = expected.to(dtype)
-    inbox = torch.full((ranks, num_rows + 3, 200), torch.nan).to(dtype)  # a rank's own slot is not read
+    inbox = torch.full((ranks, num_rows + 3, 200), torch.nan).to(
+        dtype
+    )  # a rank's own slot is not read
     for source in range(ranks):
         if source != rank:
             inbox[source, 1 : num_rows + 1] = parts[source]
     out = torch.full_like(residual, torch.nan)
-    add_norm(parts[rank], inbox[:, 1 : num_rows + 1], residual, out, weight if has_norm else None, 1e-3, rank)
+    add_norm(
+        parts[rank],
+        inbox[:, 1 : num_rows + 1],
+        residual,
+        out,
+        weight if has_norm else None,
+        1e-3,
+        rank,
+    )
     assert torch.equal(residual, expected)
-    torch.testing.assert_close(out, rms_norm_torch(expected, weight, 1e-3) if has_norm else expected)
+    torch.testing.assert_close(
+        out, rms_norm_torch(expected, weight, 1e-3) if has_norm else expected
+    )
 
 
 # --- the protocol, on simulated GPUs ------------------------------------------------------------------------
@@ -107,7 +128,9 @@ def sum_later(part, inbox, residual, out, norm_weight, eps, rank) -> None:  # no
     """For add_norm; the "norm" doubles. `part` and `residual` are rows of tensors that outlive this."""
 
     def act() -> None:
-        total = sum((part if source == rank else inbox[source] for source in range(len(inbox))), residual)
+        total = sum(
+            (part if source == rank else inbox[source] for source in range(len(inbox))), residual
+        )
         residual.copy_(total)
         out.copy_(total if norm_weight is None else 2 * total)
 
@@ -129,9 +152,13 @@ def copy_later(stream: Stream, target: int, source: int, num_bytes: int) -> None
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "MIN_ROWS": 128, "MIN_TOKENS": 256, "add_norm": sum_later, "_copy": copy_later, "_write": write_later,
+        "MIN_ROWS": 128,
+        "MIN_TOKENS": 256,
+        "add_norm": sum_later,
+        "_copy": copy_later,
+        "_write": write_later,
         "_wait": wait_later,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(prefill_all_reduce, name, value)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -149,7 +176,9 @@ class Ranks:
         outs = torch.full((size, most, 1), torch.nan)
         inboxes = torch.full((size, size, -(-most // size), 1), torch.nan)
         monkeypatch.setattr(
-            prefill_all_reduce, "share_memory", lambda memory, *_: list(outs if memory.dim() == 2 else inboxes)
+            prefill_all_reduce,
+            "share_memory",
+            lambda memory, *_: list(outs if memory.dim() == 2 else inboxes),
         )
         count = rng.choice([0, 2**31 - 3, 2**32 - 4])
         self.words = (ctypes.c_uint32 * (1 + 2 * size**2))(*[count % 2**32] * (1 + 2 * size**2))
@@ -173,7 +202,14 @@ class Ranks:
             for _ in range(rng.randrange(1, 6)):
                 parts, has_norm = torch.randint(-9, 9, (size, rows, 1)).float(), rng.random() < 0.7
                 hidden = hidden + parts.sum(0)
-                calls.append((parts, has_norm, rng.choice(["pieces", "arriving", "all"]), hidden * (1 + has_norm)))
+                calls.append(
+                    (
+                        parts,
+                        has_norm,
+                        rng.choice(["pieces", "arriving", "all"]),
+                        hidden * (1 + has_norm),
+                    )
+                )
             self.prefills.append((rows, calls))
         self.programs = [self.work(rank) for rank in range(size)]
 
@@ -212,7 +248,10 @@ class Ranks:
                     main.add(lambda: part.copy_(values))
                     return part
 
-                out, last = all_reduce(compute, residual, torch.ones(1) if has_norm else None, 0.0), result
+                out, last = (
+                    all_reduce(compute, residual, torch.ones(1) if has_norm else None, 0.0),
+                    result,
+                )
                 yield
             all_reduce.wait_for_all()
             self.check(main, out, last)
@@ -231,7 +270,9 @@ class Ranks:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_order_of_events_gives_the_sums(size: int, simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_order_of_events_gives_the_sums(
+    size: int, simulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(15):
         Machine.streams.clear()
         torch.manual_seed(seed)
@@ -241,7 +282,9 @@ def test_every_order_of_events_gives_the_sums(size: int, simulated: None, monkey
         assert ranks.wrong == 0
 
 
-def test_a_rank_goes_on_when_the_others_have_died(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_goes_on_when_the_others_have_died(
+    simulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(30):
         Machine.streams.clear()
         ranks = Ranks(random.Random(seed), 3, monkeypatch)

@@ -221,7 +221,8 @@ def test_caching_off_shares_nothing() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.lists(st.integers(0, 2), min_size=1, max_size=30), st.lists(st.integers(0, 2), min_size=1, max_size=30)
+    st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    st.lists(st.integers(0, 2), min_size=1, max_size=30),
 )
 def test_shared_blocks_are_exactly_the_common_whole_blocks(one: list[int], two: list[int]) -> None:
     manager = BlockManager(40, BLOCK_SIZE)

@@ -105,7 +105,11 @@ def expected_end(token_ids: list[int], params: SamplingParams) -> tuple[str, int
         if matches:
             end, number = min(matches)
             stop = params.stop[number]  # type: ignore[index]
-            return texts[k][: end if params.include_stop_str_in_output else end - len(stop)], k, stop
+            return (
+                texts[k][: end if params.include_stop_str_in_output else end - len(stop)],
+                k,
+                stop,
+            )
     return texts[-1], len(parts), None
 
 
@@ -121,11 +125,15 @@ def texts_and_stops(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
             token_ids += TOKENIZER.encode(piece.decode())
         except UnicodeDecodeError:
             token_ids += [byte_token(byte) for byte in piece]
-    substrings = st.builds(lambda i, k: text[i : i + k], st.integers(0, len(text) - 1), st.integers(1, 5))
+    substrings = st.builds(
+        lambda i, k: text[i : i + k], st.integers(0, len(text) - 1), st.integers(1, 5)
+    )
     stop = draw(st.lists(st.one_of(substrings, st.sampled_from(["aab", "é€", "b "])), max_size=3))
     min_tokens = draw(st.integers(0, min(4, len(token_ids))))
     include = draw(st.booleans())
-    return token_ids, SamplingParams(stop=stop, min_tokens=min_tokens, include_stop_str_in_output=include)
+    return token_ids, SamplingParams(
+        stop=stop, min_tokens=min_tokens, include_stop_str_in_output=include
+    )
 
 
 @settings(max_examples=700, deadline=None, derandomize=True)
@@ -141,7 +149,9 @@ def test_stop_strings_cut_the_text_where_they_begin(case: tuple[list[int], Sampl
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=1, max_size=12), st.booleans())
-def test_text_that_is_decoded_token_by_token_is_the_whole_decoded(token_ids: list[int], skip: bool) -> None:
+def test_text_that_is_decoded_token_by_token_is_the_whole_decoded(
+    token_ids: list[int], skip: bool
+) -> None:
     """Special tokens and broken characters included."""
     _, pieces = run_sequence(token_ids, SamplingParams(skip_special_tokens=skip))
     assert "".join(pieces) == TOKENIZER.decode(token_ids, skip_special_tokens=skip)
@@ -166,7 +176,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, token_ids: list[int]) -> None:
     "stop, text, found",
     [
         (["ne,"], "O", "ne,"),  # spans tokens
-        (["ïve 😀"], "One, two; na", "ïve 😀"),  # begins inside a character of two tokens, ends in one of four
+        (
+            ["ïve 😀"],
+            "One, two; na",
+            "ïve 😀",
+        ),  # begins inside a character of two tokens, ends in one of four
         (["😀!t"], "One, two; naïve ", "😀!t"),
         (["three", "two", "ve"], "One, ", "two"),
         (["vanished", "Tell"], SCRIPT, None),  # the second one is in the prompt
@@ -174,10 +188,17 @@ def scripted(monkeypatch: pytest.MonkeyPatch, token_ids: list[int]) -> None:
     ],
 )
 def test_stop_strings_through_the_engine(
-    demo: LLM, stop: list[str], text: str, found: str | None, depth: int, monkeypatch: pytest.MonkeyPatch
+    demo: LLM,
+    stop: list[str],
+    text: str,
+    found: str | None,
+    depth: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(demo, "_max_pending", depth)
-    token_ids = [byte_token(byte) for byte in SCRIPT.encode()]  # a token for each byte: everything spans tokens
+    token_ids = [
+        byte_token(byte) for byte in SCRIPT.encode()
+    ]  # a token for each byte: everything spans tokens
     scripted(monkeypatch, token_ids)
     params = SamplingParams(stop=stop, max_tokens=len(token_ids), ignore_eos=True)
     plain = dataclasses.replace(params, stop=None)
@@ -187,7 +208,10 @@ def test_stop_strings_through_the_engine(
     whole = text + (found or "")
     assert [output["text"] for output in outputs] == [text, SCRIPT, whole]
     assert outputs[0]["token_ids"] == outputs[2]["token_ids"] == token_ids[: len(whole.encode())]
-    assert outputs[0]["finish_reason"] == ("stop" if found else "length") and outputs[0]["stop_reason"] == found
+    assert (
+        outputs[0]["finish_reason"] == ("stop" if found else "length")
+        and outputs[0]["stop_reason"] == found
+    )
     # A reader never sees a part of the stop string, and all the rest.
     parts = list(demo.stream(["Tell me"], params))
     assert "".join(part["text"] for part in parts) == text
@@ -215,13 +239,17 @@ def first_new(tokens: list[int], start: int) -> int:
 def test_stop_token_ids(deep: LLM, plain: list[list[int]]) -> None:
     end = first_new(plain[0], 5)
     stop_id = plain[0][end]
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[stop_id, 126])
+    params = SamplingParams(
+        temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[stop_id, 126]
+    )
     output = deep.generate([PROMPTS[0]], params, use_tqdm=False)[0]
     assert output["token_ids"] == plain[0][: end + 1]
     assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop_id)
 
 
-def test_the_token_that_ends_it_is_not_in_the_text(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_that_ends_it_is_not_in_the_text(
+    demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = (byte_token(ord(char)) for char in "ab")
     scripted(monkeypatch, [a, a, b, 2])
     for params, text, count, reason in [
@@ -237,13 +265,19 @@ def test_the_token_that_ends_it_is_not_in_the_text(demo: LLM, monkeypatch: pytes
         (SamplingParams(stop=["x"], stop_token_ids=[2]), "aab", 4, None),
     ]:
         output = demo.generate(["q"], params, use_tqdm=False)[0]
-        assert (output["text"], len(output["token_ids"]), output["stop_reason"]) == (text, count, reason)
+        assert (output["text"], len(output["token_ids"]), output["stop_reason"]) == (
+            text,
+            count,
+            reason,
+        )
         assert output["finish_reason"] == "stop"
         assert "".join(part["text"] for part in demo.stream("q", params)) == text
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_min_tokens_hold_off_every_end(checkpoint: Checkpoint, plain: list[list[int]], depth: int) -> None:
+def test_min_tokens_hold_off_every_end(
+    checkpoint: Checkpoint, plain: list[list[int]], depth: int
+) -> None:
     """Until then, the ids that would end it are not drawn at all; the next best ones are."""
     end = first_new(plain[0], 3)
     eos, forbidden = plain[0][end], {plain[0][end], plain[0][0]}
@@ -258,7 +292,9 @@ def test_min_tokens_hold_off_every_end(checkpoint: Checkpoint, plain: list[list[
     small = dict(kvcache_block_size=4, max_model_len=100, num_kvcache_blocks=25)
     for options in ({}, small):
         llm = make_llm(checkpoint.path, depth, eos=eos, **options)
-        params = SamplingParams(temperature=0, max_tokens=40, min_tokens=12, stop_token_ids=list(forbidden - {eos}))
+        params = SamplingParams(
+            temperature=0, max_tokens=40, min_tokens=12, stop_token_ids=list(forbidden - {eos})
+        )
         assert generate_ids(llm, [PROMPTS[0]], params) == [tokens]
         outputs = generate_ids(llm, PROMPTS, [params, *[greedy(20)] * 5])
         assert outputs[0] == tokens and outputs[1:] == plain[1:]
@@ -270,7 +306,9 @@ def test_the_token_after_min_tokens_may_end_it(deep: LLM, plain: list[list[int]]
     end = first_new(plain[0], 5)
     for min_tokens in (end - 1, end, end + 1):
         stops = [plain[0][end]]
-        params = SamplingParams(temperature=0, max_tokens=20, min_tokens=min_tokens, stop_token_ids=stops)
+        params = SamplingParams(
+            temperature=0, max_tokens=20, min_tokens=min_tokens, stop_token_ids=stops
+        )
         (tokens,) = generate_ids(deep, PROMPTS[:1], params)
         assert (tokens == plain[0][: end + 1]) == (min_tokens <= end) and len(tokens) > min_tokens
 
@@ -292,7 +330,9 @@ def with_files(checkpoint: str, path: Path, **generation_config: Any) -> str:
     return str(path)
 
 
-def test_every_end_of_sequence_counts(checkpoint: Checkpoint, plain: list[list[int]], tmp_path: Path) -> None:
+def test_every_end_of_sequence_counts(
+    checkpoint: Checkpoint, plain: list[list[int]], tmp_path: Path
+) -> None:
     a, b, c = (plain[i][first_new(plain[i], 4)] for i in (0, 1, 2))
     path = with_files(checkpoint.path, tmp_path, eos_token_id=[a, b])
     edit_json(tmp_path / "config.json", eos_token_id=c)
@@ -302,7 +342,10 @@ def test_every_end_of_sequence_counts(checkpoint: Checkpoint, plain: list[list[i
     for output, tokens in zip(outputs, plain):
         ends = [i for i, token in enumerate(tokens) if token in (a, b, c)]
         assert output["token_ids"] == (tokens[: ends[0] + 1] if ends else tokens)
-        assert output["finish_reason"] == ("stop" if ends else "length") and output["stop_reason"] is None
+        assert (
+            output["finish_reason"] == ("stop" if ends else "length")
+            and output["stop_reason"] is None
+        )
     llm.exit()
     llm = make_llm(path, eos=(a, c))
     assert llm.scheduler.eos == (a, c)
@@ -318,18 +361,24 @@ def test_the_models_own_sampling_is_the_default(
     recommended = dict(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, min_p=None)
     options = dict(do_sample=True, bos_token_id=3, pad_token_id=0, max_new_tokens=7, **recommended)
     llm = make_llm(with_files(checkpoint.path, tmp_path, **options))
-    expected = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, max_tokens=7)
+    expected = SamplingParams(
+        temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, max_tokens=7
+    )
     assert llm.get_default_sampling_params() == expected
     seeded = [dataclasses.replace(expected, seed=i) for i in range(6)]
     numbers = iter(range(6))
     llm._seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
     assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)  # type: ignore[arg-type]
     llm.exit()
-    llm = make_llm(with_files(checkpoint.path, tmp_path, do_sample=False, temperature=0.7, max_new_tokens=20))
+    llm = make_llm(
+        with_files(checkpoint.path, tmp_path, do_sample=False, temperature=0.7, max_new_tokens=20)
+    )
     assert generate_ids(llm, PROMPTS, None) == plain  # type: ignore[arg-type]
     llm.exit()
     llm = make_llm(with_files(checkpoint.path, tmp_path, top_p=0))
-    with pytest.raises(ValueError, match=r"generation_config.json: top_p must be above 0 and at most 1, not 0"):
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: top_p must be above 0 and at most 1, not 0"
+    ):
         llm.generate(PROMPTS, use_tqdm=False)
     llm.exit()
     (tmp_path / "generation_config.json").write_text("[1]")
@@ -341,11 +390,20 @@ def test_the_models_own_sampling_is_the_default(
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-def test_logprobs_are_those_of_the_model(checkpoint: Checkpoint, deep: LLM, temperature: float) -> None:
+def test_logprobs_are_those_of_the_model(
+    checkpoint: Checkpoint, deep: LLM, temperature: float
+) -> None:
     """Of the model's own distribution, whatever temperature, filters and penalties make of it."""
     asked = [3, None, 0, 20, None, 1]
     params = [
-        SamplingParams(temperature=temperature, max_tokens=12, logprobs=k, seed=1, top_k=5, repetition_penalty=1.3)
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=12,
+            logprobs=k,
+            seed=1,
+            top_k=5,
+            repetition_penalty=1.3,
+        )
         for k in asked
     ]
     outputs = deep.generate(PROMPTS, params, use_tqdm=False)
@@ -360,7 +418,9 @@ def test_logprobs_are_those_of_the_model(checkpoint: Checkpoint, deep: LLM, temp
             assert next(iter(entry)) == token and k <= len(entry) <= k + 1
             assert set(entry) == {token, *row.topk(k).indices.tolist()}
             expected = row[list(entry)]
-            torch.testing.assert_close(torch.tensor(list(entry.values())), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                torch.tensor(list(entry.values())), expected, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_prompt_and_cached_tokens_are_reported(checkpoint: Checkpoint) -> None:
@@ -379,22 +439,41 @@ def test_prompt_and_cached_tokens_are_reported(checkpoint: Checkpoint) -> None:
 
 
 def test_max_tokens_none_goes_to_the_end(llm: LLM) -> None:
-    output = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
+    output = llm.generate(
+        [PROMPTS[0]], SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False
+    )[0]
     assert len(output["token_ids"]) == 256 - len(PROMPTS[0]) and output["finish_reason"] == "length"
 
 
 # --- n ------------------------------------------------------------------------------------------------------
 
 
-def test_n_completions_of_a_prompt(checkpoint: Checkpoint, record_hits: Callable[[], list[int]]) -> None:
+def test_n_completions_of_a_prompt(
+    checkpoint: Checkpoint, record_hits: Callable[[], list[int]]
+) -> None:
     llm = make_llm(checkpoint.path)
-    params = SamplingParams(temperature=0.9, seed=5, max_tokens=10, ignore_eos=True, n=4, logprobs=0)
+    params = SamplingParams(
+        temperature=0.9, seed=5, max_tokens=10, ignore_eos=True, n=4, logprobs=0
+    )
     one, two = llm.generate([PROMPTS[4], PROMPTS[1]], params, use_tqdm=False)
     assert_idle(llm)
-    assert record_hits() == [0, 48, 48, 48, 0, 0, 0, 0]  # the prompt's whole blocks are computed once
+    assert record_hits() == [
+        0,
+        48,
+        48,
+        48,
+        0,
+        0,
+        0,
+        0,
+    ]  # the prompt's whole blocks are computed once
     for output, prompt in ((one, PROMPTS[4]), (two, PROMPTS[1])):
         completions = output["completions"]
-        assert len({tuple(completion["token_ids"]) for completion in completions}) == len(completions) == 4
+        assert (
+            len({tuple(completion["token_ids"]) for completion in completions})
+            == len(completions)
+            == 4
+        )
         assert completions[0] == {key: output[key] for key in completions[0]}
         assert all(len(completion["logprobs"]) == 10 for completion in completions)
         assert output["prompt_token_ids"] == prompt
@@ -408,7 +487,10 @@ def test_n_completions_of_a_prompt(checkpoint: Checkpoint, record_hits: Callable
     assert summary(other)[0] not in summary(one)
     unseeded = dataclasses.replace(params, seed=None)
     first, second = llm.generate([PROMPTS[1]] * 2, unseeded, use_tqdm=False)
-    assert len({tuple(c["token_ids"]) for output in (first, second) for c in output["completions"]}) == 8
+    assert (
+        len({tuple(c["token_ids"]) for output in (first, second) for c in output["completions"]})
+        == 8
+    )
     llm.exit()
 
 
@@ -418,7 +500,14 @@ def test_n_with_fewer_seats_than_completions(checkpoint: Checkpoint) -> None:
     wide = make_llm(checkpoint.path)
     expected = wide.generate(PROMPTS[:3], params, use_tqdm=False)
     wide.exit()
-    llm = make_llm(checkpoint.path, 1, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18, max_num_seqs=3)
+    llm = make_llm(
+        checkpoint.path,
+        1,
+        kvcache_block_size=4,
+        max_model_len=72,
+        num_kvcache_blocks=18,
+        max_num_seqs=3,
+    )
     ids = [llm.add_request(prompt, params) for prompt in PROMPTS[:3]]
     results: dict[int, Any] = {}
     while not llm.is_finished():
@@ -442,12 +531,19 @@ def test_chat(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = [{"role": "user", "content": QUESTION}]
     text = TOKENIZER.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     expected = demo.generate(text, SamplingParams(temperature=0), use_tqdm=False)
-    assert demo.chat(conversation, SamplingParams(temperature=0), use_tqdm=False)[0]["text"].startswith("Hello!")
-    answers = demo.chat([conversation, conversation], use_tqdm=False)  # the demo recommends temperature 0
+    assert demo.chat(conversation, SamplingParams(temperature=0), use_tqdm=False)[0][
+        "text"
+    ].startswith("Hello!")
+    answers = demo.chat(
+        [conversation, conversation], use_tqdm=False
+    )  # the demo recommends temperature 0
     assert [answer["text"] for answer in answers] == [expected[0]["text"]] * 2
     assert answers[0]["prompt_token_ids"] == expected[0]["prompt_token_ids"]
     template = "{{ messages[0]['content'] }}{{ '!' if enable_thinking else '?' }}"
-    for options in (dict(enable_thinking=True), dict(chat_template_kwargs={"enable_thinking": True})):
+    for options in (
+        dict(enable_thinking=True),
+        dict(chat_template_kwargs={"enable_thinking": True}),
+    ):
         (answer,) = demo.chat(conversation, use_tqdm=False, chat_template=template, **options)
         assert TOKENIZER.decode(answer["prompt_token_ids"]) == QUESTION + "!"
     for messages in ("text", [], None):
@@ -463,7 +559,9 @@ def test_chat_without_a_template(llm: LLM) -> None:
 # --- stream and abort ---------------------------------------------------------------------------------------
 
 
-def join(parts: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, list[int], Any, list[Any]]]:
+def join(
+    parts: list[dict[str, Any]],
+) -> dict[tuple[int, int], tuple[str, list[int], Any, list[Any]]]:
     """(prompt, completion) -> all the text and tokens that a stream yielded for it, and how it ended."""
     joined: dict[tuple[int, int], tuple[str, list[int], Any, list[Any]]] = {}
     for part in parts:
@@ -471,14 +569,25 @@ def join(parts: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, list[i
         text, tokens, reason, logprobs = joined.get(key, ("", [], None, []))
         assert reason is None and part["token_ids"]
         logprobs = logprobs + (part["logprobs"] or [])
-        joined[key] = text + part["text"], tokens + part["token_ids"], part["finish_reason"], logprobs
+        joined[key] = (
+            text + part["text"],
+            tokens + part["token_ids"],
+            part["finish_reason"],
+            logprobs,
+        )
     return joined
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_stream_yields_what_generate_returns(demo: LLM, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_yields_what_generate_returns(
+    demo: LLM, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "_max_pending", depth)
-    prompts = [f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", "The number", "1, 2"]
+    prompts = [
+        f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+        "The number",
+        "1, 2",
+    ]
     params = [
         SamplingParams(temperature=0),
         SamplingParams(seed=3, n=3, top_k=30, max_tokens=30, logprobs=2),
@@ -492,7 +601,9 @@ def test_a_stream_yields_what_generate_returns(demo: LLM, depth: int, monkeypatc
         for index, output in enumerate(expected)
         for number, c in enumerate(output.get("completions", [output]))
     }
-    assert len(parts) == sum(len(tokens) for _, tokens, _, _ in join(parts).values())  # as they come
+    assert len(parts) == sum(
+        len(tokens) for _, tokens, _, _ in join(parts).values()
+    )  # as they come
 
 
 def test_a_stream_says_at_once_what_is_wrong(deep: LLM) -> None:
@@ -534,10 +645,14 @@ def test_streams_and_requests_side_by_side(deep: LLM, plain: list[list[int]]) ->
     two += second
     one += first
     assert [tokens for _, tokens, _, _ in join(one).values()] == plain[1:3]
-    assert [tokens for _, tokens, _, _ in join(two).values()] == [tokens[:8] for tokens in plain[3:5]]
+    assert [tokens for _, tokens, _, _ in join(two).values()] == [
+        tokens[:8] for tokens in plain[3:5]
+    ]
     assert not deep.is_finished()
     results, num_tokens = deep.step()
-    assert [(i, result["token_ids"]) for i, result in results] == [(request, plain[0][:5])] and num_tokens == 0
+    assert [(i, result["token_ids"]) for i, result in results] == [
+        (request, plain[0][:5])
+    ] and num_tokens == 0
     assert_idle(deep)
 
 
@@ -588,9 +703,16 @@ def test_abort(checkpoint: Checkpoint, plain: list[list[int]], budget: int) -> N
                 assert not {ids[0], ids[2], ids[5]} & {request for request, _ in finished}
                 results.update(finished)
             for number, request_id in enumerate(ids):
-                tokens, reason = results[request_id]["token_ids"], results[request_id]["finish_reason"]
+                tokens, reason = (
+                    results[request_id]["token_ids"],
+                    results[request_id]["finish_reason"],
+                )
                 if number in (0, 2, 5):
-                    assert reason == "abort" and tokens == plain[number][: len(tokens)] and len(tokens) < 20
+                    assert (
+                        reason == "abort"
+                        and tokens == plain[number][: len(tokens)]
+                        and len(tokens) < 20
+                    )
                 else:
                     assert reason == "length" and tokens == plain[number]
             assert_idle(llm)
@@ -618,10 +740,20 @@ def test_abort_of_one_that_has_several_completions(deep: LLM) -> None:
 def everything(seed: int, **changes: Any) -> SamplingParams:
     """All that changes which tokens are drawn."""
     options: dict[str, Any] = dict(
-        temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3,
-        frequency_penalty=0.2, logit_bias={3: 2.5, 50: -100.0, 7: 1}, min_tokens=9, stop_token_ids=[3, 9, 20],
-        logprobs=2, seed=seed, max_tokens=20,
-    )  # fmt: skip
+        temperature=0.9,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={3: 2.5, 50: -100.0, 7: 1},
+        min_tokens=9,
+        stop_token_ids=[3, 9, 20],
+        logprobs=2,
+        seed=seed,
+        max_tokens=20,
+    )
     return SamplingParams(**{**options, **changes})
 
 
@@ -631,7 +763,9 @@ MANY = [
     everything(2, temperature=0, top_k=0),
     everything(3, logit_bias=None, min_tokens=0, n=2),
     SamplingParams(seed=4, max_tokens=20, ignore_eos=True),
-    everything(5, repetition_penalty=0.8, presence_penalty=0, frequency_penalty=-0.5, logprobs=None),
+    everything(
+        5, repetition_penalty=0.8, presence_penalty=0, frequency_penalty=-0.5, logprobs=None
+    ),
 ]
 
 
@@ -645,7 +779,12 @@ def summaries(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
 def summary(output: dict[str, Any]) -> list[Any]:
     """A result without what may differ: the cached tokens, and the last bits of a log-probability."""
     return [
-        (c["token_ids"], c["finish_reason"], c["stop_reason"], c["logprobs"] and [*map(sorted, c["logprobs"])])
+        (
+            c["token_ids"],
+            c["finish_reason"],
+            c["stop_reason"],
+            c["logprobs"] and [*map(sorted, c["logprobs"])],
+        )
         for c in output.get("completions", [output])
     ]
 
@@ -676,9 +815,16 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
     # Each option does make a difference.
     llm = make_llm(checkpoint.path)
     for name, off in [
-        ("temperature", 0.2), ("top_k", 1), ("top_p", 0.01), ("min_p", 1), ("repetition_penalty", 2.0),
-        ("presence_penalty", 2), ("frequency_penalty", 2), ("logit_bias", {3: 100}), ("seed", 77),
-    ]:  # fmt: skip
+        ("temperature", 0.2),
+        ("top_k", 1),
+        ("top_p", 0.01),
+        ("min_p", 1),
+        ("repetition_penalty", 2.0),
+        ("presence_penalty", 2),
+        ("frequency_penalty", 2),
+        ("logit_bias", {3: 100}),
+        ("seed", 77),
+    ]:
         base = everything(1, stop_token_ids=[], min_tokens=0)
         changed = dataclasses.replace(base, **{name: off})
         assert generate_ids(llm, PROMPTS[:1], changed) != generate_ids(llm, PROMPTS[:1], base), name
@@ -690,12 +836,19 @@ def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
     assert everything(1).has_penalties and not everything(1).is_plain
     seq.schedule(5000, is_prefill=True)
     copy = pickle.loads(pickle.dumps(seq))
-    assert copy.options == seq.options and copy.options[0] == everything(1) and copy.options[3] == seq.token_ids
+    assert (
+        copy.options == seq.options
+        and copy.options[0] == everything(1)
+        and copy.options[3] == seq.token_ids
+    )
     seq.token_ids.append(1)
     seq.schedule(1)
     assert len(pickle.dumps(seq)) < 200
     # What changes nothing costs nothing: no options are sent, and the graph's own samples are taken.
-    for params in (SamplingParams(temperature=0, top_k=5, top_p=0.5), SamplingParams(top_k=-1, n=3, stop="x")):
+    for params in (
+        SamplingParams(temperature=0, top_k=5, top_p=0.5),
+        SamplingParams(top_k=-1, n=3, stop="x"),
+    ):
         assert params.is_plain
 
 
@@ -722,7 +875,9 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     graphs = {size: (replay, replay.tokens, replay.logits) for size, replay in replays.items()}
     runner.graphs = graphs  # type: ignore[union-attr, assignment]
     assert summaries(llm, PROMPTS, MANY) == expected
-    assert [summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)] == expected
+    assert [
+        summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)
+    ] == expected
     llm.exit()
 
 
@@ -762,21 +917,30 @@ REQUESTS = st.tuples(st.lists(st.integers(3, 1023), min_size=1, max_size=30), ra
 @pytest.fixture(scope="module")
 def tiny_demo() -> Iterator[list[LLM]]:
     """With a cache for little more than one sequence; reading tokens at once, and a step late."""
-    options: dict[str, Any] = dict(kvcache_block_size=4, max_model_len=56, num_kvcache_blocks=20, max_num_seqs=6)
-    engines = [make_llm(DEMO_MODEL, depth, max_num_batched_tokens=40, **options) for depth in (0, 1)]
+    options: dict[str, Any] = dict(
+        kvcache_block_size=4, max_model_len=56, num_kvcache_blocks=20, max_num_seqs=6
+    )
+    engines = [
+        make_llm(DEMO_MODEL, depth, max_num_batched_tokens=40, **options) for depth in (0, 1)
+    ]
     yield engines
     for engine in engines:
         engine.exit()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=6),
     depth=st.integers(0, 1),
     leave_after=st.one_of(st.none(), st.integers(0, 40)),
 )
 def test_random_requests_keep_every_invariant(
-    tiny_demo: list[LLM], requests: list[tuple[list[int], SamplingParams]], depth: int, leave_after: int | None
+    tiny_demo: list[LLM],
+    requests: list[tuple[list[int], SamplingParams]],
+    depth: int,
+    leave_after: int | None,
 ) -> None:
     llm = tiny_demo[depth]
     prompts, params = [prompt for prompt, _ in requests], [param for _, param in requests]
@@ -795,9 +959,13 @@ def test_random_requests_keep_every_invariant(
             assert 1 <= len(tokens) <= min(param.max_tokens or room, room)
             ends = {*param.stop_token_ids, *(() if param.ignore_eos else llm.config.eos)}  # type: ignore[misc]
             early = tokens[: max(param.min_tokens, len(tokens) - 1)]
-            assert not ends & set(early[: param.min_tokens]) and not ends & set(tokens[param.min_tokens : -1])
+            assert not ends & set(early[: param.min_tokens]) and not ends & set(
+                tokens[param.min_tokens : -1]
+            )
             if c["finish_reason"] == "length":
-                assert len(tokens) == min(param.max_tokens or room, room) and c["stop_reason"] is None
+                assert (
+                    len(tokens) == min(param.max_tokens or room, room) and c["stop_reason"] is None
+                )
             else:
                 assert c["finish_reason"] == "stop" and len(tokens) > param.min_tokens
                 assert c["stop_reason"] in (None, *param.stop, *param.stop_token_ids)  # type: ignore[misc]
@@ -805,10 +973,14 @@ def test_random_requests_keep_every_invariant(
                 assert c["logprobs"] is None
             else:
                 assert [next(iter(entry)) for entry in c["logprobs"]] == tokens
-                assert all(param.logprobs <= len(entry) <= param.logprobs + 1 for entry in c["logprobs"])
+                assert all(
+                    param.logprobs <= len(entry) <= param.logprobs + 1 for entry in c["logprobs"]
+                )
                 assert all(value <= 1e-4 for entry in c["logprobs"] for value in entry.values())
             if not param.stop and c["finish_reason"] == "length":
-                assert c["text"] == TOKENIZER.decode(tokens, skip_special_tokens=param.skip_special_tokens)
+                assert c["text"] == TOKENIZER.decode(
+                    tokens, skip_special_tokens=param.skip_special_tokens
+                )
     assert_idle(llm)
 
 
@@ -818,9 +990,21 @@ def test_random_requests_keep_every_invariant(
 def test_a_script_for_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     """But for the import and the results, which are dicts here."""
     sampling_params = SamplingParams(
-        n=2, temperature=0.8, top_p=0.95, top_k=-1, min_p=0.0, repetition_penalty=1.0, seed=0, max_tokens=16,
-        min_tokens=1, stop=["\n"], stop_token_ids=None, ignore_eos=False, logprobs=1, skip_special_tokens=True,
-    )  # fmt: skip
+        n=2,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=-1,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=0,
+        max_tokens=16,
+        min_tokens=1,
+        stop=["\n"],
+        stop_token_ids=None,
+        ignore_eos=False,
+        logprobs=1,
+        skip_special_tokens=True,
+    )
     llm = LLM(model=DEMO_MODEL, tensor_parallel_size=1, max_model_len=128, device="cpu")
     for output in llm.generate(["Hello, my name is", "The future of AI is"], sampling_params):
         print(f"Generated text: {output['text']!r}, {output['finish_reason']}")
@@ -846,13 +1030,17 @@ def test_a_stream_misses_nothing_when_others_step_the_engine(deep: LLM) -> None:
         deep.step()
     for stream, part in zip(streams, parts):
         part += stream
-    assert [[token for part in parts_ for token in part["token_ids"]] for parts_ in parts] == expected
+    assert [
+        [token for part in parts_ for token in part["token_ids"]] for parts_ in parts
+    ] == expected
     assert [parts_[-1]["finish_reason"] for parts_ in parts] == ["length", "length"]
     assert_idle(deep)
 
 
 @pytest.mark.parametrize("named", [99_999, -1, "2", 2.0, True, [[2]], [5, 99_999, None]], ids=str)
-def test_end_ids_that_are_none_are_left_out(checkpoint: Checkpoint, tmp_path: Path, named: Any) -> None:
+def test_end_ids_that_are_none_are_left_out(
+    checkpoint: Checkpoint, tmp_path: Path, named: Any
+) -> None:
     path = tmp_path / "model"
     shutil.copytree(checkpoint.path, path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
@@ -860,7 +1048,9 @@ def test_end_ids_that_are_none_are_left_out(checkpoint: Checkpoint, tmp_path: Pa
     assert llm.config.eos == ((5,) if isinstance(named, list) and 5 in named else ())
     params = SamplingParams(temperature=0, min_tokens=2, max_tokens=4)
     together = llm.generate(random_prompts(6, [5, 6]), [params, greedy(4)], use_tqdm=False)
-    assert together[1]["token_ids"] == generate_ids(llm, random_prompts(6, [5, 6])[1:], greedy(4))[0]
+    assert (
+        together[1]["token_ids"] == generate_ids(llm, random_prompts(6, [5, 6])[1:], greedy(4))[0]
+    )
     llm.exit()
 
 
@@ -882,7 +1072,9 @@ def test_engines_of_two_threads_do_not_meet(checkpoint: Checkpoint) -> None:
     assert results == {0: expected, 1: expected}
 
 
-@pytest.mark.parametrize("messages", [["hi"], [], "hi", [[{"role": "user", "content": "a"}], "b"], None], ids=str)
+@pytest.mark.parametrize(
+    "messages", [["hi"], [], "hi", [[{"role": "user", "content": "a"}], "b"], None], ids=str
+)
 def test_what_is_no_conversation_is_a_type_error(demo: LLM, messages: Any) -> None:
     with pytest.raises(TypeError, match="messages must be a conversation"):
         demo.chat(messages, greedy(1), use_tqdm=False)

@@ -74,10 +74,19 @@ def test_philox_torch_equals_the_plain_integers() -> None:
         2**63 - 1,
         *torch.randint(2**63 - 1, (300,), generator=generator).tolist(),
     ]
-    words = [0, 1, 2**31, 2**32 - 1, 2**32 - 1, *torch.randint(2**32, (300,), generator=generator).tolist()]
+    words = [
+        0,
+        1,
+        2**31,
+        2**32 - 1,
+        2**32 - 1,
+        *torch.randint(2**32, (300,), generator=generator).tolist(),
+    ]
     c0, c1 = words, words[::-1]
     result = philox_torch(torch.tensor(seeds), torch.tensor(c0), torch.tensor(c1)).tolist()
-    assert result == [philox([a, b, 0, 0], [s % 2**32, s >> 32], 7) for s, a, b in zip(seeds, c0, c1)]
+    assert result == [
+        philox([a, b, 0, 0], [s % 2**32, s >> 32], 7) for s, a, b in zip(seeds, c0, c1)
+    ]
 
 
 @pytest.mark.parametrize("draw", BACKENDS)
@@ -86,11 +95,15 @@ def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, firs
     """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank holds."""
     seeds, positions = [0, 7, 2**40 + 3, 2**63 - 1], [0, 1, 39_999, 12]
     words = {
-        (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[token_id % 4]
+        (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[
+            token_id % 4
+        ]
         for row, (seed, position) in enumerate(zip(seeds, positions))
         for token_id in range(first_id, first_id + 21)
     }
-    noise = {key: -math.log(-math.log1p(-((word >> 8) + 0.5) / 2**24)) for key, word in words.items()}
+    noise = {
+        key: -math.log(-math.log1p(-((word >> 8) + 0.5) / 2**24)) for key, word in words.items()
+    }
     tensors = torch.ones(4), torch.tensor(seeds), torch.tensor(positions)
     # One column at a time: the value is that column's noise.
     for column in range(21):
@@ -134,10 +147,15 @@ def test_triton_equals_torch(vocab: int, first_id: int) -> None:
 @needs_triton
 def test_triton_equals_torch_in_every_dtype(dtype: torch.dtype) -> None:
     logits, *rest = inputs(64, 300, dtype)
-    assert gumbel_argmax(logits, *rest)[1].tolist() == gumbel_argmax_torch(logits, *rest)[1].tolist()
+    assert (
+        gumbel_argmax(logits, *rest)[1].tolist() == gumbel_argmax_torch(logits, *rest)[1].tolist()
+    )
     # A row stride that is not the vocabulary: columns cut from a wider matrix.
     part = logits[:, 20:220]
-    assert gumbel_argmax(part, *rest)[1].tolist() == gumbel_argmax_torch(part.contiguous(), *rest)[1].tolist()
+    assert (
+        gumbel_argmax(part, *rest)[1].tolist()
+        == gumbel_argmax_torch(part.contiguous(), *rest)[1].tolist()
+    )
 
 
 @pytest.mark.parametrize("draw", BACKENDS)
@@ -193,7 +211,9 @@ def test_draws_follow_the_softmax(temperature: float, vary: str) -> None:
     num_draws = 40_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(1))
     numbers = torch.arange(num_draws)
-    seeds = {"position": torch.full_like(numbers, 99), "seed": numbers, "high seed": numbers << 32}[vary]
+    seeds = {"position": torch.full_like(numbers, 99), "seed": numbers, "high seed": numbers << 32}[
+        vary
+    ]
     positions = numbers if vary == "position" else torch.full_like(numbers, 5)
     _, ids = gumbel_argmax_torch(
         logits.expand(num_draws, -1), torch.full((num_draws,), temperature), seeds, positions
@@ -229,7 +249,14 @@ def sampled(seed: int | None, temperature: float = 0.8) -> SamplingParams:
 
 
 def test_a_seeded_request_does_not_depend_on_how_it_was_served(checkpoint: Checkpoint) -> None:
-    params = [sampled(1), greedy(20), sampled(2, 1.5), sampled(1), sampled(7, 0.3), sampled(2**63 - 1)]
+    params = [
+        sampled(1),
+        greedy(20),
+        sampled(2, 1.5),
+        sampled(1),
+        sampled(7, 0.3),
+        sampled(2**63 - 1),
+    ]
     llm = make_llm(checkpoint.path)
     alone = [generate_ids(llm, [prompt], one)[0] for prompt, one in zip(PROMPTS, params)]
     assert alone[1] == checkpoint.complete(PROMPTS[1:2], 20)[0]
@@ -242,7 +269,11 @@ def test_a_seeded_request_does_not_depend_on_how_it_was_served(checkpoint: Check
         dict(enable_prefix_caching=False, max_num_seqs=2),
         dict(depth=1),
         dict(
-            depth=1, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18, max_num_batched_tokens=30
+            depth=1,
+            kvcache_block_size=4,
+            max_model_len=72,
+            num_kvcache_blocks=18,
+            max_num_batched_tokens=30,
         ),
     ):
         llm = make_llm(checkpoint.path, seed=12345, **options)

@@ -47,7 +47,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Find = Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
 
 
-def filters(top_k: list[int], top_p: list[float], min_p: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+def filters(
+    top_k: list[int], top_p: list[float], min_p: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
     ints = torch.tensor(top_k, dtype=torch.int32, device=DEVICE)
     return ints, torch.tensor(top_p, device=DEVICE), torch.tensor(min_p, device=DEVICE)
 
@@ -58,7 +60,9 @@ def kept(logits: Tensor, thresholds: Tensor) -> Tensor:
     return (logits.float() >= thresholds.unsqueeze(1)) & (logits > -float("inf"))
 
 
-def sample(logits: Tensor, temperatures: Tensor, extras: SamplingExtras | None, seed: int = 0) -> tuple[Tensor, Any]:
+def sample(
+    logits: Tensor, temperatures: Tensor, extras: SamplingExtras | None, seed: int = 0
+) -> tuple[Tensor, Any]:
     """One token a row by the real sampler, every row with a seed of its own."""
     seeds = torch.arange(len(logits), device=logits.device) + 1_000_000 * seed
     sampler = Sampler(0, logits.shape[1])
@@ -85,7 +89,9 @@ COMBINATIONS = [
 ]
 
 
-def transformers_probs(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+def transformers_probs(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
     """`[vocab]` logits -> the probabilities from which `transformers` would draw."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
@@ -97,7 +103,9 @@ def transformers_probs(logits: Tensor, temperature: float, top_k: int, top_p: fl
     return warpers(torch.empty(1, 0, dtype=torch.int64), logits[None])[0].softmax(0)
 
 
-@pytest.mark.parametrize("find", [filter_thresholds_torch, pytest.param(filter_thresholds, marks=on_a_gpu)])
+@pytest.mark.parametrize(
+    "find", [filter_thresholds_torch, pytest.param(filter_thresholds, marks=on_a_gpu)]
+)
 @pytest.mark.parametrize("shape", ["random", "peaked", "flat", "forbidden"])
 def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> None:
     """All combinations as the rows of one batch."""
@@ -110,7 +118,10 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
     elif shape == "forbidden":
         logits[10:90] = -float("inf")
     temperature, *settings = (list(column) for column in zip(*COMBINATIONS))
-    rows, temperatures = logits.expand(len(COMBINATIONS), -1).to(DEVICE), torch.tensor(temperature, device=DEVICE)
+    rows, temperatures = (
+        logits.expand(len(COMBINATIONS), -1).to(DEVICE),
+        torch.tensor(temperature, device=DEVICE),
+    )
     keep = kept(rows, find(rows, temperatures, filters(*settings)))
     probs = (rows.masked_fill(~keep, -float("inf")) / temperatures.unsqueeze(1)).softmax(1).cpu()
     numbers = set()
@@ -123,7 +134,9 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
     assert len(numbers) > 6  # the combinations differ in what they keep
 
 
-def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+def kernel_cases(
+    vocab: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be drawn, greedy."""
     generator = torch.Generator().manual_seed(vocab)
     logits = 3 * torch.randn(14, vocab, generator=generator)
@@ -137,7 +150,11 @@ def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[
     top_p = [0.9, 1.0, 0.95, 0.5, 0.9, 0.3, 1e-6, 1.0, 0.9, 0.6, 1.0, 1.0, 0.5, 0.8]
     min_p = [0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, 0.01]
     temperatures = [1.0, 0.7, 0.6, 1.0, 1.0, 2.0, 1.0, 1.0, 0.9, 1.5, 1.0, 1.0, 1.0, 0.0]
-    return logits.to(DEVICE, dtype), torch.tensor(temperatures, device=DEVICE), filters(top_k, top_p, min_p)
+    return (
+        logits.to(DEVICE, dtype),
+        torch.tensor(temperatures, device=DEVICE),
+        filters(top_k, top_p, min_p),
+    )
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 129, 1001])
@@ -188,7 +205,9 @@ def test_draws_above_a_threshold_equal_the_references(vocab: int, first_id: int)
     drawn = logits.gather(1, (ids - first_id).unsqueeze(1)).squeeze(1)
     assert (drawn >= thresholds).all()
     for draw in (gumbel_argmax, gumbel_argmax_torch):  # a logit that equals its threshold is drawn
-        assert torch.equal(draw(logits, *rest, first_id, logits.amax(1))[1], logits.argmax(1) + first_id)
+        assert torch.equal(
+            draw(logits, *rest, first_id, logits.amax(1))[1], logits.argmax(1) + first_id
+        )
     unfiltered = gumbel_argmax_torch(logits, *rest, first_id)[1]
     assert torch.equal(unfiltered[:3], ids[:3]) and not torch.equal(unfiltered, ids)
 
@@ -197,13 +216,20 @@ def test_draws_above_a_threshold_equal_the_references(vocab: int, first_id: int)
 
 
 @pytest.mark.parametrize(
-    "combination", [(0.8, 7, 1.0, 0.0), (1.5, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.15), (1.3, 9, 0.9, 0.05)], ids=str
+    "combination",
+    [(0.8, 7, 1.0, 0.0), (1.5, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.15), (1.3, 9, 0.9, 0.05)],
+    ids=str,
 )
-def test_100_000_draws_follow_the_filtered_distribution(combination: tuple[float, int, float, float]) -> None:
+def test_100_000_draws_follow_the_filtered_distribution(
+    combination: tuple[float, int, float, float],
+) -> None:
     num_draws, (temperature, top_k, top_p, min_p) = 100_000, combination
     logits = torch.randn(14, generator=torch.Generator().manual_seed(1))
     settings = tuple(column.repeat(num_draws) for column in filters([top_k], [top_p], [min_p]))
-    rows, temperatures = logits.expand(num_draws, -1).to(DEVICE), torch.full((num_draws,), temperature, device=DEVICE)
+    rows, temperatures = (
+        logits.expand(num_draws, -1).to(DEVICE),
+        torch.full((num_draws,), temperature, device=DEVICE),
+    )
     tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))  # type: ignore[arg-type]
     assert logprobs is None and tokens.dtype == torch.int64
     probs = transformers_probs(logits, *combination)
@@ -225,17 +251,23 @@ HISTORIES = [
     ([30] * 10, [31] * 300 + [30]),
     ([4, 5], [6]),
 ]
-STRENGTHS = torch.tensor([[1.3, 0.0, 0.0], [2.0, 0.5, 0.5], [1.0, 0.7, -0.3], [0.8, -1.0, 0.01], [1.0, 0.0, 0.0]])
+STRENGTHS = torch.tensor(
+    [[1.3, 0.0, 0.0], [2.0, 0.5, 0.5], [1.0, 0.7, -0.3], [0.8, -1.0, 0.01], [1.0, 0.0, 0.0]]
+)
 
 
 def penalties_of(strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(column.contiguous().to(DEVICE) for column in strengths.unbind(1))  # type: ignore[return-value]
 
 
-def expected_penalties(logits: Tensor, histories: list[tuple[list[int], list[int]]], strengths: Tensor) -> Tensor:
+def expected_penalties(
+    logits: Tensor, histories: list[tuple[list[int], list[int]]], strengths: Tensor
+) -> Tensor:
     """`transformers`' repetition penalty, then OpenAI's formula for the other two."""
     rows = []
-    for row, (prompt, completion), (repetition, presence, frequency) in zip(logits, histories, strengths.tolist()):
+    for row, (prompt, completion), (repetition, presence, frequency) in zip(
+        logits, histories, strengths.tolist()
+    ):
         history = torch.tensor([prompt + completion], dtype=torch.int64)
         row = RepetitionPenaltyLogitsProcessor(repetition)(history, row[None].clone())[0]
         for token, times in Counter(completion).items():
@@ -246,7 +278,9 @@ def expected_penalties(logits: Tensor, histories: list[tuple[list[int], list[int
 
 @pytest.mark.parametrize("apply", PENALTIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_penalties_are_those_of_transformers_and_openai(apply: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_penalties_are_those_of_transformers_and_openai(
+    apply: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
     logits = 3 * torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[0, 7] = -float("inf")
     expected = expected_penalties(logits.float(), HISTORIES, STRENGTHS)
@@ -263,10 +297,14 @@ def test_penalties_are_those_of_transformers_and_openai(apply: Callable[..., Ten
 def test_the_penalty_kernel_equals_its_reference_over_several_tiles(vocab: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, vocab + 3, generator=generator).to(DEVICE)[:, :vocab]
-    counts = torch.randint(-1, 4, (3, vocab), generator=generator).clamp_(min=0).to(DEVICE, torch.int16)
+    counts = (
+        torch.randint(-1, 4, (3, vocab), generator=generator).clamp_(min=0).to(DEVICE, torch.int16)
+    )
     counts[:, ::7] |= PROMPT_FLAG
     arguments = logits, counts, torch.tensor([2, 0], device=DEVICE), penalties_of(STRENGTHS[1:3])
-    torch.testing.assert_close(penalize(*arguments), penalize_torch(*arguments), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        penalize(*arguments), penalize_torch(*arguments), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_counts_grow_by_what_is_sampled_and_stop_at_the_most_they_can_hold() -> None:
@@ -292,13 +330,21 @@ def test_queued_steps_see_the_tokens_of_the_steps_before() -> None:
     """Many greedy steps on one set of logits, nothing read back between them, against the plain formula."""
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
     strengths = torch.tensor([[1.5, 0.0, 0.0], [1.0, 0.4, 0.0], [1.2, 0.1, 0.3]])
-    histories: list[tuple[list[int], list[int]]] = [([int(logits[0].argmax())], []), ([1, 2], []), ([3], [4])]
+    histories: list[tuple[list[int], list[int]]] = [
+        ([int(logits[0].argmax())], []),
+        ([1, 2], []),
+        ([3], [4]),
+    ]
     rows = torch.tensor([1, 2, 3], device=DEVICE)
-    extras = SamplingExtras(penalties=penalties_of(strengths), counts=new_counts(VOCAB, histories), rows=rows)
+    extras = SamplingExtras(
+        penalties=penalties_of(strengths), counts=new_counts(VOCAB, histories), rows=rows
+    )
     zero = torch.zeros(3, device=DEVICE)
     steps = [sample(logits.to(DEVICE), zero, extras)[0] for _ in range(30)]
     for tokens in steps:
-        assert tokens.tolist() == expected_penalties(logits, histories, strengths).argmax(1).tolist()
+        assert (
+            tokens.tolist() == expected_penalties(logits, histories, strengths).argmax(1).tolist()
+        )
         for token, (_, completion) in zip(tokens.tolist(), histories):
             completion.append(token)
     assert [len(set(completion)) > 1 for _, completion in histories] == [True] * 3
@@ -326,11 +372,15 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
     histories: list[tuple[list[int], list[int]]] = [([3], []), ([], []), ([], [60, 3])]
     strengths = torch.tensor([[2.0, 0.0, 0.0]] * 3)
     extras = SamplingExtras(
-        bias=extras.bias, penalties=penalties_of(strengths), counts=new_counts(VOCAB, histories),
+        bias=extras.bias,
+        penalties=penalties_of(strengths),
+        counts=new_counts(VOCAB, histories),
         rows=torch.tensor([1, 2, 3], device=DEVICE),
-    )  # fmt: skip
+    )
     changed, _ = sampler._apply(extras, logits, torch.ones(3, device=DEVICE))
-    torch.testing.assert_close(changed.cpu(), expected_penalties(expected.cpu(), histories, strengths))
+    torch.testing.assert_close(
+        changed.cpu(), expected_penalties(expected.cpu(), histories, strengths)
+    )
     assert torch.equal(logits, before)
 
 
@@ -345,7 +395,9 @@ def test_forbidden_tokens_are_never_drawn(temperature: float) -> None:
     bias = index, torch.tensor(forbidden * num_rows, device=DEVICE), values
     temperatures = torch.full((num_rows,), temperature, device=DEVICE)
     for settings in (None, filters([7] * num_rows, [0.999999] * num_rows, [0.0] * num_rows)):
-        tokens = sample(logits, temperatures, SamplingExtras(filters=settings, bias=bias))[0].tolist()
+        tokens = sample(logits, temperatures, SamplingExtras(filters=settings, bias=bias))[
+            0
+        ].tolist()
         assert set(tokens) == ({1, 2, 3, 4, 7} if temperature else {1})
 
 
@@ -356,8 +408,14 @@ def test_greedy_heeds_penalties_and_bias_but_no_filter() -> None:
     assert sample(logits, zero, SamplingExtras(filters=everything))[0].tolist() == [0, 0, 0]
     counts = new_counts(4, [([], []), ([], [0]), ([0], [])])
     strengths = penalties_of(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [1.4, 2.0, 0.0]]))
-    bias = torch.tensor([0], device=DEVICE), torch.tensor([2], device=DEVICE), torch.tensor([9.0], device=DEVICE)
-    extras = SamplingExtras(filters=everything, penalties=strengths, counts=counts, rows=rows, bias=bias)
+    bias = (
+        torch.tensor([0], device=DEVICE),
+        torch.tensor([2], device=DEVICE),
+        torch.tensor([9.0], device=DEVICE),
+    )
+    extras = SamplingExtras(
+        filters=everything, penalties=strengths, counts=counts, rows=rows, bias=bias
+    )
     assert sample(logits, zero, extras)[0].tolist() == [2, 1, 1]
 
 
@@ -396,12 +454,16 @@ def one_of_each(num_rows: int) -> tuple[Tensor, Tensor, SamplingExtras]:
     generator = torch.Generator().manual_seed(8)
     logits = (2 * torch.randn(num_rows, VOCAB, generator=generator)).to(DEVICE)
     numbers = range(num_rows)
-    strengths = torch.tensor([[1 + 0.5 * (i % 3 == 1), 0.3 * (i % 2), 0.1 * (i % 4)] for i in numbers])
+    strengths = torch.tensor(
+        [[1 + 0.5 * (i % 3 == 1), 0.3 * (i % 2), 0.1 * (i % 4)] for i in numbers]
+    )
     strengths[0] = torch.tensor([1.0, 0.0, 0.0])
     histories = [([i, i + 1, 2 * i % VOCAB], [i, 3 * i % VOCAB]) for i in numbers]
     biased = torch.arange(1, num_rows, 2, device=DEVICE)
     extras = SamplingExtras(
-        filters=filters([0, 4, 0, 9] * (num_rows // 4), [1.0, 1.0, 0.7, 0.9] * (num_rows // 4), [0.0] * num_rows),
+        filters=filters(
+            [0, 4, 0, 9] * (num_rows // 4), [1.0, 1.0, 0.7, 0.9] * (num_rows // 4), [0.0] * num_rows
+        ),
         penalties=penalties_of(strengths),
         counts=new_counts(VOCAB, histories),
         rows=torch.arange(1, num_rows + 1, device=DEVICE),
@@ -420,14 +482,20 @@ def test_a_row_that_asks_for_nothing_is_not_touched_by_its_neighbours() -> None:
 
 def run_rank(rank: int, num_ranks: int, path: str, results: Any) -> None:
     """What rank `rank` of `num_ranks` samples of its part of the logits of `one_of_each`."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks
+    )
     logits, temperatures, extras = one_of_each(8)
     part = -(-VOCAB // num_ranks)
     with tensor_parallel(rank, num_ranks):
         sampler = Sampler(part * rank, VOCAB)
     seeds = torch.arange(8)
     tokens, logprobs = sampler(
-        logits[:, part * rank : part * (rank + 1)], temperatures, seeds, torch.full_like(seeds, 7), extras
+        logits[:, part * rank : part * (rank + 1)],
+        temperatures,
+        seeds,
+        torch.full_like(seeds, 7),
+        extras,
     )
     results.put((rank, tokens.tolist(), *(tensor.tolist() for tensor in logprobs)))
     torch.distributed.destroy_process_group()
@@ -439,7 +507,10 @@ def test_ranks_with_unequal_parts_of_the_vocabulary_sample_as_one(tmp_path: Path
     tokens, logprobs = sample(logits, temperatures, extras)
     context = multiprocessing.get_context("fork")  # quick: nothing is imported again
     results = context.SimpleQueue()
-    ranks = [context.Process(target=run_rank, args=(rank, 2, str(tmp_path / "store"), results)) for rank in (0, 1)]
+    ranks = [
+        context.Process(target=run_rank, args=(rank, 2, str(tmp_path / "store"), results))
+        for rank in (0, 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -459,9 +530,15 @@ def test_gathering_takes_the_padding_out(num_ranks: int) -> None:
     for rank in range(num_ranks):
         with tensor_parallel(rank, num_ranks):
             sampler = Sampler(part * rank, vocab)
-        exchange = type("Exchange", (), {"size": num_ranks, "all_gather": lambda self, x: sent.append(x) or x[None]})
+        exchange = type(
+            "Exchange",
+            (),
+            {"size": num_ranks, "all_gather": lambda self, x: sent.append(x) or x[None]},
+        )
         sampler.tp = exchange()
         sampler._gather(parts[rank])
-    exchange = type("Exchange", (), {"size": num_ranks, "all_gather": lambda self, x: torch.stack(sent)})
+    exchange = type(
+        "Exchange", (), {"size": num_ranks, "all_gather": lambda self, x: torch.stack(sent)}
+    )
     sampler.tp = exchange()
     assert torch.equal(sampler._gather(parts[-1]), logits)

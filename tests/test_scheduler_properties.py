@@ -56,7 +56,8 @@ class Load:
         """
         prompt = self.requests[index].prompt
         sampled = [
-            self.sampled[(i + index % 3) % len(self.sampled)] for i in range(self.max_model_len + MAX_LAG + 1)
+            self.sampled[(i + index % 3) % len(self.sampled)]
+            for i in range(self.max_model_len + MAX_LAG + 1)
         ]
         return prompt + sampled[len(prompt) :]
 
@@ -129,7 +130,9 @@ class Simulation:
         self.pending: deque[tuple[Step, list[int]]] = deque()
         # (prefix, next token) -> prefix; equal exactly if equal
         self.prefixes: dict[tuple[int, int], int] = {}
-        self.prefix_of: dict[int, list[int]] = {}  # sequence id -> prefix that ends at each position
+        self.prefix_of: dict[
+            int, list[int]
+        ] = {}  # sequence id -> prefix that ends at each position
         self.store: dict[int, int] = {}  # slot -> prefix whose K and V it holds
         self.newest: dict[int, int] = {}  # row -> the token that was drawn for it last
         self.num_hits = self.num_dropped = self.num_waits = 0
@@ -156,7 +159,8 @@ class Simulation:
         assert not self.live
         assert_idle(self.scheduler)
         results = {
-            self.index[seq.seq_id]: (seq.completion_token_ids, seq.finish_reason) for seq in self.finished
+            self.index[seq.seq_id]: (seq.completion_token_ids, seq.finish_reason)
+            for seq in self.finished
         }
         assert results == {index: load.result(index) for index in range(len(load.requests))}
         assert len(self.finished) == len(results)
@@ -188,7 +192,9 @@ class Simulation:
         self.check_limits(step, totals)
         for seq in step.seqs:
             if seq.seq_id not in held:
-                self.num_hits += (seq.num_computed_tokens - seq.num_scheduled_tokens) // self.load.block_size
+                self.num_hits += (
+                    seq.num_computed_tokens - seq.num_scheduled_tokens
+                ) // self.load.block_size
             if seq.seq_id not in self.admitted:
                 self.admitted.append(seq.seq_id)
         # Slots whose contents a sequence has computed (or found) in an earlier step, and will still read.
@@ -263,10 +269,16 @@ class Simulation:
             total = totals[seq.seq_id]
             assert seq.num_scheduled_tokens >= 1 and not seq.is_finished
             assert seq.num_computed_tokens <= total
-            assert yields == (seq.num_computed_tokens == total)  # it samples after the last token there is
+            assert yields == (
+                seq.num_computed_tokens == total
+            )  # it samples after the last token there is
             assert seq.num_tokens == total + yields
-            assert seq.num_tokens - seq.num_prompt_tokens <= seq.max_tokens  # no more than can be used
-            assert len(seq.block_table) * load.block_size >= total  # all of the prompt, chunked or not
+            assert (
+                seq.num_tokens - seq.num_prompt_tokens <= seq.max_tokens
+            )  # no more than can be used
+            assert (
+                len(seq.block_table) * load.block_size >= total
+            )  # all of the prompt, chunked or not
             if not step.is_prefill:
                 assert seq.num_scheduled_tokens == 1 and yields
         assert step.num_tokens == sum(seq.num_scheduled_tokens for seq in seqs)
@@ -287,7 +299,9 @@ class Simulation:
         ]
         free = list(manager.free_block_ids)
         assert sorted(free) == [i for i in range(len(manager.blocks)) if not holders[i]]
-        assert len(manager.cached_blocks) <= len(manager.blocks)  # nothing is left of what was evicted
+        assert len(manager.cached_blocks) <= len(
+            manager.blocks
+        )  # nothing is left of what was evicted
         # Each admitted sequence has a row of its own, and no row is lost.
         rows = [seq.row for seq in self.live if seq.block_table]
         assert sorted(rows + self.scheduler.free_rows) == list(range(self.load.max_num_seqs))
@@ -302,7 +316,10 @@ class Simulation:
         has_ended = {seq.seq_id for seq in step.seqs if seq.is_finished}
         finished = self.scheduler.postprocess(step, drawn)
         under_way = Counter(
-            seq.seq_id for later, _ in self.pending for seq, yields in zip(later.seqs, later.yields) if yields
+            seq.seq_id
+            for later, _ in self.pending
+            for seq, yields in zip(later.seqs, later.yields)
+            if yields
         )
         expected = []
         for seq, yields, token in zip(step.seqs, step.yields, drawn):
@@ -311,7 +328,9 @@ class Simulation:
             self.num_dropped += yields and not takes
             assert seq.token_ids == before[seq.seq_id] + [token] * takes
             assert seq.num_prompt_tokens == len(request.prompt)
-            assert seq.num_tokens == len(seq.token_ids) + (0 if seq.is_finished else under_way[seq.seq_id])
+            assert seq.num_tokens == len(seq.token_ids) + (
+                0 if seq.is_finished else under_way[seq.seq_id]
+            )
             if not takes:
                 continue
             assert seq.completion_token_ids == seq.token_ids[len(request.prompt) :]
@@ -358,7 +377,9 @@ def test_invariants_hold_after_every_step(load: Load) -> None:
 )
 @settings(parent=property_test, max_examples=500)
 @given(load=loads())
-def test_a_hash_collision_never_returns_another_prompts_cache(weak_hash: object, load: Load) -> None:
+def test_a_hash_collision_never_returns_another_prompts_cache(
+    weak_hash: object, load: Load
+) -> None:
     with mock.patch.object(BlockManager, "compute_hash", staticmethod(weak_hash)):
         run_at_every_lag(load)
 
@@ -373,15 +394,21 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
         for lag, simulation in enumerate(run_at_every_lag(load)):
             seen["preemptions", lag] += simulation.scheduler.num_preemptions > 2
             seen["hits", lag] += simulation.num_hits > 2
-            seen["chunks", lag] += load.budget < max(len(request.prompt) for request in load.requests)
+            seen["chunks", lag] += load.budget < max(
+                len(request.prompt) for request in load.requests
+            )
             seen["eos", lag] += any(seq.finish_reason == "stop" for seq in simulation.finished)
-            seen["shared", lag] += simulation.num_hits > 2 and simulation.scheduler.num_preemptions > 2
+            seen["shared", lag] += (
+                simulation.num_hits > 2 and simulation.scheduler.num_preemptions > 2
+            )
             seen["dropped", lag] += simulation.num_dropped > 0
             seen["waits", lag] += simulation.num_waits > 2
 
     explore()
     for lag in range(MAX_LAG + 1):
-        events = ["preemptions", "hits", "chunks", "eos", "shared"] + ["dropped", "waits"] * (lag > 0)
+        events = ["preemptions", "hits", "chunks", "eos", "shared"] + ["dropped", "waits"] * (
+            lag > 0
+        )
         assert all(seen[event, lag] >= 10 for event in events), seen
     assert seen["dropped", 0] == seen["waits", 0] == 0
 
@@ -389,9 +416,15 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
 def test_the_only_running_sequence_is_not_preempted() -> None:
     """It needs every block of the cache, and gets them one by one from the others."""
     load = Load(
-        block_size=2, num_blocks=6, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
-        requests=[Request(0, [1, 2, i], 9, True) for i in range(4)], sampled=[1, 2, 3],
-    )  # fmt: skip
+        block_size=2,
+        num_blocks=6,
+        max_num_seqs=8,
+        budget=100,
+        max_model_len=12,
+        enable_prefix_caching=True,
+        requests=[Request(0, [1, 2, i], 9, True) for i in range(4)],
+        sampled=[1, 2, 3],
+    )
     for simulation in run_at_every_lag(load):
         assert simulation.scheduler.num_preemptions >= 3
         assert [seq.seq_id for seq in simulation.finished] == simulation.admitted
@@ -400,10 +433,15 @@ def test_the_only_running_sequence_is_not_preempted() -> None:
 def test_an_end_that_is_found_late_costs_a_dropped_token_each_step() -> None:
     """Two requests; the first ends at its third token, by which time `lag` more steps have been launched."""
     load = Load(
-        block_size=2, num_blocks=20, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
+        block_size=2,
+        num_blocks=20,
+        max_num_seqs=8,
+        budget=100,
+        max_model_len=12,
+        enable_prefix_caching=True,
         requests=[Request(0, [1, 2], 9, False), Request(0, [1, 3], 9, True)],
         sampled=[1, 2, 3, 2, EOS, 3, 1, 1],
-    )  # fmt: skip
+    )
     for lag, simulation in enumerate(run_at_every_lag(load)):
         first, second = simulation.finished
         assert (first.completion_token_ids, first.finish_reason) == ([3, 2, EOS], "stop")
@@ -414,15 +452,23 @@ def test_an_end_that_is_found_late_costs_a_dropped_token_each_step() -> None:
 def test_no_step_is_launched_beyond_max_tokens() -> None:
     """Unlike an EOS, that end is known in advance: nothing is computed in vain, and the rest goes on."""
     load = Load(
-        block_size=2, num_blocks=20, max_num_seqs=8, budget=100, max_model_len=12, enable_prefix_caching=True,
-        requests=[Request(0, [1, 2], n, True) for n in (1, 2, 5)], sampled=[1, 2, 3],
-    )  # fmt: skip
+        block_size=2,
+        num_blocks=20,
+        max_num_seqs=8,
+        budget=100,
+        max_model_len=12,
+        enable_prefix_caching=True,
+        requests=[Request(0, [1, 2], n, True) for n in (1, 2, 5)],
+        sampled=[1, 2, 3],
+    )
     for lag in range(MAX_LAG + 1):
         simulation = Simulation(load, lag)
         sizes: list[int] = []
         schedule = simulation.scheduler.schedule
 
-        def counting(schedule: Callable[[], Step | None] = schedule, sizes: list[int] = sizes) -> Step | None:
+        def counting(
+            schedule: Callable[[], Step | None] = schedule, sizes: list[int] = sizes
+        ) -> Step | None:
             step = schedule()
             sizes.extend([len(step.seqs)] if step is not None else [])
             return step

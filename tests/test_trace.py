@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Checkpoint, assert_idle, check_step_loop, generate_ids, greedy, make_llm, random_prompts
+from conftest import (
+    Checkpoint,
+    assert_idle,
+    check_step_loop,
+    generate_ids,
+    greedy,
+    make_llm,
+    random_prompts,
+)
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.trace import StepRecord, Trace
@@ -97,7 +105,9 @@ def test_times_are_in_order(llm: LLM, prompts: list[list[int]]) -> None:
             if step.chunks.get(request.seq_id, (0, 0))[1] >= request.num_prompt_tokens
         ]
         assert request.first_token_at == first_tokens[0]
-        assert request.finished_at in [step.end for step in own[-2:]]  # the last may have been launched in vain
+        assert request.finished_at in [
+            step.end for step in own[-2:]
+        ]  # the last may have been launched in vain
 
 
 def test_summary(llm: LLM, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +119,9 @@ def test_summary(llm: LLM, prompts: list[list[int]], capsys: pytest.CaptureFixtu
     assert figures["requests_finished"] == len(prompts)
     assert figures["completion_tokens"] == sum(map(len, tokens))
     assert printed["completion_tokens"] == str(sum(map(len, tokens)))
-    assert figures["tokens_per_second"] == pytest.approx(figures["completion_tokens"] / figures["seconds"])
+    assert figures["tokens_per_second"] == pytest.approx(
+        figures["completion_tokens"] / figures["seconds"]
+    )
     assert figures["preemptions"] == llm.stats()["preemptions"] - before["preemptions"] > 0
     assert figures["prefix_hit_tokens"] == llm.stats()["prefix_hit_tokens"] > 0
     assert 0 < figures["prefix_hit_rate"] < 1
@@ -152,13 +164,19 @@ def test_chrome_trace_events(llm: LLM, prompts: list[list[int]], tmp_path: Path)
     assert preempted and all(waits.count(i) > 1 for i in preempted)
 
 
-def test_plot(llm: LLM, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot(
+    llm: LLM, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     trace, _ = traced(llm, prompts)
     figure = trace.plot()
     rows, cache = figure.axes
-    assert [text.get_text() for text in rows.get_legend().get_texts()] == ["waiting", "prefill", "decode"]
+    assert [text.get_text() for text in rows.get_legend().get_texts()] == [
+        "waiting",
+        "prefill",
+        "decode",
+    ]
     assert cache.get_xlabel().endswith("(s)") and cache.get_ylabel() and rows.get_ylabel()
     num_bars = sum(e["pid"] == 2 and e["ph"] == "X" for e in trace.events())
     assert len(rows.patches) == num_bars
@@ -181,7 +199,9 @@ def test_off_nothing_is_recorded(
         monkeypatch.setattr(Trace, method, fail)
     monkeypatch.setattr(StepRecord, "__init__", fail)
     generate_ids(llm, prompts, greedy(4))
-    check_step_loop(llm, [[1, 2, 3], [4, 5]], generate_ids(llm, [[1, 2, 3], [4, 5]], greedy(3)), [2, 3])
+    check_step_loop(
+        llm, [[1, 2, 3], [4, 5]], generate_ids(llm, [[1, 2, 3], [4, 5]], greedy(3)), [2, 3]
+    )
 
 
 def test_a_trace_begins_and_ends_between_any_two_steps(llm: LLM, prompts: list[list[int]]) -> None:
@@ -257,7 +277,9 @@ def test_completions_streams_and_aborted_requests(checkpoint: Checkpoint) -> Non
 
 
 def test_stats_count_since_the_start(llm: LLM, prompts: list[list[int]]) -> None:
-    zero = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions"), 0)
+    zero = dict.fromkeys(
+        ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions"), 0
+    )
     assert llm.stats() == {**zero, "blocks_free": 9, "blocks_in_use": 0, "blocks_cached": 0}
     tokens = generate_ids(llm, prompts, greedy(NUM_TOKENS))
     first = llm.stats()

@@ -21,25 +21,35 @@ class Block:
     key: int = -1
     token_ids: list[int] = field(default_factory=list)
     parent_id: int = NO_CONTENT  # content_id of the block before it
-    content_id: int = NO_CONTENT  # equal for two blocks exactly when their tokens and all tokens before are equal
+    content_id: int = (
+        NO_CONTENT  # equal for two blocks exactly when their tokens and all tokens before are equal
+    )
 
 
 class BlockManager:
     """Hands out blocks, counts their holders, finds cached prefixes, in time independent of the cache's size."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of the middle of this
         # queue, which an OrderedDict does in constant time.
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[int, Block] = {}  # key -> a full block, held or free
-        self._content_ids = count(NO_CONTENT + 1)  # never reused, so a stale parent_id matches nothing
+        self._content_ids = count(
+            NO_CONTENT + 1
+        )  # never reused, so a stale parent_id matches nothing
 
     def usage(self) -> dict[str, int]:
         """Blocks that nobody holds, that sequences hold, and, of both kinds, that a prompt could share."""
         free, num_cached = len(self.free_block_ids), len(self.cached_blocks)
-        return {"blocks_free": free, "blocks_in_use": len(self.blocks) - free, "blocks_cached": num_cached}
+        return {
+            "blocks_free": free,
+            "blocks_in_use": len(self.blocks) - free,
+            "blocks_cached": num_cached,
+        }
 
     def num_missing(self, seq: Sequence) -> int:
         """How many more blocks all tokens of a sequence need."""
@@ -47,7 +57,9 @@ class BlockManager:
 
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
-        num_held = sum(block.ref_count > 0 for block in self._find_cached_prefix(seq))  # the other hits are free ones
+        num_held = sum(
+            block.ref_count > 0 for block in self._find_cached_prefix(seq)
+        )  # the other hits are free ones
         return self.num_missing(seq) - num_held <= len(self.free_block_ids)
 
     def allocate(self, seq: Sequence) -> None:
@@ -75,7 +87,11 @@ class BlockManager:
         """The cached block that equals a full one of `seq`, given the content id of the block before it."""
         block = self.cached_blocks.get(self._block_key(seq, index))
         # The key is only a hash. Equal tokens after an equal prefix are a proof.
-        is_same = block and block.parent_id == parent_id and block.token_ids == self._block_tokens(seq, index)
+        is_same = (
+            block
+            and block.parent_id == parent_id
+            and block.token_ids == self._block_tokens(seq, index)
+        )
         return block if is_same else None
 
     def can_append(self, seq: Sequence) -> bool:
@@ -94,10 +110,14 @@ class BlockManager:
             return
         for index in range(seq.num_registered_blocks, num_full):
             block = self.blocks[seq.block_table[index]]
-            block.parent_id = self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
+            block.parent_id = (
+                self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
+            )
             known = self._find_block(seq, index, block.parent_id)
             if known is not None:
-                block.content_id = known.content_id  # a second copy: the first one stays the shared one
+                block.content_id = (
+                    known.content_id
+                )  # a second copy: the first one stays the shared one
                 continue
             block.key, block.token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
             block.content_id = next(self._content_ids)
@@ -106,7 +126,9 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back all blocks of a sequence. Their contents stay findable until they are handed out again."""
-        for block_id in reversed(seq.block_table):  # the tail is evicted before the head it depends on
+        for block_id in reversed(
+            seq.block_table
+        ):  # the tail is evicted before the head it depends on
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
@@ -129,9 +151,13 @@ class BlockManager:
         return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
 
     def _block_key(self, seq: Sequence, index: int) -> int:
-        keys = seq.block_keys  # kept with the sequence: one that waits for blocks is looked up in every step
+        keys = (
+            seq.block_keys
+        )  # kept with the sequence: one that waits for blocks is looked up in every step
         while len(keys) <= index:
-            keys.append(self.compute_hash(self._block_tokens(seq, len(keys)), keys[-1] if keys else None))
+            keys.append(
+                self.compute_hash(self._block_tokens(seq, len(keys)), keys[-1] if keys else None)
+            )
         return keys[index]
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:

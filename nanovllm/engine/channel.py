@@ -43,7 +43,9 @@ class Channel:
     def send(self, method: str, args: tuple) -> None:
         """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or a call was cut short."""
         if not self.is_whole:
-            raise RuntimeError("an exception cut a command to the tensor-parallel ranks short; make a new LLM")
+            raise RuntimeError(
+                "an exception cut a command to the tensor-parallel ranks short; make a new LLM"
+            )
         message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
         capacity, self.is_whole = self.memory.size - HEADER.size, False
         for start in range(0, len(message), capacity):
@@ -85,8 +87,14 @@ class Channel:
     def check_workers(self) -> None:
         """Rank 0: raise a RuntimeError, with the worker's traceback, if one has failed."""
         with self.lock:
-            dead = [(rank, process) for rank, process in enumerate(self.processes, start=1) if not process.is_alive()]
-            if not self.failure and not self.errors.empty():  # after is_alive: a worker says why before it dies
+            dead = [
+                (rank, process)
+                for rank, process in enumerate(self.processes, start=1)
+                if not process.is_alive()
+            ]
+            if (
+                not self.failure and not self.errors.empty()
+            ):  # after is_alive: a worker says why before it dies
                 rank, traceback = self.errors.get()
                 self.failure = f"tensor-parallel rank {rank} failed:\n{traceback}"
             if not self.failure and dead:

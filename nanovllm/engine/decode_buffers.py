@@ -31,12 +31,17 @@ class DecodeBuffers:
             parts = zip(memory.split(sizes), arrays.items(), strict=True)
             return {name: part.view(dtype).view(shape) for part, (name, (dtype, shape)) in parts}
 
-        memory, is_cuda = torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu"), device.type == "cuda"
+        memory, is_cuda = (
+            torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu"),
+            device.type == "cuda",
+        )
         self._device = memory.to(device)  # on a CPU, the same memory
         self.device = views(self._device)  # by name
         hosts = [memory.pin_memory(), memory.pin_memory()] if is_cuda else [memory]
         host_arrays = [{name: view.numpy() for name, view in views(host).items()} for host in hosts]
-        self._turns = cycle([(*turn, torch.cuda.Event() if is_cuda else None) for turn in zip(hosts, host_arrays)])
+        self._turns = cycle(
+            [(*turn, torch.cuda.Event() if is_cuda else None) for turn in zip(hosts, host_arrays)]
+        )
         # Padding stores nothing, attends to nothing (context length 0) and writes to a spare row.
         self._padding = {**dict.fromkeys(arrays, 0), "slots": -1, "rows": max_num_seqs}
 

@@ -31,7 +31,9 @@ class Detokenizer:
             self.token_ids.append(token_id)
             self.text += self.stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
         if is_last:  # with what is left of a character
-            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.params.skip_special_tokens)
+            whole = self.tokenizer.decode(
+                self.token_ids, skip_special_tokens=self.params.skip_special_tokens
+            )
             self.text = whole if whole.startswith(self.text) else self.text
         stops = self.params.stop if may_stop else ()
         begins = [(self.text.find(stop, max(start + 1 - len(stop), 0)), stop) for stop in stops]
@@ -46,5 +48,8 @@ class Detokenizer:
         """The text that is new since the last call, less an ending that could become a stop string."""
         stops = () if is_finished or self.params.include_stop_str_in_output else self.params.stop
         held = [k for stop in stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])]
-        start, self.num_taken = self.num_taken, max(self.num_taken, len(self.text) - max(held, default=0))
+        start, self.num_taken = (
+            self.num_taken,
+            max(self.num_taken, len(self.text) - max(held, default=0)),
+        )
         return self.text[start : self.num_taken]

@@ -45,27 +45,37 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = config = Config.from_options(model, options)
-        MODELS[config.hf_config.architectures[0]].check_config(config.hf_config, config.tensor_parallel_size)
+        MODELS[config.hf_config.architectures[0]].check_config(
+            config.hf_config, config.tensor_parallel_size
+        )
         self.tokenizer = load_tokenizer(config.model)
         self._generation_config = read_json(Path(config.model) / "generation_config.json")
         if config.eos == -1:
             vocab_size = config.hf_config.vocab_size
-            config.eos = find_eos(vocab_size, self._generation_config, self.tokenizer, config.hf_config)
+            config.eos = find_eos(
+                vocab_size, self._generation_config, self.tokenizer, config.hf_config
+            )
         self.model_runner: ModelRunner | None = start_ranks(config)
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
         self._finalizer = weakref.finalize(self, shut_down, self.model_runner)
         # On a GPU one step is always queued behind the one that runs, so that the device never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
         self._seeds = random.Random(config.seed)  # of the requests that bring none
-        self._counters = Counter(requests=0, prompt_tokens=0, completion_tokens=0, prefix_hit_tokens=0, preemptions=0)
+        self._counters = Counter(
+            requests=0, prompt_tokens=0, completion_tokens=0, prefix_hit_tokens=0, preemptions=0
+        )
         self._trace: Trace | None = None
         self.reset()
 
     def reset(self) -> None:
         """Drop all requests and the cache: a step that was cut short leaves blocks and queues half updated."""
         self.scheduler = Scheduler(self.config, self._counters)
-        self._pending: deque[tuple[Step, PendingTokens]] = deque()  # launched, tokens not read back; oldest first
-        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: id -> the sequences of its n completions
+        self._pending: deque[tuple[Step, PendingTokens]] = (
+            deque()
+        )  # launched, tokens not read back; oldest first
+        self._requests: dict[
+            int, list[Sequence]
+        ] = {}  # unfinished ones: id -> the sequences of its n completions
         self._ended: list[tuple[int, Result]] = []  # results for the next step to report
 
     def exit(self) -> None:
@@ -76,9 +86,13 @@ class LLMEngine:
 
     def _check_alive(self) -> None:
         if self.model_runner is None:
-            raise RuntimeError("this engine was shut down, by exit() or a failed rank; make a new LLM")
+            raise RuntimeError(
+                "this engine was shut down, by exit() or a failed rank; make a new LLM"
+            )
 
-    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[Result]:
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
+    ) -> list[Result]:
         """Complete prompts (one string, or a list of strings and token-id lists), batched as the cache allows.
 
         `sampling_params`: one for all, one for each, or None for `get_default_sampling_params`. Returns a dict for
@@ -90,11 +104,17 @@ class LLMEngine:
         wrong prompt or parameter (nothing is queued then), RuntimeError beside requests that are not finished.
         """
         if not self.is_finished():
-            raise RuntimeError("requests of add_request or stream are unfinished; step() until they are, or reset()")
+            raise RuntimeError(
+                "requests of add_request or stream are unfinished; step() until they are, or reset()"
+            )
         requests, rates = self._checked(prompts, sampling_params), {"prefill": "-", "decode": "-"}
         try:
-            results: dict[int, Result] = {self._queue(*request)[0].seq_id: {} for request in requests}
-            with tqdm(total=len(results), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as progress:
+            results: dict[int, Result] = {
+                self._queue(*request)[0].seq_id: {} for request in requests
+            }
+            with tqdm(
+                total=len(results), desc="Generating", disable=not use_tqdm, dynamic_ncols=True
+            ) as progress:
                 while not self.is_finished():
                     start = time.perf_counter()
                     finished, num_tokens = self.step()
@@ -103,7 +123,9 @@ class LLMEngine:
                     progress.set_postfix(rates, refresh=False)
                     progress.update(len(finished))
                     results.update(finished)
-        except BaseException:  # Ctrl-C too: the abandoned requests must not come back in the next call
+        except (
+            BaseException
+        ):  # Ctrl-C too: the abandoned requests must not come back in the next call
             self.reset()
             raise
         return list(results.values())
@@ -122,13 +144,17 @@ class LLMEngine:
         """What a request without parameters gets: those that the model's generation_config.json recommends."""
         given = self._generation_config
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-        options = {name.replace("_new", ""): given[name] for name in names if given.get(name) is not None}
+        options = {
+            name.replace("_new", ""): given[name] for name in names if given.get(name) is not None
+        }
         if given.get("do_sample") is False:
             options["temperature"] = 0
         try:
             return SamplingParams(**options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.config.model}/generation_config.json: {error}; pass sampling_params") from error
+            raise ValueError(
+                f"{self.config.model}/generation_config.json: {error}; pass sampling_params"
+            ) from error
 
     def _checked(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         """Token ids and parameters of each prompt; or an exception as `generate` describes."""
@@ -139,41 +165,59 @@ class LLMEngine:
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(params) != len(prompts):
-            raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; pass one for each")
-        return [self._checked_request(index, *pair) for index, pair in enumerate(zip(prompts, params))]
+            raise ValueError(
+                f"{len(params)} sampling_params for {len(prompts)} prompts; pass one for each"
+            )
+        return [
+            self._checked_request(index, *pair) for index, pair in enumerate(zip(prompts, params))
+        ]
 
     def _checked_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}")
+            raise TypeError(
+                f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
+            )
         config, is_text = self.config, isinstance(prompt, str)
         if self.tokenizer is None and (is_text or params.stop):
             what = "is text" if is_text else "has stop strings"
-            raise ValueError(f"prompt {index} {what}, and {config.model} has no tokenizer; pass ids (stop_token_ids)")
+            raise ValueError(
+                f"prompt {index} {what}, and {config.model} has no tokenizer; pass ids (stop_token_ids)"
+            )
         try:
             if isinstance(prompt, (bytes, bytearray, dict, set, frozenset)):
                 raise TypeError
             token_ids = array("q", self.tokenizer.encode(prompt) if is_text else prompt)
         except OverflowError as error:
-            raise ValueError(f"prompt {index} has a token id far outside the vocabulary: {error}") from None
+            raise ValueError(
+                f"prompt {index} has a token id far outside the vocabulary: {error}"
+            ) from None
         except Exception as error:
             if is_text:  # with a lone surrogate, say
-                raise ValueError(f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}") from error
+                raise ValueError(
+                    f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
+                ) from error
             expected = "a string or a list of token ids (one prompt of token ids is passed as a list of one list)"
             raise TypeError(f"prompt {index} must be {expected}, not {prompt!r:.60}") from error
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         vocab = config.hf_config.vocab_size
-        largest = np.frombuffer(token_ids, np.uint64).max()  # fast; read as unsigned, a negative number is huge
+        largest = np.frombuffer(
+            token_ids, np.uint64
+        ).max()  # fast; read as unsigned, a negative number is huge
         ids = token_ids if largest >= vocab else ()
         for token_id in (*ids, *params.stop_token_ids, *(params.logit_bias or ())):
             if not 0 <= token_id < vocab:
-                raise ValueError(f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}")
+                raise ValueError(
+                    f"prompt {index} has the token id {token_id}; the vocabulary is 0 to {vocab - 1}"
+                )
         if len(token_ids) >= config.max_model_len:
             limit = f"max_model_len {config.max_model_len} must hold them and one more; shorten it or raise the limit"
             raise ValueError(f"prompt {index} has {len(token_ids)} tokens, and {limit}")
         return token_ids, params
 
-    def _queue(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> list[Sequence]:
+    def _queue(
+        self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False
+    ) -> list[Sequence]:
         """One sequence a completion. The first has the request's seed, the others seeds that follow from it."""
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         room, seeds = self.config.max_model_len - len(token_ids), [seed]
@@ -207,12 +251,17 @@ class LLMEngine:
             return ended, 0
         start, channel = time.perf_counter(), self.model_runner.channel
         try:
-            while len(self._pending) <= self._max_pending and (step := self.scheduler.schedule()) is not None:
+            while (
+                len(self._pending) <= self._max_pending
+                and (step := self.scheduler.schedule()) is not None
+            ):
                 if self._trace is not None:
                     self._trace.scheduled(step, self.scheduler)
                 # With several ranks, Ctrl-C here would reach one and not the others.
                 with nullcontext() if channel is None else uninterrupted():
-                    self._pending.append((step, self.model_runner.launch(step.seqs, step.is_prefill)))
+                    self._pending.append(
+                        (step, self.model_runner.launch(step.seqs, step.is_prefill))
+                    )
             step, pending = self._pending.popleft()
             sampled = pending.wait()
             if channel is not None:
@@ -224,7 +273,9 @@ class LLMEngine:
             self.reset()
             if channel is None or not isinstance(error, Exception):
                 raise
-            failure = kill_ranks(channel, error)  # they may stand at different collectives: this is the end
+            failure = kill_ranks(
+                channel, error
+            )  # they may stand at different collectives: this is the end
             with suppress(Exception):  # a CUDA error comes back at every call
                 self.exit()
             self.model_runner = None
@@ -237,13 +288,19 @@ class LLMEngine:
 
     def _result(self, seqs: list[Sequence]) -> Result:
         completions = [self._completion(seq, self._text(seq)) for seq in seqs]
-        prompt, num_cached = seqs[0].token_ids[: seqs[0].num_prompt_tokens], seqs[0].num_cached_prompt_tokens or 0
+        prompt, num_cached = (
+            seqs[0].token_ids[: seqs[0].num_prompt_tokens],
+            seqs[0].num_cached_prompt_tokens or 0,
+        )
         result = {**completions[0], "prompt_token_ids": prompt, "num_cached_tokens": num_cached}
         return result if len(seqs) == 1 else {**result, "completions": completions}
 
     def _completion(self, seq: Sequence, text: str, start: int = 0) -> Result:
         """From its token number `start` on."""
-        token_ids, logprobs = seq.token_ids[seq.num_prompt_tokens + start :], seq.logprobs and seq.logprobs[start:]
+        token_ids, logprobs = (
+            seq.token_ids[seq.num_prompt_tokens + start :],
+            seq.logprobs and seq.logprobs[start:],
+        )
         reasons = {"finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason}
         return {"text": text, "token_ids": token_ids, **reasons, "logprobs": logprobs}
 
@@ -286,9 +343,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 def find_eos(vocab_size: int, generation_config: dict[str, Any], *sources: Any) -> tuple[int, ...]:
     """All ids that any of these names as an end of sequence, each as `eos_token_id`: one, a list of them or None."""
-    named = [generation_config.get("eos_token_id"), *(getattr(source, "eos_token_id", None) for source in sources)]
+    named = [
+        generation_config.get("eos_token_id"),
+        *(getattr(source, "eos_token_id", None) for source in sources),
+    ]
     ids = (token_id for eos in named for token_id in (eos if isinstance(eos, list) else [eos]))
-    return tuple(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < vocab_size))  # some files name others
+    return tuple(
+        dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < vocab_size)
+    )  # some files name others
 
 
 def start_ranks(config: Config) -> ModelRunner:
@@ -298,12 +360,18 @@ def start_ranks(config: Config) -> ModelRunner:
         return ModelRunner(config)
     if dist.is_initialized():
         needed = f"tensor_parallel_size {size} needs torch.distributed's default process group"
-        raise ValueError(f"{needed}, and it is in use; exit() the other engine, or use another process")
+        raise ValueError(
+            f"{needed}, and it is in use; exit() the other engine, or use another process"
+        )
     channel, context = Channel(size - 1), multiprocessing.get_context("spawn")
     try:
-        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # port 0: any free one
+        store = dist.TCPStore(
+            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False
+        )  # port 0: any free one
         for rank in range(1, size):
-            process = context.Process(target=run_worker, args=(config, rank, channel, store.port), daemon=True)
+            process = context.Process(
+                target=run_worker, args=(config, rank, channel, store.port), daemon=True
+            )
             process.start()
             channel.processes.append(process)
         channel.wait_until_up()  # a worker that cannot start is found out here, not in a collective
@@ -323,7 +391,9 @@ def start_ranks(config: Config) -> ModelRunner:
 
 def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
     """After an error of rank 0's; returns what a rank failed of, if one did."""
-    traceback.clear_frames(error.__traceback__)  # NCCL does not end while a frame holds a graph with a kernel of it
+    traceback.clear_frames(
+        error.__traceback__
+    )  # NCCL does not end while a frame holds a graph with a kernel of it
     return channel.kill()
 
 
@@ -344,7 +414,10 @@ def shut_down(model_runner: ModelRunner) -> None:
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the `with`."""
     # It only ever comes to the main thread; None: its handler is not Python's.
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is None
+    ):
         yield
         return
     caught: list[Any] = []

@@ -35,7 +35,9 @@ from nanovllm.utils.context import Context, reset_context, set_context
 from nanovllm.utils.loader import fill_dummy, load_model
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
-CPU_KVCACHE_BYTES = 2 << 30  # the cache's default size without a GPU; pages are committed as they are first used
+CPU_KVCACHE_BYTES = (
+    2 << 30
+)  # the cache's default size without a GPU; pages are committed as they are first used
 MAX_GRAPH_BATCH = 512
 
 Sampled = tuple[Tensor, tuple[Tensor, Tensor] | None]  # token ids, log-probabilities
@@ -46,8 +48,13 @@ class PendingTokens:
 
     def __init__(self, token_ids: Tensor, logprobs: tuple[Tensor, Tensor] | None = None) -> None:
         tensors = (token_ids, *(logprobs or ()))
-        parts = (torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors)
-        self.parts = [part.copy_(tensor, non_blocking=True) for part, tensor in zip(parts, tensors, strict=True)]
+        parts = (
+            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors
+        )
+        self.parts = [
+            part.copy_(tensor, non_blocking=True)
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
         self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
         self.launched_at = time.perf_counter()  # on a CPU the step has run by now
         if self.copied is not None:
@@ -69,12 +76,18 @@ class ModelRunner:
     """
 
     def __init__(
-        self, config: Config, rank: int = 0, channel: Channel | None = None, store: dist.Store | None = None
+        self,
+        config: Config,
+        rank: int = 0,
+        channel: Channel | None = None,
+        store: dist.Store | None = None,
     ) -> None:
         self.config, self.rank, self.channel = config, rank, channel
         self.all_reduces: list[SmallAllReduce | PrefillAllReduce] = []  # of our own
         self.graph_sizes: list[int] = []  # in ascending order
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # and what it leaves: tokens, logits
+        self.graphs: dict[
+            int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
+        ] = {}  # and what it leaves: tokens, logits
         self.is_cuda = config.device == "cuda"
         self.device = torch.device("cuda", rank) if self.is_cuda else torch.device("cpu")
         if self.is_cuda:
@@ -96,20 +109,29 @@ class ModelRunner:
         """Meet the other ranks, and share memory with them where the GPUs can."""
         size, gpu = self.config.tensor_parallel_size, self.device if self.is_cuda else None
         backend = "nccl" if self.is_cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=gpu)
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=size, device_id=gpu
+        )
         if self.rank == 0:
             self.channel.on_death = self.let_go
             threading.Thread(target=self.channel.watch, daemon=True).start()
         peers = (peer for peer in range(size) if peer != self.rank)
-        shape, dtype = (self.config.max_num_batched_tokens, self.config.hf_config.hidden_size), self.config.dtype
+        shape, dtype = (
+            (self.config.max_num_batched_tokens, self.config.hf_config.hidden_size),
+            self.config.dtype,
+        )
         row_bytes = shape[1] * dtype.itemsize
-        is_close = self.is_cuda and all(torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers)
+        is_close = self.is_cuda and all(
+            torch.cuda.can_device_access_peer(self.rank, peer) for peer in peers
+        )
         if is_close and row_bytes % 4 == 0:
             words = HostWords(self.channel.words)
             self.channel.on_close = words.close
             self.all_reduces.append(SmallAllReduce(self.rank, size, self.device, words, row_bytes))
             if shape[0] >= MIN_TOKENS:
-                self.all_reduces.append(PrefillAllReduce(self.rank, size, self.device, words, shape, dtype))
+                self.all_reduces.append(
+                    PrefillAllReduce(self.rank, size, self.device, words, shape, dtype)
+                )
 
     def let_go(self) -> None:
         """A rank failed: end the collectives that wait for it, with whatever result; the engine raises then."""
@@ -126,12 +148,19 @@ class ModelRunner:
 
     def _load_model(self) -> None:
         config, hf_config, before = self.config, self.config.hf_config, torch.get_default_dtype()
-        name, block_size, head_dim = config.attention_backend, config.kvcache_block_size, head_size(hf_config)
+        name, block_size, head_dim = (
+            config.attention_backend,
+            config.kvcache_block_size,
+            head_size(hf_config),
+        )
         backend = select_backend(name, config.device, block_size, head_dim, config.dtype)
         config.attention_backend = backend.name
         torch.set_default_dtype(config.dtype)
         try:
-            with tensor_parallel(self.rank, config.tensor_parallel_size, *self.all_reduces), self.device:
+            with (
+                tensor_parallel(self.rank, config.tensor_parallel_size, *self.all_reduces),
+                self.device,
+            ):
                 self.model = MODELS[hf_config.architectures[0]](hf_config, config.max_model_len)
                 self.sampler = Sampler(self.model.lm_head.vocab_start, hf_config.vocab_size)
         finally:
@@ -140,7 +169,9 @@ class ModelRunner:
             fill_dummy(self.model, getattr(hf_config, "initializer_range", 0.02), config.seed)
         else:
             load_model(self.model, config.model)
-        self.attention_layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        self.attention_layers = [
+            module for module in self.model.modules() if isinstance(module, Attention)
+        ]
         for layer in self.attention_layers:
             layer.backend = backend
 
@@ -150,7 +181,10 @@ class ModelRunner:
         num_tokens = min(self.config.max_num_batched_tokens, num_seqs * self.config.max_model_len)
         bounds = [num_tokens * i // num_seqs for i in range(num_seqs + 1)]
         cu_seqlens, max_len = self._to_device(bounds, np.int32), -(-num_tokens // num_seqs)
-        tokens, ones = self._to_device([0] * num_tokens, np.int64), self._to_device([1] * num_seqs, np.int64)
+        tokens, ones = (
+            self._to_device([0] * num_tokens, np.int64),
+            self._to_device([1] * num_seqs, np.int64),
+        )
         torch.cuda.reset_peak_memory_stats(self.device)
         context = Context(True, None, cu_seqlens, cu_seqlens, max_len, max_len)
         # Options that make float32 copies of all logits.
@@ -158,31 +192,44 @@ class ModelRunner:
         logprobs = torch.arange(num_seqs, device=self.device), 1
         with torch.inference_mode():
             logits = self._forward(tokens, tokens, context)
-            self.sampler(logits, ones.float(), ones, ones, SamplingExtras(bias=bias, logprobs=logprobs))
+            self.sampler(
+                logits, ones.float(), ones, ones, SamplingExtras(bias=bias, logprobs=logprobs)
+            )
         torch.cuda.synchronize(self.device)
 
     def _allocate_kv_cache(self) -> None:
-        config, num_layers, layer = self.config, len(self.attention_layers), self.attention_layers[0]
+        config, num_layers, layer = (
+            self.config,
+            len(self.attention_layers),
+            self.attention_layers[0],
+        )
         block_shape = (config.kvcache_block_size, layer.num_kv_heads, layer.head_dim)
         if config.num_kvcache_blocks == -1:
             block_bytes = 2 * num_layers * math.prod(block_shape) * config.dtype.itemsize
             config.num_kvcache_blocks = self._fitting_blocks(block_bytes)
         config.check_kvcache(config.num_kvcache_blocks)
         shape = (2, num_layers, config.num_kvcache_blocks, *block_shape)
-        new = torch.zeros if self.is_cuda else torch.empty  # on a CPU, zeros would touch, and so commit, every page
+        new = (
+            torch.zeros if self.is_cuda else torch.empty
+        )  # on a CPU, zeros would touch, and so commit, every page
         self.kv_cache = new(shape, dtype=config.dtype, device=self.device)
         for index, layer in enumerate(self.attention_layers):
             layer.k_cache, layer.v_cache = self.kv_cache[0, index], self.kv_cache[1, index]
 
     def _fitting_blocks(self, block_bytes: int) -> int:
         """How many blocks of the KV cache the memory has room for."""
-        config, most = self.config, self.config.max_num_seqs * self.blocks_per_seq  # most: all that can run at once
+        config, most = (
+            self.config,
+            self.config.max_num_seqs * self.blocks_per_seq,
+        )  # most: all that can run at once
         if not self.is_cuda:
             return max(self.blocks_per_seq, min(CPU_KVCACHE_BYTES // block_bytes, most))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free  # by this process and by others
-        activations = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        activations = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(
+            self.device
+        )
         # CUDA graphs have a pool of their own; it takes at most what a prefill of as many sequences does.
         reserved = activations if config.enforce_eager else 2 * activations
         num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
@@ -196,26 +243,41 @@ class ModelRunner:
         """Run a prefill that reads the cache: it has kernels of its own, which no step should wait for."""
         tokens, table = self._to_device([0], np.int64), self._to_device([[0, 0]], np.int32)
         lens_q, lens_k = self._to_device([0, 1], np.int32), self._to_device([0, 2], np.int32)
-        self._forward(tokens, tokens, Context(True, table[0, :1] - 1, lens_q, lens_k, 1, 2, block_tables=table))
+        self._forward(
+            tokens,
+            tokens,
+            Context(True, table[0, :1] - 1, lens_q, lens_k, 1, 2, block_tables=table),
+        )
 
     def _allocate_buffers(self) -> None:
         """What decode steps read, at the same addresses in every step, so that a CUDA graph can be replayed."""
         self.buffers = DecodeBuffers(self.config.max_num_seqs, self.blocks_per_seq, self.device)
-        num_rows = self.config.max_num_seqs + 1  # one for each admitted sequence, and one that padding writes to
+        num_rows = (
+            self.config.max_num_seqs + 1
+        )  # one for each admitted sequence, and one that padding writes to
         # The newest token stays on the device: the next step reads it from here, long before the host does.
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         # Per-sequence inputs on the host; a decode step only gathers them.
         self.block_tables = np.full((num_rows, self.blocks_per_seq), -1, dtype=np.int32)
-        self.temperatures, self.seeds = np.zeros(num_rows, dtype=np.float32), np.zeros(num_rows, dtype=np.int64)
-        self.sampling = SamplingTable(num_rows, self.config.hf_config.vocab_size, self.device, self._to_device)
+        self.temperatures, self.seeds = (
+            np.zeros(num_rows, dtype=np.float32),
+            np.zeros(num_rows, dtype=np.int64),
+        )
+        self.sampling = SamplingTable(
+            num_rows, self.config.hf_config.vocab_size, self.device, self._to_device
+        )
 
     def _capture_graphs(self) -> None:
         """Record a decode step, sampling included, for each of many batch sizes: they share one memory pool."""
         largest = min(self.config.max_num_seqs, MAX_GRAPH_BATCH)
-        self.graph_sizes = sorted({1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1)))
+        self.graph_sizes = sorted(
+            {1, 2, 4, *range(8, largest, 8), largest} & set(range(1, largest + 1))
+        )
         # Compiles the kernels, which a capture should not do: those of `split_gemm` and decode attention depend on
         # the size. All their choices are among these, but for some numbers of KV heads, or on smaller cards.
-        for size in sorted({1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, largest} & set(self.graph_sizes)):
+        for size in sorted(
+            {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, largest} & set(self.graph_sizes)
+        ):
             self._decode(size)
         torch.cuda.synchronize(self.device)
         pool = None
@@ -276,18 +338,33 @@ class ModelRunner:
             self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
             self.temperatures[seq.row], self.seeds[seq.row] = seq.temperature, seq.seed
             self.sampling.fill(seq)
-        rows, lengths = np.array([seq.row for seq in seqs]), np.array([seq.num_computed_tokens for seq in seqs])
-        arrays = dict(rows=rows, temperatures=self.temperatures[rows], seeds=self.seeds[rows], positions=lengths - 1)
+        rows, lengths = (
+            np.array([seq.row for seq in seqs]),
+            np.array([seq.num_computed_tokens for seq in seqs]),
+        )
+        arrays = dict(
+            rows=rows,
+            temperatures=self.temperatures[rows],
+            seeds=self.seeds[rows],
+            positions=lengths - 1,
+        )
         arrays = {name: self._to_device(values) for name, values in arrays.items()}
-        return self._sample(self._forward(*self.prepare_prefill(seqs)), arrays, self.sampling.build(rows, lengths))
+        return self._sample(
+            self._forward(*self.prepare_prefill(seqs)), arrays, self.sampling.build(rows, lengths)
+        )
 
     def prepare_prefill(self, seqs: list[Sequence]) -> tuple[Tensor, Tensor, Context]:
         """Lay the scheduled tokens of all sequences one after the other: input ids, positions and metadata."""
         block_size = self.config.kvcache_block_size
-        lens_q, lens_k = [seq.num_scheduled_tokens for seq in seqs], [seq.num_computed_tokens for seq in seqs]
+        lens_q, lens_k = (
+            [seq.num_scheduled_tokens for seq in seqs],
+            [seq.num_computed_tokens for seq in seqs],
+        )
         rows, width = [seq.row for seq in seqs], max(len(seq.block_table) for seq in seqs)
         input_ids = [token_id for seq in seqs for token_id in seq.scheduled_token_ids]
-        positions = np.concatenate([np.arange(end - num, end) for num, end in zip(lens_q, lens_k, strict=True)])
+        positions = np.concatenate(
+            [np.arange(end - num, end) for num, end in zip(lens_q, lens_k, strict=True)]
+        )
         blocks = self.block_tables[np.repeat(rows, lens_q), positions // block_size]
         slots = self._to_device(blocks * block_size + positions % block_size, np.int32)
         bounds = (self._to_device([0, *accumulate(lens)], np.int32) for lens in (lens_q, lens_k))
@@ -295,7 +372,9 @@ class ModelRunner:
         context = Context(True, slots, *bounds, max(lens_q), max(lens_k), block_tables=tables)
         return self._to_device(input_ids, np.int64), self._to_device(positions, np.int64), context
 
-    def launch_decode(self, rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray) -> Sampled:
+    def launch_decode(
+        self, rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
+    ) -> Sampled:
         num_seqs, extras = len(rows), self.sampling.build(rows, context_lens)
         index = bisect_left(self.graph_sizes, num_seqs)
         size = self.graph_sizes[index] if index < len(self.graph_sizes) else num_seqs
@@ -306,22 +385,31 @@ class ModelRunner:
         graph.replay()
         if extras is None:
             return tokens[:num_seqs], None
-        return self._sample(logits[:num_seqs], self._arrays(num_seqs), extras)  # the graph's are plain samples
+        return self._sample(
+            logits[:num_seqs], self._arrays(num_seqs), extras
+        )  # the graph's are plain samples
 
-    def prepare_decode(self, rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray, size: int) -> None:
+    def prepare_decode(
+        self, rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray, size: int
+    ) -> None:
         """Fill the decode buffers for the newest token of each sequence, padded to `size` rows, and upload them."""
         block_size, positions = self.config.kvcache_block_size, context_lens - 1
         self.block_tables[rows, positions // block_size] = last_blocks  # some of them are new
         inputs = {
-            "rows": rows, "positions": positions, "context_lens": context_lens,
+            "rows": rows,
+            "positions": positions,
+            "context_lens": context_lens,
             "slots": last_blocks * block_size + positions % block_size,
             "block_tables": self.block_tables.take(rows, axis=0),  # a third faster than [rows]
-            "temperatures": self.temperatures[rows], "seeds": self.seeds[rows],
-        }  # fmt: skip
+            "temperatures": self.temperatures[rows],
+            "seeds": self.seeds[rows],
+        }
         self.buffers.upload(inputs, size)
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: type | None = None) -> Tensor:
-        tensor = torch.from_numpy(np.asarray(values, dtype=dtype))  # of a list several times faster than torch's own
+        tensor = torch.from_numpy(
+            np.asarray(values, dtype=dtype)
+        )  # of a list several times faster than torch's own
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_cuda else tensor
 
     @torch.inference_mode()
@@ -334,7 +422,9 @@ class ModelRunner:
             reset_context()
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, arrays: dict[str, Tensor], extras: SamplingExtras | None) -> Sampled:
+    def _sample(
+        self, logits: Tensor, arrays: dict[str, Tensor], extras: SamplingExtras | None
+    ) -> Sampled:
         """Draw `[num_seqs]` int64 token ids and keep them for the next step, all on the device."""
         sampling = arrays["temperatures"], arrays["seeds"], arrays["positions"]
         tokens, logprobs = self.sampler(logits, *sampling, extras)
@@ -349,7 +439,9 @@ class ModelRunner:
         """One decode step on the first `size` rows of the buffers: what a graph records. `Sampled`, and logits."""
         arrays = self._arrays(size)
         tables, input_ids = arrays["block_tables"], self.last_tokens[arrays["rows"]]
-        context = Context(slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=tables)
+        context = Context(
+            slot_mapping=arrays["slots"], context_lens=arrays["context_lens"], block_tables=tables
+        )
         logits = self._forward(input_ids, arrays["positions"], context)
         return *self._sample(logits, arrays, extras), logits
 
@@ -361,18 +453,27 @@ def abort_nccl() -> None:
 
 def alias(tensor: Tensor) -> Tensor:
     """The same (contiguous) memory of a CUDA device, not owned: somebody else must see to it that it stays."""
-    data = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2}
+    data = {
+        "shape": (tensor.nbytes,),
+        "typestr": "|u1",
+        "data": (tensor.data_ptr(), False),
+        "version": 2,
+    }
     memory = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=data), device=tensor.device)
     return memory.view(tensor.dtype).view(tensor.shape)
 
 
 def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
     """Entry of a worker process. It ends at once if it fails or its parent does, whatever its GPU is waiting for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides what follows
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; rank 0 decides what follows
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
         if config.device == "cuda":
-            torch.zeros(1, device=torch.device("cuda", rank))  # a GPU that cannot be used is found out here
+            torch.zeros(
+                1, device=torch.device("cuda", rank)
+            )  # a GPU that cannot be used is found out here
         channel.taken[rank - 1].release()
         store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
         ModelRunner(config, rank, channel, store).loop()

@@ -22,10 +22,21 @@ class SamplingTable:
     """
 
     def __init__(
-        self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., torch.Tensor]
+        self,
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        to_device: Callable[..., torch.Tensor],
     ) -> None:
-        self.num_rows, self.vocab_size, self.device, self.to_device = num_rows, vocab_size, device, to_device
-        self.counts: torch.Tensor | None = None  # of tokens, for penalties; made for the first request that has any
+        self.num_rows, self.vocab_size, self.device, self.to_device = (
+            num_rows,
+            vocab_size,
+            device,
+            to_device,
+        )
+        self.counts: torch.Tensor | None = (
+            None  # of tokens, for penalties; made for the first request that has any
+        )
         self.min_lengths = np.zeros(num_rows, dtype=np.int64)  # 0: plain, for no prompt is empty
         self.numbers = np.tile(np.array(NEUTRAL_ROW, dtype=np.float32), (num_rows, 1))
         self.options: list[tuple] = [PLAIN] * num_rows
@@ -41,7 +52,9 @@ class SamplingTable:
         self._last = None, None
         if params.has_penalties:
             if self.counts is None:
-                self.counts = torch.zeros(self.num_rows, self.vocab_size, dtype=torch.int16, device=self.device)
+                self.counts = torch.zeros(
+                    self.num_rows, self.vocab_size, dtype=torch.int16, device=self.device
+                )
             set_counts(self.counts, row, prompt_ids, completion_ids)
 
     def build(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
@@ -57,7 +70,9 @@ class SamplingTable:
 
     def _build(self, rows: np.ndarray, may_not_end: np.ndarray) -> SamplingExtras | None:
         wanted, biases = [], []
-        for index, (row, forbid) in enumerate(zip(rows.tolist(), may_not_end.tolist(), strict=True)):
+        for index, (row, forbid) in enumerate(
+            zip(rows.tolist(), may_not_end.tolist(), strict=True)
+        ):
             params, _, end_ids, *_ = self.options[row]
             if params.logprobs is not None:
                 wanted.append((index, params.logprobs))
@@ -69,9 +84,13 @@ class SamplingTable:
         if is_changed[:3].any():
             extras["filters"] = top_k.int(), top_p, min_p
         if is_changed[3:].any():
-            extras.update(penalties=tuple(penalties), counts=self.counts, rows=self.to_device(rows, np.int64))
+            extras.update(
+                penalties=tuple(penalties), counts=self.counts, rows=self.to_device(rows, np.int64)
+            )
         if biases:
-            extras["bias"] = tuple(map(self.to_device, zip(*biases, strict=True), (np.int64, np.int64, np.float32)))
+            extras["bias"] = tuple(
+                map(self.to_device, zip(*biases, strict=True), (np.int64, np.int64, np.float32))
+            )
         if wanted:
             indices, numbers = zip(*wanted, strict=True)
             extras["logprobs"] = self.to_device(indices, np.int64), max(numbers)

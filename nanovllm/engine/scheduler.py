@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
-if TYPE_CHECKING:  # Config imports torch; the scheduler can be read, tested and simulated without it
+if (
+    TYPE_CHECKING
+):  # Config imports torch; the scheduler can be read, tested and simulated without it
     from nanovllm.config import Config
 
 
@@ -19,7 +21,9 @@ class Step:
     """One forward pass."""
 
     seqs: list[Sequence]
-    yields: list[bool]  # for each, whether the step computes its last token and so samples the next one
+    yields: list[
+        bool
+    ]  # for each, whether the step computes its last token and so samples the next one
     num_tokens: int  # that it computes
     is_prefill: bool  # of prompts (or chunks of them), not one token of each sequence
 
@@ -34,23 +38,32 @@ class Scheduler:
     """
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
-        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = (
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+        )
         self.eos = (config.eos,) if isinstance(config.eos, int) else config.eos
         num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
         self.free_rows = list(reversed(range(self.max_num_seqs)))
-        self.num_pending = self.num_preemptions = 0  # pending: scheduled and not yet postprocessed steps
+        self.num_pending = self.num_preemptions = (
+            0  # pending: scheduled and not yet postprocessed steps
+        )
         self.preempted: list[Sequence] = []  # by the last `schedule`
-        self.counters = Counter() if counters is None else counters  # the engine's outlive this scheduler
+        self.counters = (
+            Counter() if counters is None else counters
+        )  # the engine's outlive this scheduler
 
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
         eos = () if seq.params.ignore_eos else self.eos
-        seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids} | dict.fromkeys(eos)
+        seq.end_ids = {
+            token_id: token_id for token_id in seq.params.stop_token_ids
+        } | dict.fromkeys(eos)
         self.counters["requests"] += 1
         self.counters["prompt_tokens"] += seq.num_prompt_tokens
         self.waiting.append(seq)
@@ -136,7 +149,10 @@ class Scheduler:
         self.free_rows.append(seq.row)
 
     def postprocess(
-        self, step: Step, token_ids: list[int], logprobs: list[tuple[list[int], list[float]]] | None = None
+        self,
+        step: Step,
+        token_ids: list[int],
+        logprobs: list[tuple[list[int], list[float]]] | None = None,
     ) -> list[Sequence]:
         """Account for the oldest pending step, given a token of each sequence, and `logprobs` of each that asked.
 
@@ -147,7 +163,9 @@ class Scheduler:
         finished, entries = [], iter(logprobs or ())
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
             entry = None if seq.logprobs is None else next(entries)
-            if not yields or seq.is_finished:  # finished: the step was launched before its end was known
+            if (
+                not yields or seq.is_finished
+            ):  # finished: the step was launched before its end was known
                 self.counters["completion_tokens"] -= 1
                 continue
             is_last = seq.append(token_id, entry)

@@ -26,7 +26,9 @@ class Sequence:
 
     _ids = count()
 
-    def __init__(self, token_ids: list[int], sampling_params: SamplingParams, seed: int = 0) -> None:
+    def __init__(
+        self, token_ids: list[int], sampling_params: SamplingParams, seed: int = 0
+    ) -> None:
         self.seq_id = next(Sequence._ids)
         self.status = SequenceStatus.WAITING
         self.token_ids = list(token_ids)
@@ -36,18 +38,35 @@ class Sequence:
         self.num_cached_prompt_tokens: int | None = None  # at the first one
         self.row = -1  # in the model runner's arrays of admitted sequences
         self.block_table: list[int] = []
-        self.block_keys: list[int] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
+        self.block_keys: list[
+            int
+        ] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = None  # the stop string, or the id of stop_token_ids, that ended it
+        self.stop_reason: str | int | None = (
+            None  # the stop string, or the id of stop_token_ids, that ended it
+        )
         self.request_id = self.seq_id  # the first one's id, where a request has several
         self.params, self.max_tokens = sampling_params, sampling_params.max_tokens
-        self.end_ids: dict[int, int | None] = {}  # ids that end it -> the stop_reason then; the scheduler fills it
+        self.end_ids: dict[
+            int, int | None
+        ] = {}  # ids that end it -> the stop_reason then; the scheduler fills it
         self.detokenizer: Detokenizer | None = None  # for those whose text is needed while they run
-        self.logprobs: list[dict[int, float]] | None = None if sampling_params.logprobs is None else []
-        self.options: tuple | None = None  # see `_sampler_options`; in prefill steps, where the request is not plain
-        self.temperature, self.seed = 0.0 if sampling_params.is_greedy else sampling_params.temperature, seed
-        self.queued_at, self.first_token_at, self.finished_at = perf_counter(), None, None  # s; a Trace fills them in
+        self.logprobs: list[dict[int, float]] | None = (
+            None if sampling_params.logprobs is None else []
+        )
+        self.options: tuple | None = (
+            None  # see `_sampler_options`; in prefill steps, where the request is not plain
+        )
+        self.temperature, self.seed = (
+            0.0 if sampling_params.is_greedy else sampling_params.temperature,
+            seed,
+        )
+        self.queued_at, self.first_token_at, self.finished_at = (
+            perf_counter(),
+            None,
+            None,
+        )  # s; a Trace fills them in
         self._offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
     @property
@@ -80,7 +99,10 @@ class Sequence:
 
     def _sampler_options(self) -> tuple[SamplingParams, int, tuple[int, ...], list[int], list[int]]:
         """Parameters; below which length which ids are forbidden; for penalties, prompt and completion."""
-        num_prompt, history = self.num_prompt_tokens, self.token_ids if self.params.has_penalties else []
+        num_prompt, history = (
+            self.num_prompt_tokens,
+            self.token_ids if self.params.has_penalties else [],
+        )
         forbidden = num_prompt + self.params.min_tokens, tuple(self.end_ids)
         return self.params, *forbidden, history[:num_prompt], history[num_prompt:]
 
@@ -88,7 +110,9 @@ class Sequence:
         """Add a sampled token (and log-probabilities of it and the likeliest); returns whether that ends it."""
         self.token_ids.append(token_id)
         if logprobs is not None:
-            self.logprobs.append(dict(zip(*(part[: self.params.logprobs + 1] for part in logprobs), strict=True)))
+            self.logprobs.append(
+                dict(zip(*(part[: self.params.logprobs + 1] for part in logprobs), strict=True))
+            )
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_end, is_full = token_id in self.end_ids, num_tokens == self.max_tokens
         if not is_end and not is_full and self.detokenizer is None:
@@ -111,7 +135,15 @@ class Sequence:
         self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
 
     # Other ranks get the tokens that a prefill step computes, and no more of them: a slice of a prompt, say.
-    _SENT = ("num_computed_tokens", "num_scheduled_tokens", "row", "block_table", "temperature", "seed", "options")
+    _SENT = (
+        "num_computed_tokens",
+        "num_scheduled_tokens",
+        "row",
+        "block_table",
+        "temperature",
+        "seed",
+        "options",
+    )
 
     def __getstate__(self) -> tuple:
         return *(getattr(self, name) for name in self._SENT), self.scheduled_token_ids

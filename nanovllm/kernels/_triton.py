@@ -33,7 +33,11 @@ def pdl_options() -> dict[str, bool]:
     It must wait before it touches what an earlier kernel writes; until then, reading its weights, say, costs no time.
     """
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if gdc_launch_dependents is not None and is_hopper else {"PDL": False}
+    return (
+        {"PDL": True, "launch_pdl": True}
+        if gdc_launch_dependents is not None and is_hopper
+        else {"PDL": False}
+    )
 
 
 @lru_cache
@@ -65,8 +69,12 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     """How many multiprocessors `device` has, and how many bytes of shared memory a program may use."""
     if device.type != "cuda":
         return 1, 227 * 1024  # Triton's interpreter: anything will do
-    properties = torch.cuda.get_device_properties(device)  # torch before 2.6 may not tell; all cards have 99 KB
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    properties = torch.cuda.get_device_properties(
+        device
+    )  # torch before 2.6 may not tell; all cards have 99 KB
+    return properties.multi_processor_count, getattr(
+        properties, "shared_memory_per_block_optin", 99 * 1024
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels._triton import (
+    launch_next,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from nanovllm.kernels.host_words import HostWords
 from nanovllm.kernels.split_gemm import empty_rows
 
@@ -64,16 +71,36 @@ def _pack(low, high, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         return low.to(tl.int32, bitcast=True)
     else:
-        low, high = low.to(DTYPE).to(tl.int16, bitcast=True), high.to(DTYPE).to(tl.int16, bitcast=True)
+        low, high = (
+            low.to(DTYPE).to(tl.int16, bitcast=True),
+            high.to(DTYPE).to(tl.int16, bitcast=True),
+        )
         return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
 
 
 @triton.jit
 def _all_reduce_kernel(
-    x_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, eps, peers_ptr, rounds_ptr, num_words, rank,
-    PARTS: tl.constexpr, RANKS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr, MAX_WORDS: tl.constexpr,
-    DTYPE: tl.constexpr, TWO_SHOT: tl.constexpr, EMPTY: tl.constexpr, OTHER_NAN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    out_ptr,
+    norm_ptr,
+    normed_ptr,
+    eps,
+    peers_ptr,
+    rounds_ptr,
+    num_words,
+    rank,
+    PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TWO_SHOT: tl.constexpr,
+    EMPTY: tl.constexpr,
+    OTHER_NAN: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     word = program * SLICE + column
@@ -88,11 +115,15 @@ def _all_reduce_kernel(
     if PARTS > 1:
         low, high = _unpack(words, DTYPE)
         for i in tl.static_range(1, PARTS):
-            part_low, part_high = _unpack(tl.load(x_ptr + i * num_words + word, mask=mask, other=0), DTYPE)
+            part_low, part_high = _unpack(
+                tl.load(x_ptr + i * num_words + word, mask=mask, other=0), DTYPE
+            )
             low, high = low + part_low, high + part_high
         words = _pack(low, high, DTYPE)
     if residual_ptr is not None:
-        residual_low, residual_high = _unpack(tl.load(residual_ptr + word, mask=mask, other=0), DTYPE)
+        residual_low, residual_high = _unpack(
+            tl.load(residual_ptr + word, mask=mask, other=0), DTYPE
+        )
     owner = program % RANKS
     for i in tl.static_range(1, RANKS):
         peer = (rank + i) % RANKS
@@ -109,7 +140,13 @@ def _all_reduce_kernel(
         words = _pack(low, high, DTYPE)
         if TWO_SHOT:
             for i in tl.static_range(1, RANKS):
-                _send(_slots(peers_ptr, (rank + i) % RANKS) + slot + rank * MAX_WORDS, words, mask, EMPTY, OTHER_NAN)
+                _send(
+                    _slots(peers_ptr, (rank + i) % RANKS) + slot + rank * MAX_WORDS,
+                    words,
+                    mask,
+                    EMPTY,
+                    OTHER_NAN,
+                )
     else:
         words = _receive(slots_ptr + owner * MAX_WORDS, mask, stop_ptr, EMPTY)
     if residual_ptr is not None:
@@ -123,7 +160,11 @@ def _all_reduce_kernel(
         numbers: tl.constexpr = SLICE if DTYPE == tl.float32 else 2 * SLICE
         squares = low * low if DTYPE == tl.float32 else low * low + high * high
         scale = tl.rsqrt(tl.sum(squares, 0) / numbers + eps)
-        tl.store(normed_ptr + word, _pack(low * scale * norm_low, high * scale * norm_high, DTYPE), mask=mask)
+        tl.store(
+            normed_ptr + word,
+            _pack(low * scale * norm_low, high * scale * norm_high, DTYPE),
+            mask=mask,
+        )
 
 
 def share_memory(memory: Tensor, rank: int, size: int) -> list[Tensor]:
@@ -143,20 +184,31 @@ class SmallAllReduce:
     A slice, always as long, is a row of the hidden states: row_bytes, a multiple of 4.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, words: HostWords, row_bytes: int) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, words: HostWords, row_bytes: int
+    ) -> None:
         self.rank, self.size, self.words, self.slice = rank, size, words, row_bytes // 4
         memory = torch.full((2 * size * MAX_WORDS,), EMPTY, dtype=torch.int32, device=device)
         self.memories = share_memory(memory, rank, size)
-        addresses = [*(peer.data_ptr() for peer in self.memories), words.address]  # words[0]: whether to stop
+        addresses = [
+            *(peer.data_ptr() for peer in self.memories),
+            words.address,
+        ]  # words[0]: whether to stop
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self.rounds = torch.zeros(triton.cdiv(MAX_WORDS, self.slice), dtype=torch.int32, device=device)
+        self.rounds = torch.zeros(
+            triton.cdiv(MAX_WORDS, self.slice), dtype=torch.int32, device=device
+        )
         dist.barrier()  # nobody's memory is written before it is empty
 
     def takes(self, x: Tensor) -> bool:
         return x.nbytes <= MAX_BYTES and x.nbytes % 4 == 0
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """The sum of the ranks' x, plus `residual`, in place of residual, or else of x; and its RMSNorm, if asked.
 
@@ -164,17 +216,41 @@ class SmallAllReduce:
         With a residual, x may be in parts, `[parts, n, hidden]`.
         """
         out = x if residual is None else residual
-        assert x.is_contiguous() and out.is_contiguous() and self.takes(out) and x.nbytes % out.nbytes == 0
+        assert (
+            x.is_contiguous()
+            and out.is_contiguous()
+            and self.takes(out)
+            and x.nbytes % out.nbytes == 0
+        )
         assert norm_weight is None or norm_weight.nbytes == out[0].nbytes == 4 * self.slice
         normed = None if norm_weight is None else empty_rows(*out.shape, out)
-        words = (y if y is None else y.view(-1).view(torch.int32) for y in (x, residual, out, norm_weight, normed))
-        num_words, block = out.nbytes // 4, max(32, next_power_of_2(self.slice))  # a thread has a word
+        words = (
+            y if y is None else y.view(-1).view(torch.int32)
+            for y in (x, residual, out, norm_weight, normed)
+        )
+        num_words, block = (
+            out.nbytes // 4,
+            max(32, next_power_of_2(self.slice)),
+        )  # a thread has a word
         _all_reduce_kernel[(triton.cdiv(num_words, self.slice),)](
-            *words, eps, self.peers, self.rounds, num_words, self.rank, PARTS=x.nbytes // out.nbytes, RANKS=self.size,
-            SLICE=self.slice, BLOCK=block, MAX_WORDS=MAX_WORDS, DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
-            TWO_SHOT=self.size > 2 and out.nbytes > ONE_SHOT_BYTES, EMPTY=EMPTY, OTHER_NAN=OTHER_NAN,
-            num_warps=max(1, min(8, block // 256)), **pdl_options(),
-        )  # fmt: skip
+            *words,
+            eps,
+            self.peers,
+            self.rounds,
+            num_words,
+            self.rank,
+            PARTS=x.nbytes // out.nbytes,
+            RANKS=self.size,
+            SLICE=self.slice,
+            BLOCK=block,
+            MAX_WORDS=MAX_WORDS,
+            DTYPE=getattr(tl, str(x.dtype).split(".")[1]),
+            TWO_SHOT=self.size > 2 and out.nbytes > ONE_SHOT_BYTES,
+            EMPTY=EMPTY,
+            OTHER_NAN=OTHER_NAN,
+            num_warps=max(1, min(8, block // 256)),
+            **pdl_options(),
+        )
         return out, normed
 
     def release(self) -> None:

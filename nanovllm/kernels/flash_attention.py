@@ -25,7 +25,9 @@ def flash_attention_version() -> str | None:
 def _functions() -> tuple[Callable, Callable | None]:
     """The package's function for many queries a sequence and, in 2.x, the one for decode."""
     if flash_attention_version() == "4":
-        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # its compiler's, about its own code
+        warnings.filterwarnings(
+            "ignore", "Argument aux_data", UserWarning
+        )  # its compiler's, about its own code
         return importlib.import_module("flash_attn.cute").flash_attn_varlen_func, None
     package = importlib.import_module("flash_attn")
     return package.flash_attn_varlen_func, package.flash_attn_with_kvcache
@@ -39,22 +41,37 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
     if version is None:
         raise ValueError(f"flash_attn is not installed: pip install flash-attn-4, or {remedy}")
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"flash_attn takes float16 and bfloat16, not {dtype}: change dtype, or {remedy}")
+        raise ValueError(
+            f"flash_attn takes float16 and bfloat16, not {dtype}: change dtype, or {remedy}"
+        )
     if version == "2" and block_size % 256:
         needed = f"a kvcache_block_size that is a multiple of 256, not {block_size}"
-        raise ValueError(f"flash_attn 2.x needs {needed}: change it, install flash-attn-4, or {remedy}")
+        raise ValueError(
+            f"flash_attn 2.x needs {needed}: change it, install flash-attn-4, or {remedy}"
+        )
     if head_dim > 128 or head_dim % step:
         raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy}")
     try:
         _functions()
     except Exception as error:  # ImportError, or whatever a package for another torch or GPU raises
-        raise ValueError(f"flash_attn does not import ({error}): install it again, or {remedy}") from error
+        raise ValueError(
+            f"flash_attn does not import ({error}): install it again, or {remedy}"
+        ) from error
 
 
 def flash_prefill(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float, block_tables: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    block_tables: Tensor | None = None,
+) -> Tensor:
     """`varlen_prefill` by flash_attn: same arguments and result, fp16 and bf16 only.
 
     The cache must be finite, as `torch.zeros` makes it: flash-attn-4 may load what is not stored yet, and 0 * NaN is
@@ -72,7 +89,12 @@ def flash_prefill(
 
 
 def flash_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
 ) -> Tensor:
     """`paged_decode` by flash_attn: same arguments, fp16 and bf16 only; the cache must be finite as above. Rows with
     context 0 read no block; their output is zeros in 2.x and unspecified in flash-attn-4."""

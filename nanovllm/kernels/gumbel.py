@@ -9,7 +9,14 @@ id / 4, position) as counter. So a request's tokens depend neither on its neighb
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import launch_next, libdevice, next_power_of_2, pdl_options, tl, triton
+from nanovllm.kernels._triton import (
+    launch_next,
+    libdevice,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+)
 from nanovllm.kernels._triton import wait_for_previous
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
@@ -18,14 +25,28 @@ TILE = 4096
 
 @triton.jit
 def _log(x, APPROX: tl.constexpr):
-    return libdevice.fast_logf(x) if APPROX else tl.log(x)  # Triton's interpreter knows only the latter
+    return (
+        libdevice.fast_logf(x) if APPROX else tl.log(x)
+    )  # Triton's interpreter knows only the latter
 
 
 @triton.jit
 def _gumbel_argmax_kernel(
-    logits_ptr, stride_logits, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, values_ptr, ids_ptr,
-    vocab_size, first_id, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, APPROX: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    stride_logits,
+    temperatures_ptr,
+    seeds_ptr,
+    positions_ptr,
+    thresholds_ptr,
+    values_ptr,
+    ids_ptr,
+    vocab_size,
+    first_id,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APPROX: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
     wait_for_previous(PDL)
     row, tile = tl.program_id(0), tl.program_id(1)
@@ -38,7 +59,9 @@ def _gumbel_argmax_kernel(
     temperature = tl.load(temperatures_ptr + row)
     if thresholds_ptr is not None:  # known at compile time
         scores = tl.where(scores >= tl.load(thresholds_ptr + row), scores, -float("inf"))
-        temperature = tl.where(tl.max(scores, axis=0) > -float("inf"), temperature, 0.0)  # nothing left: no noise
+        temperature = tl.where(
+            tl.max(scores, axis=0) > -float("inf"), temperature, 0.0
+        )  # nothing left: no noise
     if temperature > 0:
         # One Philox call makes four words, for the token ids 4 c to 4 c + 3 of its counter c.
         counter = (first_id // 4 + tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.int32)
@@ -59,20 +82,28 @@ def _gumbel_argmax_kernel(
 
 
 @triton.jit
-def _best_tile_kernel(values_ptr, ids_ptr, value_ptr, id_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _best_tile_kernel(
+    values_ptr, ids_ptr, value_ptr, id_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     launch_next(PDL)
     wait_for_previous(PDL)
     row, tile = tl.program_id(0), tl.arange(0, BLOCK)
-    values = tl.load(values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf"))
+    values = tl.load(
+        values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf")
+    )
     value, best = tl.max(values, axis=0, return_indices=True)
     tl.store(value_ptr + row, value)
     tl.store(id_ptr + row, tl.load(ids_ptr + row * num_tiles + best))
 
 
 def gumbel_argmax(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_id: int = 0,
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    first_id: int = 0,
     thresholds: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row; at temperature 0, the most likely one, the lowest id among equals.
 
     logits `[n, vocab]` bf16, fp16 or fp32, rows contiguous, of the token ids from first_id on; `[n]` each:
@@ -86,26 +117,48 @@ def gumbel_argmax(
     values = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     ids = torch.empty_like(values, dtype=torch.int64)
     _gumbel_argmax_kernel[(num_rows, num_tiles)](
-        logits, logits.stride(0), temperatures, seeds, positions, thresholds, values, ids,
-        vocab_size, first_id, ROUNDS=NUM_ROUNDS, BLOCK=block, APPROX=logits.is_cuda, **pdl_options(),
-    )  # fmt: skip
+        logits,
+        logits.stride(0),
+        temperatures,
+        seeds,
+        positions,
+        thresholds,
+        values,
+        ids,
+        vocab_size,
+        first_id,
+        ROUNDS=NUM_ROUNDS,
+        BLOCK=block,
+        APPROX=logits.is_cuda,
+        **pdl_options(),
+    )
     best, best_ids = values.new_empty(num_rows), ids.new_empty(num_rows)
     block = next_power_of_2(num_tiles)
-    _best_tile_kernel[(num_rows,)](values, ids, best, best_ids, num_tiles, BLOCK=block, **pdl_options())
+    _best_tile_kernel[(num_rows,)](
+        values, ids, best, best_ids, num_tiles, BLOCK=block, **pdl_options()
+    )
     return best, best_ids
 
 
 def gumbel_argmax_torch(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_id: int = 0,
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    first_id: int = 0,
     thresholds: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The same in PyTorch: the reference, and the CPU's path."""
     scores = logits.float()
     if thresholds is not None:
         scores = scores.masked_fill(scores < thresholds.unsqueeze(1), -float("inf"))
     if temperatures.any():
-        counters = torch.arange(first_id // 4, -(-(first_id + logits.shape[1]) // 4), device=logits.device)
-        bits = philox_torch(seeds[:, None], counters, positions[:, None]).flatten(1)[:, first_id % 4 :]
+        counters = torch.arange(
+            first_id // 4, -(-(first_id + logits.shape[1]) // 4), device=logits.device
+        )
+        bits = philox_torch(seeds[:, None], counters, positions[:, None]).flatten(1)[
+            :, first_id % 4 :
+        ]
         uniform = ((bits[:, : logits.shape[1]] >> 8).float() + 0.5) * (1.0 / 16777216.0)
         noise, divisors = -torch.log(-torch.log1p(-uniform)), temperatures.unsqueeze(1)
         scores = torch.where(divisors > 0, scores / divisors + noise, scores)

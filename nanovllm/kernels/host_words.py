@@ -19,11 +19,15 @@ class HostWords:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory.buf))  # of the GPU, too
         error = torch.cuda.cudart().cudaHostRegister(self.address, memory.size, 0)
         if int(error):
-            raise RuntimeError(f"sharing {memory.size} bytes of host memory with the GPU failed: {error}")
+            raise RuntimeError(
+                f"sharing {memory.size} bytes of host memory with the GPU failed: {error}"
+            )
 
     def write(self, index: int, *values: int) -> None:
         """The words from number `index` on, modulo 2^32."""
-        struct.pack_into(f"{len(values)}I", self.memory.buf, 4 * index, *(value % 2**32 for value in values))
+        struct.pack_into(
+            f"{len(values)}I", self.memory.buf, 4 * index, *(value % 2**32 for value in values)
+        )
 
     def close(self) -> None:
         """Before the memory goes, and when no GPU uses it any more. A GPU that has failed may say so once more."""

@@ -31,12 +31,19 @@ class DecodeConfig(NamedTuple):
 
 
 def decode_config(
-    num_seqs: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int
+    num_seqs: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
 ) -> DecodeConfig:
     """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
     num_sms, shared_memory = device_limits(device)
     programs, splits, stages = max(1, num_seqs * kv_heads), 1, 3
-    if programs < 3 * num_sms // 2:  # up to four a multiprocessor: more do not help, fewer leave the longest alone
+    if (
+        programs < 3 * num_sms // 2
+    ):  # up to four a multiprocessor: more do not help, fewer leave the longest alone
         splits = min(MAX_SPLITS, 1 << (4 * num_sms // programs).bit_length() - 1)
     elif programs <= 2 * num_sms:
         stages = 5  # so few read enough at a time only with more tiles each
@@ -61,12 +68,33 @@ def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
 def _paged_decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, context_lens_ptr, block_tables_ptr, q_stride, table_stride,
-    scale_log2, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    READ_AHEAD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    kv_head, split, seq, num_splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    lse_ptr,
+    context_lens_ptr,
+    block_tables_ptr,
+    q_stride,
+    table_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    READ_AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    kv_head, split, seq, num_splits = (
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+        tl.num_programs(1),
+    )
     # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
     context_len = tl.load(context_lens_ptr + seq)
     tiles_per_split, num_shares = _shares(context_len, num_splits, BLOCK_N)
@@ -91,7 +119,9 @@ def _paged_decode_kernel(
         wait_for_previous(PDL)
         q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     columns = (kv_head * HEAD_DIM + dims)[None, :]
-    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: known a tile ahead, its keys do not wait for it
+    if (
+        BLOCK_SIZE % BLOCK_N == 0
+    ):  # a tile lies in one block: known a tile ahead, its keys do not wait for it
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
         block = tl.load(table + first_tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -117,7 +147,9 @@ def _paged_decode_kernel(
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: a tile has at least one valid token
+        new_max = tl.maximum(
+            row_max, tl.max(scores, 1)
+        )  # finite: a tile has at least one valid token
         p = tl.exp2(scores - new_max[:, None])
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
@@ -135,9 +167,18 @@ def _paged_decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, out_ptr, context_lens_ptr, num_splits, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    context_lens_ptr,
+    num_splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)  # one sequence and query head
     num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
@@ -149,15 +190,24 @@ def _combine_kernel(
     weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weights, 0)
     offsets = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
-    partial = tl.load(partial_ptr + offsets, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    partial = tl.load(
+        partial_ptr + offsets, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+    )
     out = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(
+        out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM
+    )
 
 
 def paged_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
     config: DecodeConfig | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of one query token a sequence over all its cached keys: a tensor like q. The launch does not depend
     on what `context_lens` and `block_tables` hold, so a CUDA graph can record it.
 
@@ -171,41 +221,90 @@ def paged_decode(
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
     config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size)
-    splits, group, block_d = config.num_splits, heads // kv_heads, max(16, next_power_of_2(head_dim))
+    splits, group, block_d = (
+        config.num_splits,
+        heads // kv_heads,
+        max(16, next_power_of_2(head_dim)),
+    )
     partial = out = empty_rows(num_seqs, heads * head_dim, q).view(q.shape)
     lse = None  # without splits, the one share is the result
     if splits > 1:
-        partial = torch.empty(num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        partial = torch.empty(
+            num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device
+        )
         lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
-        q, k_cache, v_cache, partial, lse, context_lens, block_tables, q.stride(0), block_tables.stride(0),
-        scale * math.log2(math.e), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, BLOCK_N=config.block_n, STAGES=config.num_stages,
-        READ_AHEAD=q.itemsize == 2,  # in float32, q carried through the loop would not stay in registers
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **pdl_options(),
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        partial,
+        lse,
+        context_lens,
+        block_tables,
+        q.stride(0),
+        block_tables.stride(0),
+        scale * math.log2(math.e),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_G=max(16, next_power_of_2(group)),
+        BLOCK_D=block_d,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        READ_AHEAD=q.itemsize
+        == 2,  # in float32, q carried through the loop would not stay in registers
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.max_registers,
+        **pdl_options(),
+    )
     if splits > 1:
         _combine_kernel[(num_seqs * heads,)](
-            partial, lse, out, context_lens, splits, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK_N=config.block_n, SPLITS=next_power_of_2(splits), **pdl_options(),
-        )  # fmt: skip
+            partial,
+            lse,
+            out,
+            context_lens,
+            splits,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_N=config.block_n,
+            SPLITS=next_power_of_2(splits),
+            **pdl_options(),
+        )
     return out
 
 
 def paged_decode_torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
 ) -> Tensor:
     """The same in PyTorch: the reference, and the CPU's path. On a GPU it does not wait for the device."""
     block_size, kv_heads = k_cache.shape[1:3]
     # The longest context if it costs nothing to know, else all that the tables could hold.
-    max_len = max(1, int(context_lens.max())) if q.device.type == "cpu" else block_tables.shape[1] * block_size
+    max_len = (
+        max(1, int(context_lens.max()))
+        if q.device.type == "cpu"
+        else block_tables.shape[1] * block_size
+    )
     tokens, lens = torch.arange(max_len, device=q.device), context_lens.long()[:, None]
     # Positions past a sequence's end read its last token again, padding rows read slot 0: both exist.
     positions = tokens.minimum(lens - 1).clamp(min=0)
     blocks = block_tables.long().gather(1, positions // block_size)
     slots = torch.where(lens > 0, blocks * block_size + positions % block_size, 0)
-    k, v = (  # [num_seqs, kv_heads, max_len, head_dim]; index_select is several times faster than indexing
-        cache.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+    (
+        k,
+        v,
+    ) = (  # [num_seqs, kv_heads, max_len, head_dim]; index_select is several times faster than indexing
+        cache.flatten(0, 1)
+        .index_select(0, slots.flatten())
+        .unflatten(0, slots.shape)
+        .transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
     # The query heads that share a KV head take the place of query positions: K and V are not repeated.

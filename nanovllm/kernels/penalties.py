@@ -5,38 +5,66 @@ from torch import Tensor
 
 from nanovllm.kernels._triton import tl, triton
 
-PROMPT_FLAG = 1 << 14  # in a count: the token is in the prompt; the bits below say how often in the completion
+PROMPT_FLAG = (
+    1 << 14
+)  # in a count: the token is in the prompt; the bits below say how often in the completion
 
 
 # They are rows of one table, aligned or not: no reason to compile anew.
 @triton.jit(do_not_specialize=["rows_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"])
 def _penalize_kernel(
-    logits_ptr, stride_logits, counts_ptr, rows_ptr, repetition_ptr, presence_ptr, frequency_ptr, out_ptr, vocab_size,
-    FLAG: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    stride_logits,
+    counts_ptr,
+    rows_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    out_ptr,
+    vocab_size,
+    FLAG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < vocab_size
     x = tl.load(logits_ptr + row * stride_logits + column, mask=mask, other=0.0).to(tl.float32)
-    counts = tl.load(counts_ptr + tl.load(rows_ptr + row) * vocab_size + column, mask=mask, other=0).to(tl.int32)
+    counts = tl.load(
+        counts_ptr + tl.load(rows_ptr + row) * vocab_size + column, mask=mask, other=0
+    ).to(tl.int32)
     repetition, times = tl.load(repetition_ptr + row), (counts & (FLAG - 1)).to(tl.float32)
     x = tl.where(counts != 0, tl.where(x > 0, x / repetition, x * repetition), x)
-    x -= times * tl.load(frequency_ptr + row) + tl.where(times > 0, tl.load(presence_ptr + row), 0.0)
+    x -= times * tl.load(frequency_ptr + row) + tl.where(
+        times > 0, tl.load(presence_ptr + row), 0.0
+    )
     tl.store(out_ptr + row * vocab_size + column, x, mask=mask)
 
 
-def penalize(logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def penalize(
+    logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """Logits `[n, vocab]`, rows contiguous -> float32, penalised. Each has a row of counts `[m, vocab]` int16: rows
     `[n]` int64; penalties are repetition (of prompt and completion), presence, frequency, `[n]` float32 each."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and counts.is_contiguous() and counts.shape[1] == vocab_size
     out = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
     _penalize_kernel[(num_rows, triton.cdiv(vocab_size, 4096))](
-        logits, logits.stride(0), counts, rows, *penalties, out, vocab_size, FLAG=PROMPT_FLAG, BLOCK=4096, num_warps=8
+        logits,
+        logits.stride(0),
+        counts,
+        rows,
+        *penalties,
+        out,
+        vocab_size,
+        FLAG=PROMPT_FLAG,
+        BLOCK=4096,
+        num_warps=8,
     )
     return out
 
 
-def penalize_torch(logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def penalize_torch(
+    logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """The same in PyTorch: the reference, and the CPU's path."""
     repetition, presence, frequency = (penalty.unsqueeze(1) for penalty in penalties)
     x, counts = logits.float(), counts[rows]

@@ -29,7 +29,13 @@ SENT, SUMMED = 0, 1  # what a rank's words to its peers count, in pieces
 
 
 def add_norm(
-    part: Tensor, inbox: Tensor, residual: Tensor, out: Tensor, norm_weight: Tensor | None, eps: float, rank: int
+    part: Tensor,
+    inbox: Tensor,
+    residual: Tensor,
+    out: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    rank: int,
 ) -> None:
     """`residual` += part + the other ranks' parts in `inbox`; out = its RMSNorm, or itself without a `norm_weight`.
 
@@ -40,9 +46,20 @@ def add_norm(
     if num_rows:
         block = next_power_of_2(columns)
         _rms_norm_kernel[(num_rows,)](
-            residual, inbox, part, norm_weight, out, eps, inbox.stride(0), SIZE=columns, PARTS=len(inbox), OWN=rank,
-            BLOCK=block, PDL=False, num_warps=min(8, max(1, block // 512)),
-        )  # fmt: skip
+            residual,
+            inbox,
+            part,
+            norm_weight,
+            out,
+            eps,
+            inbox.stride(0),
+            SIZE=columns,
+            PARTS=len(inbox),
+            OWN=rank,
+            BLOCK=block,
+            PDL=False,
+            num_warps=min(8, max(1, block // 512)),
+        )
 
 
 @lru_cache
@@ -56,7 +73,9 @@ def _driver() -> ctypes.CDLL:
 
 def _checked(error: int) -> None:
     if error:
-        raise RuntimeError(f"a copy between GPUs, or a wait for one, failed with CUDA driver error {error}")
+        raise RuntimeError(
+            f"a copy between GPUs, or a wait for one, failed with CUDA driver error {error}"
+        )
 
 
 def _copy(stream: torch.cuda.Stream, target: int, source: int, num_bytes: int) -> None:
@@ -80,7 +99,10 @@ def pieces(num_rows: int, ranks: int) -> list[slice]:
 
     The more ranks, the longer a sum takes beside a GEMM, and the sooner it should start.
     """
-    count, unit = min(2 * ranks, num_rows // MIN_ROWS), 128 * ranks  # unit: whole tiles of a GEMM, for each rank
+    count, unit = (
+        min(2 * ranks, num_rows // MIN_ROWS),
+        128 * ranks,
+    )  # unit: whole tiles of a GEMM, for each rank
     if num_rows < MIN_TOKENS:
         return []
     length = -(-num_rows // (count * unit)) * unit
@@ -91,9 +113,14 @@ class PrefillAllReduce:
     """The shared memory and streams of these sums. All ranks make one, and call it alike, in the same order."""
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, words: HostWords, shape: tuple[int, int],
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        words: HostWords,
+        shape: tuple[int, int],
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """shape: the most rows of a residual, and its columns."""
         self.rank, self.size, self.words = rank, size, words
         self.peers = [(rank + i) % size for i in range(1, size)]
@@ -103,9 +130,16 @@ class PrefillAllReduce:
         inbox = torch.empty(size, -(-self.max_rows // size), columns, dtype=dtype, device=device)
         self.outs, self.inboxes = (share_memory(memory, rank, size) for memory in (out, inbox))
         self.outs_at = [out.data_ptr() for out in self.outs]
-        self.inboxes_at = [inbox[rank].data_ptr() for inbox in self.inboxes]  # this rank's part of them
-        self.scatter, self.gather = torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
-        self.computed, self.summed = ([torch.cuda.Event() for _ in range(2 * size)] for _ in range(2))
+        self.inboxes_at = [
+            inbox[rank].data_ptr() for inbox in self.inboxes
+        ]  # this rank's part of them
+        self.scatter, self.gather = (
+            torch.cuda.Stream(device),
+            torch.cuda.Stream(device, priority=-1),
+        )
+        self.computed, self.summed = (
+            [torch.cuda.Event() for _ in range(2 * size)] for _ in range(2)
+        )
         self.count = 0  # of all pieces there were
         # The count, and this rank's part, of the pieces not waited for: until then, peers may not have read it.
         self.pending: dict[int, tuple[int, Tensor]] = {}
@@ -114,7 +148,11 @@ class PrefillAllReduce:
         return MIN_TOKENS <= num_rows <= self.max_rows
 
     def __call__(
-        self, compute: Callable[[slice], Tensor], residual: Tensor, norm_weight: Tensor | None, eps: float
+        self,
+        compute: Callable[[slice], Tensor],
+        residual: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
     ) -> Tensor:
         """The ranks' `compute(rows)` `[rows, hidden]`, summed and added to `residual`; of that the norm, if asked.
 
@@ -152,14 +190,23 @@ class PrefillAllReduce:
             _write(self.scatter, self._word(peer, SENT, self.rank), self.count)
 
     def _gather(
-        self, index: int, start: int, part: Tensor, residual: Tensor, norm_weight: Tensor | None, eps: float
+        self,
+        index: int,
+        start: int,
+        part: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
     ) -> None:
         """Sum this rank's rows of a piece, and copy them to the others."""
         self.gather.wait_event(self.computed[index])
         for peer in self.peers:
             _wait(self.gather, self._word(self.rank, SENT, peer), self.count)
         first, length = self._share(self.rank, len(part))
-        mine, inbox = slice(first, first + length), self.inboxes[self.rank].narrow(1, start // self.size, length)
+        mine, inbox = (
+            slice(first, first + length),
+            self.inboxes[self.rank].narrow(1, start // self.size, length),
+        )
         out = self.outs[self.rank].narrow(0, start + first, length)
         with torch.cuda.stream(self.gather):
             add_norm(part[mine], inbox, residual[mine], out, norm_weight, eps, self.rank)

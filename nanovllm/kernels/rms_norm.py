@@ -3,15 +3,32 @@
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import launch_next, next_power_of_2, pdl_options, tl, triton, wait_for_previous
+from nanovllm.kernels._triton import (
+    launch_next,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from nanovllm.kernels.split_gemm import empty_rows
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, parts_ptr, own_ptr, weight_ptr, out_ptr, eps, parts_stride, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    OWN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    parts_ptr,
+    own_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    parts_stride,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
     column = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0).to(tl.int64) * SIZE + column, column < SIZE
@@ -41,9 +58,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out, block = empty_rows(num_rows, size, x), next_power_of_2(size)
     num_warps = min(8, max(1, block // 1024))  # few: a sum inside one warp needs no barrier
     _rms_norm_kernel[(num_rows,)](
-        x, None, None, weight, out, eps, 0, SIZE=size, PARTS=0, OWN=-1, BLOCK=block, num_warps=num_warps,
+        x,
+        None,
+        None,
+        weight,
+        out,
+        eps,
+        0,
+        SIZE=size,
+        PARTS=0,
+        OWN=-1,
+        BLOCK=block,
+        num_warps=num_warps,
         **pdl_options(),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -54,9 +82,20 @@ def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) ->
     out, block = None if weight is None else empty_rows(num_rows, size, x), next_power_of_2(size)
     num_warps = min(16, max(1, block // 64))  # many: there is more to read
     _rms_norm_kernel[(num_rows,)](
-        x, parts, None, weight, out, eps, parts.stride(0), SIZE=size, PARTS=num_parts, OWN=-1, BLOCK=block,
-        num_warps=num_warps, **pdl_options(),
-    )  # fmt: skip
+        x,
+        parts,
+        None,
+        weight,
+        out,
+        eps,
+        parts.stride(0),
+        SIZE=size,
+        PARTS=num_parts,
+        OWN=-1,
+        BLOCK=block,
+        num_warps=num_warps,
+        **pdl_options(),
+    )
     return out
 
 

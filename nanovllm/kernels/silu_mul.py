@@ -12,7 +12,9 @@ from nanovllm.kernels.split_gemm import empty_rows
 def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     launch_next(PDL)
     wait_for_previous(PDL)
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # what was written last is in the L2 cache
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(
+        tl.int64
+    )  # what was written last is in the L2 cache
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
     gate = tl.load(x_ptr + row * 2 * SIZE + offsets, mask=mask).to(tl.float32)
@@ -26,7 +28,9 @@ def silu_mul(x: Tensor) -> Tensor:
     num_rows, size = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous()
     out = empty_rows(num_rows, size, x)
-    _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](x, out, SIZE=size, BLOCK=1024, **pdl_options())
+    _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](
+        x, out, SIZE=size, BLOCK=1024, **pdl_options()
+    )
     return out
 
 

@@ -7,7 +7,14 @@ is split until every multiprocessor has a part. cuBLAS splits it less, adds the 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import TensorDescriptor, device_limits, has_tma, next_power_of_2, tl, triton
+from nanovllm.kernels._triton import (
+    TensorDescriptor,
+    device_limits,
+    has_tma,
+    next_power_of_2,
+    tl,
+    triton,
+)
 from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 
 MAX_TOKENS = 256  # with more, a wide tile has enough to do, and cuBLAS is faster
@@ -19,12 +26,29 @@ SHARED_BYTES = 200 << 10  # that a program may take; cards for desktops have hal
 
 @triton.jit(do_not_specialize=["num_tokens", "part_size"])
 def _split_gemm_kernel(
-    x_desc, weight_desc, weight_ptr, bias_ptr, parts_ptr, num_tokens, out_size, in_size, part_size,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    weight_desc,
+    weight_ptr,
+    bias_ptr,
+    parts_ptr,
+    num_tokens,
+    out_size,
+    in_size,
+    part_size,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
-    first_row, part, first_token = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2) * TOKENS
-    first_token = tl.maximum(tl.minimum(first_token, num_tokens - TOKENS), 0)  # the last tile overlaps the one before
+    first_row, part, first_token = (
+        tl.program_id(0) * ROWS,
+        tl.program_id(1),
+        tl.program_id(2) * TOKENS,
+    )
+    first_token = tl.maximum(
+        tl.minimum(first_token, num_tokens - TOKENS), 0
+    )  # the last tile overlaps the one before
     first, row = part * part_size, first_row + tl.arange(0, ROWS)
     # While it waits, each row that it will read is looked up: measured, that saves 1% of a step.
     tl.load(weight_ptr + row.to(tl.int64) * in_size + first, mask=row < out_size, volatile=True)
@@ -39,7 +63,11 @@ def _split_gemm_kernel(
         if part == 0:
             out += tl.load(bias_ptr + row, mask=row < out_size, other=0.0).to(tl.float32)
     offsets = (part * num_tokens + token) * out_size + row
-    tl.store(parts_ptr + offsets, out.to(parts_ptr.dtype.element_ty), mask=(token < num_tokens) & (row < out_size))
+    tl.store(
+        parts_ptr + offsets,
+        out.to(parts_ptr.dtype.element_ty),
+        mask=(token < num_tokens) & (row < out_size),
+    )
 
 
 def gemm_parts(x: Tensor, weight: Tensor) -> int:
@@ -47,7 +75,13 @@ def gemm_parts(x: Tensor, weight: Tensor) -> int:
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     num_sms, shared_memory = device_limits(x.device)
     is_able = x.is_cuda and has_tma() and shared_memory >= SHARED_BYTES
-    if not (is_able and x.dtype.itemsize == 2 and in_size % 8 == 0 and out_size and 2 <= num_tokens <= MAX_TOKENS):
+    if not (
+        is_able
+        and x.dtype.itemsize == 2
+        and in_size % 8 == 0
+        and out_size
+        and 2 <= num_tokens <= MAX_TOKENS
+    ):
         return 0
     tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_TILE)
     parts = min(num_sms // tiles, max(1, in_size // 256))
@@ -75,7 +109,9 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
     tokens = tile_tokens(num_tokens)
-    chunk_bytes = 512 if tokens <= 32 and in_size >= 512 * num_parts else 256  # measured, like the stages
+    chunk_bytes = (
+        512 if tokens <= 32 and in_size >= 512 * num_parts else 256
+    )  # measured, like the stages
     chunk = chunk_bytes // x.dtype.itemsize
     part_size = triton.cdiv(triton.cdiv(in_size, chunk), num_parts) * chunk
     num_parts = triton.cdiv(in_size, part_size)
@@ -85,7 +121,18 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -
     parts = torch.empty(num_parts, num_tokens, out_size, dtype=x.dtype, device=x.device)
     _split_gemm_kernel[(triton.cdiv(out_size, ROWS), num_parts, triton.cdiv(num_tokens, tokens))](
         TensorDescriptor(x, x_shape, [in_size, 1], [tokens, chunk]),
-        TensorDescriptor.from_tensor(weight, [ROWS, chunk]), weight, bias, parts, num_tokens, out_size, in_size,
-        part_size, TOKENS=tokens, ROWS=ROWS, CHUNK=chunk, num_stages=4, **pdl_options(),
-    )  # fmt: skip
+        TensorDescriptor.from_tensor(weight, [ROWS, chunk]),
+        weight,
+        bias,
+        parts,
+        num_tokens,
+        out_size,
+        in_size,
+        part_size,
+        TOKENS=tokens,
+        ROWS=ROWS,
+        CHUNK=chunk,
+        num_stages=4,
+        **pdl_options(),
+    )
     return parts

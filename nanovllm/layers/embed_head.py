@@ -24,7 +24,9 @@ class VocabParallelEmbedding(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: None = None) -> None:
         check_shape(loaded, (self.vocab_size, param.shape[1]))
         if self.real_rows:
-            param[: self.real_rows].copy_(loaded[self.vocab_start : self.vocab_start + self.real_rows])
+            param[: self.real_rows].copy_(
+                loaded[self.vocab_start : self.vocab_start + self.real_rows]
+            )
         param[self.real_rows :].zero_()
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -33,7 +35,9 @@ class VocabParallelEmbedding(nn.Module):
             return self.weight[token_ids]  # for 16 tokens several times faster than F.embedding
         local = token_ids - self.vocab_start
         row = local.clamp(0, self.rows - 1)
-        return self.tp.all_reduce(self.weight[row] * (row == local).unsqueeze(1))[0]  # zero on all ranks but one
+        return self.tp.all_reduce(self.weight[row] * (row == local).unsqueeze(1))[
+            0
+        ]  # zero on all ranks but one
 
 
 class ParallelLMHead(VocabParallelEmbedding):

@@ -23,7 +23,9 @@ from nanovllm.utils.tensor_parallel import get_tensor_parallel
 def divide(what: str, num: int, parts: int) -> int:
     """`num / parts`, or a ValueError that names both."""
     if num % parts:
-        raise ValueError(f"{what} ({num}) cannot be split over tensor_parallel_size {parts}; use a divisor of it")
+        raise ValueError(
+            f"{what} ({num}) cannot be split over tensor_parallel_size {parts}; use a divisor of it"
+        )
     return num // parts
 
 
@@ -38,7 +40,11 @@ def parts_of(x: Tensor, weight: Tensor) -> int:
 
 
 def normed_linear(
-    x: Tensor, norm: RMSNorm | None, weight: Tensor, bias: Tensor | None = None, in_parts: bool = False
+    x: Tensor,
+    norm: RMSNorm | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_parts: bool = False,
 ) -> Tensor:
     """`norm(x) W^T + b`, for one token in one kernel; with `in_parts`, where that is faster, `[parts, n, out]` whose
     sum it is, for a kernel that adds them up as it reads them."""
@@ -75,7 +81,11 @@ class MergedColumnParallelLinear(LinearBase):
     """
 
     def __init__(
-        self, input_size: int, output_sizes: list[int], bias: bool = False, parts: list[int] | None = None
+        self,
+        input_size: int,
+        output_sizes: list[int],
+        bias: bool = False,
+        parts: list[int] | None = None,
     ) -> None:
         tp_size = get_tensor_parallel().size
         self.output_sizes = output_sizes
@@ -85,7 +95,10 @@ class MergedColumnParallelLinear(LinearBase):
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: int = 0) -> None:
         size, part = self.output_sizes[shard_id], self.parts[shard_id]
         check_shape(loaded, (size, *param.shape[1:]))
-        offset, first = sum(self.parts[:shard_id]), self.tp.rank * size // self.tp.size // part * part
+        offset, first = (
+            sum(self.parts[:shard_id]),
+            self.tp.rank * size // self.tp.size // part * part,
+        )
         param[offset : offset + part].copy_(loaded[first : first + part])
 
 
@@ -102,13 +115,21 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     `num_heads` and `num_kv_heads` are this rank's. With fewer KV heads than ranks, several ranks hold each.
     """
 
-    def __init__(self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool) -> None:
+    def __init__(
+        self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool
+    ) -> None:
         tp_size = get_tensor_parallel().size
         self.num_heads = divide("num_attention_heads", total_heads, tp_size)
-        copies = divide("tensor_parallel_size", tp_size, total_kv_heads) if total_kv_heads < tp_size else 1
+        copies = (
+            divide("tensor_parallel_size", tp_size, total_kv_heads)
+            if total_kv_heads < tp_size
+            else 1
+        )
         self.num_kv_heads = divide("num_key_value_heads", total_kv_heads * copies, tp_size)
         sizes = [heads * head_dim for heads in (total_heads, total_kv_heads, total_kv_heads)]
-        parts = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        parts = [
+            heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        ]
         super().__init__(hidden_size, sizes, bias, parts)
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: str = "q") -> None:
@@ -130,17 +151,24 @@ class RowParallelLinear(LinearBase):
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
         self.input_size = input_size
-        super().__init__(divide("an input size", input_size, get_tensor_parallel().size), output_size, bias)
+        super().__init__(
+            divide("an input size", input_size, get_tensor_parallel().size), output_size, bias
+        )
 
     def weight_loader(self, param: nn.Parameter, loaded, shard_id: None = None) -> None:
         is_bias, part = param.dim() == 1, param.shape[-1]
         check_shape(loaded, param.shape if is_bias else (param.shape[0], self.input_size))
-        param.copy_(loaded[:] if is_bias else loaded[:, self.tp.rank * part : (self.tp.rank + 1) * part])
+        param.copy_(
+            loaded[:] if is_bias else loaded[:, self.tp.rank * part : (self.tp.rank + 1) * part]
+        )
 
     def forward(
-        self, x: Tensor, residual: Tensor, next_norm: RMSNorm | None = None,
+        self,
+        x: Tensor,
+        residual: Tensor,
+        next_norm: RMSNorm | None = None,
         before: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:
         """x `[n, in / tp]` -> `residual + x W^T + b`, in place of `residual` `[n, out]`; and its `next_norm`, where
         the kernel that adds computes it on the way, else None.
 
@@ -159,7 +187,9 @@ class RowParallelLinear(LinearBase):
             gemv(x, self.weight, bias, residual=residual)
         elif num_parts := parts_of(x, self.weight):
             norm = (next_norm.weight, next_norm.eps) if next_norm is not None else (None, 0.0)
-            return residual, add_rms_norm(residual, split_gemm(x, self.weight, bias, num_parts), *norm)
+            return residual, add_rms_norm(
+                residual, split_gemm(x, self.weight, bias, num_parts), *norm
+            )
         else:
             residual.addmm_(x, self.weight.t())  # the GEMM adds as it writes
             if bias is not None:

@@ -8,12 +8,18 @@ from transformers import PretrainedConfig
 def rope_theta(hf_config: PretrainedConfig) -> float:
     """The base of the rotation frequencies; ValueError for a scaled or partial RoPE, which is not implemented."""
     # transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling.
-    parameters = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    parameters = (
+        getattr(hf_config, "rope_parameters", None)
+        or getattr(hf_config, "rope_scaling", None)
+        or {}
+    )
     theta = parameters.get("rope_theta", getattr(hf_config, "rope_theta", None))
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     part = parameters.get("partial_rotary_factor", 1.0)
     if rope_type != "default" or part != 1.0:
-        raise ValueError(f"RoPE with partial_rotary_factor {part} and type {rope_type!r} is not supported")
+        raise ValueError(
+            f"RoPE with partial_rotary_factor {part} and type {rope_type!r} is not supported"
+        )
     if not theta or theta <= 0:
         raise ValueError(f"the model's config.json must give a positive rope_theta, not {theta}")
     return float(theta)

@@ -19,12 +19,22 @@ MAX_COUNT = PROMPT_FLAG - 1
 class SamplingExtras:
     """What the n sequences of a step ask for beyond temperature, on the device; None: none of them asks for it."""
 
-    filters: tuple[Tensor, Tensor, Tensor] | None = None  # top_k, top_p, min_p, as `filter_thresholds` takes them
-    penalties: tuple[Tensor, Tensor, Tensor] | None = None  # repetition, presence, frequency, as `penalize` does
-    counts: Tensor | None = None  # with penalties: `[max_num_seqs + 1, vocab]` int16, see `set_counts`
+    filters: tuple[Tensor, Tensor, Tensor] | None = (
+        None  # top_k, top_p, min_p, as `filter_thresholds` takes them
+    )
+    penalties: tuple[Tensor, Tensor, Tensor] | None = (
+        None  # repetition, presence, frequency, as `penalize` does
+    )
+    counts: Tensor | None = (
+        None  # with penalties: `[max_num_seqs + 1, vocab]` int16, see `set_counts`
+    )
     rows: Tensor | None = None  # with penalties: `[n]` int64, rows of counts
-    bias: tuple[Tensor, Tensor, Tensor] | None = None  # `[m]` each: of the n int64, token id int64, value float32
-    logprobs: tuple[Tensor, int] | None = None  # which of the n want them `[r]` int64, and how many top ones (k)
+    bias: tuple[Tensor, Tensor, Tensor] | None = (
+        None  # `[m]` each: of the n int64, token id int64, value float32
+    )
+    logprobs: tuple[Tensor, int] | None = (
+        None  # which of the n want them `[r]` int64, and how many top ones (k)
+    )
 
 
 class Sampler(nn.Module):
@@ -39,22 +49,30 @@ class Sampler(nn.Module):
         self.tp, self.vocab_start, self.vocab_size = get_tensor_parallel(), vocab_start, vocab_size
 
     def forward(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor,
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
         extras: SamplingExtras | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """logits `[n, vocab / tp]`, temperatures `[n]` float32, seeds and positions (of the token before) `[n]` int64
         -> ids `[n]` int64, and if asked for (ids int64, logprobs float32), `[r, 1 + k]`: the drawn one, the top k."""
         draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
         if extras is None:
             scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
             if self.tp.size > 1:  # a float32 holds any token id below 2^24 exactly
-                scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(1)  # [tp, n] each
+                scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(
+                    1
+                )  # [tp, n] each
                 token_ids = ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
             return token_ids, None
         logits = logits if self.tp.size == 1 else self._gather(logits)
         changed, thresholds = self._apply(extras, logits, temperatures)
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
-        if extras.penalties is not None:  # the next step counts this token, long before the host knows it
+        if (
+            extras.penalties is not None
+        ):  # the next step counts this token, long before the host knows it
             counts = extras.counts[extras.rows, token_ids]
             extras.counts[extras.rows, token_ids] = counts + (counts & MAX_COUNT < MAX_COUNT)
         if extras.logprobs is None:
@@ -70,7 +88,9 @@ class Sampler(nn.Module):
         parts = self.tp.all_gather(F.pad(logits, (0, rows - logits.shape[1])))
         return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
-    def _apply(self, extras: SamplingExtras, logits: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _apply(
+        self, extras: SamplingExtras, logits: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits `[n, vocab]` -> a copy with bias, then penalties, as vLLM orders them, and its thresholds `[n]`."""
         if extras.bias is not None:
             index, token_ids, values = extras.bias
@@ -80,7 +100,9 @@ class Sampler(nn.Module):
             apply = penalize if logits.is_cuda else penalize_torch
             logits = apply(logits, extras.counts, extras.rows, extras.penalties)
         find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
-        return logits, None if extras.filters is None else find(logits, temperatures, extras.filters)
+        return logits, None if extras.filters is None else find(
+            logits, temperatures, extras.filters
+        )
 
 
 def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:

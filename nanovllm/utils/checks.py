@@ -14,7 +14,9 @@ def field_types(options: type) -> list[tuple[str, Any, Any, list, list]]:
     """Of each field of a dataclass: name, default, type, limits, and whether (not empty) it may be None."""
     types = []
     for field in fields(options):
-        kind, *limits = get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
+        kind, *limits = (
+            get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
+        )
         kind, *none = get_args(kind) or (kind,)
         types.append((field.name, field.default, kind, limits, none))
     return types
@@ -32,10 +34,17 @@ def check_fields(options: Any) -> None:
             check_value(name, value, kind, *limits, suffix=" or None" if none else "")
 
 
-def check_value(name: str, value: Any, kind: type, low: float = -inf, high: float = inf, *, suffix: str = "") -> None:
+def check_value(
+    name: str, value: Any, kind: type, low: float = -inf, high: float = inf, *, suffix: str = ""
+) -> None:
     """Raise unless `value` is a bool, an int, or (for float) a number, from `low` to `high`."""
-    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(
+        value, bool
+    ) != (kind is bool):
         raise TypeError(f"{name} must be {NOUNS[kind]}{suffix}, not {value!r}")
     if not low <= value <= high:  # NaN fails too
-        lowest, highest = "above 0" if low == ABOVE_0 else f"at least {low}", f" and at most {high}" * (high != inf)
+        lowest, highest = (
+            "above 0" if low == ABOVE_0 else f"at least {low}",
+            f" and at most {high}" * (high != inf),
+        )
         raise ValueError(f"{name} must be {lowest}{highest}{suffix}, not {value!r}")

@@ -28,7 +28,10 @@ def load_model(model: nn.Module, path: str) -> None:
                             param.weight_loader(param, tensors.get_slice(name), *shard)
                             progress.update()
                         # Some checkpoints carry what follows from other tensors, or from the configuration.
-                        elif not (name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")):
+                        elif not (
+                            name.endswith("rotary_emb.inv_freq")
+                            or (is_tied and name == "lm_head.weight")
+                        ):
                             unknown.append(name)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"cannot read the weights in {file}: {error}") from error
@@ -36,8 +39,9 @@ def load_model(model: nn.Module, path: str) -> None:
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("unknown", unknown)) if names
-    ]  # fmt: skip
+        for what, names in (("missing", missing), ("unknown", unknown))
+        if names
+    ]
     if problems:
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the checkpoint is "
@@ -82,7 +86,9 @@ def check_shape(loaded, expected: tuple[int, ...]) -> None:
     """Raise a ValueError unless a checkpoint tensor has the shape that the model's configuration asks for."""
     shape = tuple(loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape)
     if shape != tuple(expected):
-        raise ValueError(f"has shape {list(shape)}, and the model's configuration asks for {list(expected)}")
+        raise ValueError(
+            f"has shape {list(shape)}, and the model's configuration asks for {list(expected)}"
+        )
 
 
 @torch.no_grad()
@@ -94,4 +100,6 @@ def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
         elif name.endswith(".bias"):
             param.zero_()
         else:
-            param.normal_(0.0, std, generator=torch.Generator(param.device).manual_seed(seed + index))
+            param.normal_(
+                0.0, std, generator=torch.Generator(param.device).manual_seed(seed + index)
+            )

@@ -16,14 +16,22 @@ from torch import Tensor
 class TensorParallel:
     rank: int = 0
     size: int = 1
-    small_all_reduce: Any = None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
+    small_all_reduce: Any = (
+        None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
+    )
     prefill_all_reduce: Any = None  # kernels.prefill_all_reduce.PrefillAllReduce, likewise
 
-    def all_reduce(self, x: Tensor, residual: Tensor | None = None, norm: Any = None) -> tuple[Tensor, Tensor | None]:
+    def all_reduce(
+        self, x: Tensor, residual: Tensor | None = None, norm: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`residual` + the sum of x over the ranks, in place of residual, or else of x; and `norm` (an RMSNorm) of
         it, where it is to be had on the way. With a residual, x may be in parts, `[parts, n, hidden]`."""
-        if self.small_all_reduce is not None and self.small_all_reduce.takes(x if residual is None else residual):
-            return self.small_all_reduce(x, residual, *((norm.weight, norm.eps) if norm is not None else ()))
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(
+            x if residual is None else residual
+        ):
+            return self.small_all_reduce(
+                x, residual, *((norm.weight, norm.eps) if norm is not None else ())
+            )
         if residual is not None and x.dim() > residual.dim():
             x = x.sum(0)
         dist.all_reduce(x)

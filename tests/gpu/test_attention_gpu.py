@@ -11,7 +11,10 @@ from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_to
 from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = {BF16: 1e-2, FP16: 2e-3, FP32: 1e-5}
@@ -54,7 +57,14 @@ class Cache:
     """A cache whose sequences lie scattered; slots without a token hold `unused`, spare table entries -1."""
 
     def __init__(
-        self, lengths, block_size, dtype, kv_heads=KV_HEADS, head_dim=HEAD_DIM, unused=NAN, spare_blocks=1
+        self,
+        lengths,
+        block_size,
+        dtype,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        unused=NAN,
+        spare_blocks=1,
     ):
         counts = [-(-n // block_size) for n in lengths]
         num_blocks = sum(counts) + spare_blocks
@@ -68,21 +78,27 @@ class Cache:
         self.slots = []
         for i, (n, blocks) in enumerate(zip(lengths, used)):
             tables[i, : len(blocks)] = blocks
-            self.slots.append((blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:n].cuda())
+            self.slots.append(
+                (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:n].cuda()
+            )
         self.tables = tables.cuda()
         slots = torch.cat(self.slots)
         for cache in (self.k, self.v):
             cache.flatten(0, 1)[slots] = randn(len(slots), kv_heads, head_dim, dtype=dtype)
 
     def keys_and_values(self, i, length=None):
-        return self.k.flatten(0, 1)[self.slots[i][:length]], self.v.flatten(0, 1)[self.slots[i][:length]]
+        return self.k.flatten(0, 1)[self.slots[i][:length]], self.v.flatten(0, 1)[
+            self.slots[i][:length]
+        ]
 
 
 def exact_decode(q, cache, lengths, scale):
     rows = []
     for i, n in enumerate(lengths):
         rows.append(
-            exact(q[i : i + 1], *cache.keys_and_values(i, n), scale) if n else torch.zeros_like(q[i : i + 1])
+            exact(q[i : i + 1], *cache.keys_and_values(i, n), scale)
+            if n
+            else torch.zeros_like(q[i : i + 1])
         )
     return torch.cat(rows).double()
 
@@ -103,7 +119,11 @@ def flash(block_size, head_dim=HEAD_DIM, dtype=BF16):
 # --- decode ---
 
 
-DECODES = {"triton": paged_decode, "torch": paged_decode_torch, "flash_attn": flash_attention.flash_decode}
+DECODES = {
+    "triton": paged_decode,
+    "torch": paged_decode_torch,
+    "flash_attn": flash_attention.flash_decode,
+}
 
 
 @pytest.mark.parametrize("backend", DECODES)
@@ -143,19 +163,29 @@ def test_decode_shapes(heads, kv_heads, head_dim, dtype, num_splits):
 @pytest.mark.parametrize("block_size", [48, 256])
 def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_splits):
     lengths = [*range(1, 1200, 9)]  # the new token in any of the first tiles, or later
-    cache, scale, config = Cache(lengths, block_size, BF16), 0.1, DecodeConfig(64, num_splits, num_stages=num_stages)
+    cache, scale, config = (
+        Cache(lengths, block_size, BF16),
+        0.1,
+        DecodeConfig(64, num_splits, num_stages=num_stages),
+    )
     q = randn(len(lengths), HEADS, HEAD_DIM, dtype=BF16)
     expected = exact_decode(q, cache, lengths, scale)
     slots = torch.stack([s[-1] for s in cache.slots])
     qkv = torch.cat((q, *(values.flatten(0, 1)[slots] for values in (cache.k, cache.v))), dim=1)
     sin = torch.zeros(1, HEAD_DIM // 2, device="cuda")
     rope, store = (torch.zeros_like(slots), sin.cos(), sin), (cache.k, cache.v, slots.int(), HEADS)
-    lens, x, weight = ints(lengths), randn(len(lengths), 4096, dtype=BF16), randn(4096, 4096, dtype=BF16)
+    lens, x, weight = (
+        ints(lengths),
+        randn(len(lengths), 4096, dtype=BF16),
+        randn(4096, 4096, dtype=BF16),
+    )
 
     def step():
         for values in (cache.k, cache.v):
             values.flatten(0, 1).index_fill_(0, slots, NAN)
-        split_gemm(x, weight, None, 4)  # only takes time: the next kernels start beside it, and wait
+        split_gemm(
+            x, weight, None, 4
+        )  # only takes time: the next kernels start beside it, and wait
         new = norm_rope_store(qkv, *rope, None, None, 0.0, *store)
         return paged_decode(new[:, :HEADS], cache.k, cache.v, lens, cache.tables, scale, config)
 
@@ -186,7 +216,10 @@ def test_decode_in_a_graph_follows_the_context_lengths(backend, num_seqs):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # captured while every row is padding
         out = DECODES[backend](*args)
-    shorter, with_padding = [max(1, n // 3) for n in most], [0 if i % 2 else n for i, n in enumerate(most)]
+    shorter, with_padding = (
+        [max(1, n // 3) for n in most],
+        [0 if i % 2 else n for i, n in enumerate(most)],
+    )
     for lengths in (most, shorter, with_padding, [1] * num_seqs):
         context_lens.copy_(ints(lengths))
         tables.copy_(torch.where(context_lens[:, None] > 0, cache.tables, -1))
@@ -228,7 +261,9 @@ PREFILLS = {
 }
 
 
-def check_prefill(backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
+def check_prefill(
+    backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM
+):
     """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys come from the cache."""
     q_lens, k_lens = zip(*lengths)
     scale = head_dim**-0.5
@@ -240,7 +275,12 @@ def check_prefill(backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_
         tables = None
     else:
         cache = Cache(
-            k_lens, block_size, dtype, kv_heads, head_dim, unused=0.0 if backend == "flash_attn" else NAN
+            k_lens,
+            block_size,
+            dtype,
+            kv_heads,
+            head_dim,
+            unused=0.0 if backend == "flash_attn" else NAN,
         )
         keys_and_values = [cache.keys_and_values(i) for i in range(len(lengths))]
         paged, tables = (cache.k, cache.v), cache.tables
@@ -256,7 +296,9 @@ def check_prefill(backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_
 def test_prefill_of_fresh_sequences(backend, dtype):
     if backend == "flash_attn":
         flash(256, dtype=dtype)
-    check_prefill(backend, dtype, [(n, n) for n in (2048, 1, 127, 128, 129, 1000, 1024, 16, 333)], None)
+    check_prefill(
+        backend, dtype, [(n, n) for n in (2048, 1, 127, 128, 129, 1000, 1024, 16, 333)], None
+    )
 
 
 @pytest.mark.parametrize("backend", PREFILLS)
@@ -286,7 +328,9 @@ def test_prefill_after_a_cached_prefix(backend, dtype, block_size):
 @pytest.mark.parametrize("block_size", [None, 48, 256])
 def test_prefill_shapes(heads, kv_heads, head_dim, dtype, block_size):
     lengths = (
-        [(1, 1), (33, 33), (300, 300)] if block_size is None else [(1, 200), (33, 33), (200, 500), (65, 129)]
+        [(1, 1), (33, 33), (300, 300)]
+        if block_size is None
+        else [(1, 200), (33, 33), (200, 500), (65, 129)]
     )
     check_prefill("triton", dtype, lengths, block_size, heads, kv_heads, head_dim)
 
@@ -303,7 +347,10 @@ def test_norm_rope_store_equals_its_reference():
     weights = [randn(HEAD_DIM, dtype=BF16) for _ in range(2)]
     results = []
     for fused in (norm_rope_store, norm_rope_store_torch):
-        out, caches = qkv.clone(), [torch.zeros(16, 256, KV_HEADS, HEAD_DIM, dtype=BF16, device="cuda") for _ in "kv"]
+        out, caches = (
+            qkv.clone(),
+            [torch.zeros(16, 256, KV_HEADS, HEAD_DIM, dtype=BF16, device="cuda") for _ in "kv"],
+        )
         fused(out, positions, angles.cos(), angles.sin(), *weights, 1e-6, *caches, slots, HEADS)
         results.append((out, *caches))
     for ours, reference in zip(*results):
@@ -319,7 +366,9 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     no_angle = torch.zeros(1, HEAD_DIM // 2, device="cuda")
     slots = ints([int(s[-1]) for s in cache.slots])
     zeros = torch.zeros(2, dtype=torch.int64, device="cuda")
-    norm_rope_store(kv, zeros, no_angle.cos(), no_angle, None, None, 0.0, cache.k, cache.v, slots, 0)
+    norm_rope_store(
+        kv, zeros, no_angle.cos(), no_angle, None, None, 0.0, cache.k, cache.v, slots, 0
+    )
     assert torch.equal(cache.keys_and_values(1)[0][-1], new[1])
     q = randn(2, HEADS, HEAD_DIM, dtype=BF16)
     scale = HEAD_DIM**-0.5

@@ -36,7 +36,10 @@ from nanovllm.kernels import flash_attention
 from nanovllm.kernels.gumbel import gumbel_argmax_torch
 from nanovllm.kernels.split_gemm import MAX_UNSPLIT_TOKENS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 DEVICE = "cuda"
 VOCAB, NUM_TOKENS = 1000, 32
@@ -49,11 +52,19 @@ TOLERANCE = 0.2
 BATCH_SIZES = [1, 2, 3, 4, 5, 16, 17, 33, 65]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 700]
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-128": dict(architecture=QWEN3, num_attention_heads=8, num_key_value_heads=2, head_dim=128),
-    "qwen3-64-tied": dict(architecture=QWEN3, num_attention_heads=4, head_dim=64, tie_word_embeddings=True),
+    "qwen3-128": dict(
+        architecture=QWEN3, num_attention_heads=8, num_key_value_heads=2, head_dim=128
+    ),
+    "qwen3-64-tied": dict(
+        architecture=QWEN3, num_attention_heads=4, head_dim=64, tie_word_embeddings=True
+    ),
     "qwen2-64": dict(architecture=QWEN2, num_attention_heads=4, num_key_value_heads=1),
     "qwen2-128": dict(
-        architecture=QWEN2, hidden_size=512, num_attention_heads=6, num_key_value_heads=6, head_dim=128
+        architecture=QWEN2,
+        hidden_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=128,
     ),  # wide enough that each GEMM is split
 }
 Case = tuple[Checkpoint, list[list[int]], list[list[int]]]
@@ -67,20 +78,26 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # larger ones make attention so peaked that the rounding of a score decides it.
     shape = dict(hidden_size=256, intermediate_size=512) | SHAPES[name]
     saved = make_checkpoint(
-        tmp_path_factory.mktemp(name), seed=list(SHAPES).index(name), std=shape["hidden_size"] ** -0.5,
-        vocab_size=VOCAB, **shape,
-    )  # fmt: skip
+        tmp_path_factory.mktemp(name),
+        seed=list(SHAPES).index(name),
+        std=shape["hidden_size"] ** -0.5,
+        vocab_size=VOCAB,
+        **shape,
+    )
     checkpoint = Checkpoint(saved.path, saved.model.to(DEVICE))
     prompts = random_prompts(0, LENGTHS, VOCAB)
     prompts += [
-        prompts[15][:n] + tail for n, tail in zip((64, 256, 257), random_prompts(1, [3, 20, 1], VOCAB))
+        prompts[15][:n] + tail
+        for n, tail in zip((64, 256, 257), random_prompts(1, [3, 20, 1], VOCAB))
     ]
     # float32 sums in another order differ by some 1e-6.
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
 
 
 def make(checkpoint: Checkpoint, depth: int | None = None, **options: Any) -> LLM:
-    defaults = dict(device=DEVICE, max_model_len=1024, kvcache_block_size=256, num_kvcache_blocks=200)
+    defaults = dict(
+        device=DEVICE, max_model_len=1024, kvcache_block_size=256, num_kvcache_blocks=200
+    )
     return make_llm(checkpoint.path, depth, **{**defaults, **options})
 
 
@@ -88,7 +105,9 @@ def backend_options(backend: str, checkpoint: Checkpoint, dtype: str) -> dict[st
     """Options that choose a backend; skips where it cannot serve."""
     if backend == "flash_attn":
         config = checkpoint.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         try:
             flash_attention.check_flash_attention(256, head_dim, getattr(torch, dtype))
         except ValueError as error:
@@ -96,14 +115,20 @@ def backend_options(backend: str, checkpoint: Checkpoint, dtype: str) -> dict[st
     return dict(attention_backend=backend, dtype=dtype)
 
 
-def check_choices(checkpoint: Checkpoint, prompts: list[list[int]], completions: list[list[int]]) -> None:
+def check_choices(
+    checkpoint: Checkpoint, prompts: list[list[int]], completions: list[list[int]]
+) -> None:
     """Teacher forcing, as the file's docstring says."""
     worst = 0.0
     for prompt, tokens in zip(prompts, completions):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
+        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(
+            1
+        )
         worst = max(worst, ((logits.max(dim=1).values - chosen) / logits.std(dim=1)).max().item())
-    assert worst < TOLERANCE, f"a chosen token's logit is {worst:.2f} standard deviations below the largest"
+    assert worst < TOLERANCE, (
+        f"a chosen token's logit is {worst:.2f} standard deviations below the largest"
+    )
 
 
 def check_draws(
@@ -118,7 +143,9 @@ def check_draws(
     for prompt, param, tokens in zip(prompts, params, completions):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
-        only_chosen = torch.full_like(logits, -float("inf")).scatter(1, chosen, logits.gather(1, chosen))
+        only_chosen = torch.full_like(logits, -float("inf")).scatter(
+            1, chosen, logits.gather(1, chosen)
+        )
         noise_of = (
             torch.full((len(tokens),), param.temperature, device=logits.device),
             torch.full((len(tokens),), param.seed, device=logits.device),
@@ -127,7 +154,9 @@ def check_draws(
         best, _ = gumbel_argmax_torch(logits, *noise_of)
         score, _ = gumbel_argmax_torch(only_chosen, *noise_of)
         worst = max(worst, ((best - score) * param.temperature / logits.std(dim=1)).max().item())
-    assert worst < tolerance, f"a drawn token's score is {worst:.4f} standard deviations below the largest"
+    assert worst < tolerance, (
+        f"a drawn token's score is {worst:.4f} standard deviations below the largest"
+    )
 
 
 def check(case: Case, dtype: str, completions: list[list[int]]) -> None:
@@ -192,7 +221,9 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
         "eager",
     ],
 )
-def test_however_the_work_is_cut(case: Case, options: dict[str, Any], dtype: str, record_hits: Any) -> None:
+def test_however_the_work_is_cut(
+    case: Case, options: dict[str, Any], dtype: str, record_hits: Any
+) -> None:
     checkpoint, prompts, _ = case
     llm = make(checkpoint, dtype=dtype, attention_backend="triton", **options)
     try:
@@ -207,9 +238,14 @@ def test_however_the_work_is_cut(case: Case, options: dict[str, Any], dtype: str
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     saved = make_checkpoint(
-        tmp_path_factory.mktemp("small"), std=256**-0.5, vocab_size=VOCAB, hidden_size=256, head_dim=64,
-        num_attention_heads=4, intermediate_size=512,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("small"),
+        std=256**-0.5,
+        vocab_size=VOCAB,
+        hidden_size=256,
+        head_dim=64,
+        num_attention_heads=4,
+        intermediate_size=512,
+    )
     return Checkpoint(saved.path, saved.model.to(DEVICE))
 
 
@@ -224,7 +260,9 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
         for n in sorted({n + d for n in sizes for d in (-1, 0, 1)} & set(range(1, 38))):
             assert generate_ids(graphs, prompts[:n], greedy(8)) == expected[:n], n
         params = [greedy(1 + i % 8) for i in range(37)]
-        assert generate_ids(graphs, prompts, params) == [t[: p.max_tokens] for t, p in zip(expected, params)]
+        assert generate_ids(graphs, prompts, params) == [
+            t[: p.max_tokens] for t, p in zip(expected, params)
+        ]
     finally:
         graphs.exit()
 
@@ -259,7 +297,13 @@ def test_eos_is_the_last_token(small: Checkpoint, depth: int) -> None:
     eos = full[0][9]
     stopped = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in full]
     llm = make(
-        small, depth, dtype="float32", eos=eos, kvcache_block_size=4, max_model_len=256, max_num_seqs=7
+        small,
+        depth,
+        dtype="float32",
+        eos=eos,
+        kvcache_block_size=4,
+        max_model_len=256,
+        max_num_seqs=7,
     )
     try:
         for _ in range(2):
@@ -319,7 +363,10 @@ def test_ten_thousand_requests_leave_no_memory_behind(small: Checkpoint) -> None
     try:
         for count in (1000, 10_000):  # the first call makes the libraries allocate their workspaces
             prompts = random_prompts(count, [1 + i % 13 for i in range(count)], VOCAB)
-            params = [SamplingParams(temperature=0.6 * (i % 2), max_tokens=1 + i % 5) for i in range(count)]
+            params = [
+                SamplingParams(temperature=0.6 * (i % 2), max_tokens=1 + i % 5)
+                for i in range(count)
+            ]
             before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             llm.generate(prompts, params, use_tqdm=False)
             assert_idle(llm)
@@ -330,7 +377,10 @@ def test_ten_thousand_requests_leave_no_memory_behind(small: Checkpoint) -> None
 
 def test_seeds_repeat_with_graphs_and_without(small: Checkpoint) -> None:
     prompts = random_prompts(3, [5, 40, 17, 100, 64, 9], VOCAB)
-    params = [SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=seed) for seed in range(5)]
+    params = [
+        SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=seed)
+        for seed in range(5)
+    ]
     params.append(greedy(24))
     results = []
     for options in (
@@ -357,7 +407,9 @@ def seeded(num: int) -> list[SamplingParams]:
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(small: Checkpoint, eager: bool) -> None:
+def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(
+    small: Checkpoint, eager: bool
+) -> None:
     """The same noise, from another implementation of the sampler and of everything before it."""
     prompts, params = random_prompts(4, [5, 40, 17, 1, 2, *range(20, 80)], VOCAB), seeded(65)
     cpu = make(small, dtype="float32", device="cpu")
@@ -368,7 +420,13 @@ def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(small: Checkp
 
     def check_same(rows: list[int], completions: list[list[int]]) -> None:
         """Every draw is right given the tokens before it; and all but a few, turned by rounding, are the CPU's."""
-        check_draws(small, [prompts[i] for i in rows], [params[i] for i in rows], completions, tolerance=1e-3)
+        check_draws(
+            small,
+            [prompts[i] for i in rows],
+            [params[i] for i in rows],
+            completions,
+            tolerance=1e-3,
+        )
         same = sum(completion == expected[i] for i, completion in zip(rows, completions))
         assert same >= len(rows) - len(rows) // 10
 
@@ -376,7 +434,9 @@ def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(small: Checkp
     try:
         for n in BATCH_SIZES:
             check_same(list(range(n)), generate_ids(llm, prompts[:n], params[:n]))
-        check_same(list(range(5)), [generate_ids(llm, [p], one)[0] for p, one in zip(prompts[:5], params)])
+        check_same(
+            list(range(5)), [generate_ids(llm, [p], one)[0] for p, one in zip(prompts[:5], params)]
+        )
         # Neighbours that come, go and differ.
         neighbours = [greedy(1 + i % 9) if i % 3 else params[i] for i in range(65)]
         mixed = generate_ids(llm, prompts[::-1], neighbours[::-1])[::-1]
@@ -393,14 +453,20 @@ def test_draws_in_bfloat16(small: Checkpoint, eager: bool) -> None:
     try:
         for n in BATCH_SIZES:
             check_draws(
-                small, prompts, params, generate_ids(llm, prompts[:n], params[:n]), tolerance=TOLERANCE
+                small,
+                prompts,
+                params,
+                generate_ids(llm, prompts[:n], params[:n]),
+                tolerance=TOLERANCE,
             )
     finally:
         llm.exit()
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-def test_a_seed_gives_the_same_tokens_alone_and_among_256_neighbours(small: Checkpoint, eager: bool) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_among_256_neighbours(
+    small: Checkpoint, eager: bool
+) -> None:
     prompts, params = random_prompts(12, [1 + i % 40 for i in range(257)], VOCAB), seeded(257)
     llm = make(small, dtype="float32", enforce_eager=eager, max_num_seqs=257)
     try:
@@ -422,7 +488,9 @@ def test_gpu_memory_utilization(tmp_path: Path, utilization: float) -> None:
     llm = LLM(path, load_format="dummy", gpu_memory_utilization=utilization)
     try:
         num_blocks = llm.config.num_kvcache_blocks
-        block_bytes = 2 * 28 * 256 * 8 * 128 * 2  # K and V, layers, slots, heads, head size, bytes of a bfloat16
+        block_bytes = (
+            2 * 28 * 256 * 8 * 128 * 2
+        )  # K and V, layers, slots, heads, head size, bytes of a bfloat16
         assert llm.model_runner.kv_cache.nbytes == num_blocks * block_bytes  # type: ignore[union-attr]
         llm.generate(random_prompts(5, [900] * 40, 10_000), greedy(8), use_tqdm=False)
         assert_idle(llm)

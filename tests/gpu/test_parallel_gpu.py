@@ -28,18 +28,29 @@ NUM_TOKENS = 24
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """8 query and 2 KV heads: with 4 ranks, two hold each of the latter. VOCAB + 1 divides by no number of ranks."""
     saved = make_checkpoint(
-        tmp_path_factory.mktemp("parallel"), std=256**-0.5, vocab_size=VOCAB + 1, hidden_size=256, head_dim=64,
-        num_attention_heads=8, num_key_value_heads=2, intermediate_size=512,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("parallel"),
+        std=256**-0.5,
+        vocab_size=VOCAB + 1,
+        hidden_size=256,
+        head_dim=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=512,
+    )
     return Checkpoint(saved.path, saved.model.to(DEVICE))
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    before = {process.pid for process in multiprocessing.active_children()}, set(os.listdir("/dev/shm"))
+    before = (
+        {process.pid for process in multiprocessing.active_children()},
+        set(os.listdir("/dev/shm")),
+    )
     yield
     left = {process.pid for process in multiprocessing.active_children()} - before[0]
-    assert not left and not {name for name in set(os.listdir("/dev/shm")) - before[1] if "psm" in name}
+    assert not left and not {
+        name for name in set(os.listdir("/dev/shm")) - before[1] if "psm" in name
+    }
     assert not torch.distributed.is_initialized()
 
 
@@ -52,9 +63,15 @@ def test_ranks_give_the_tokens_of_transformers(
     prompts = random_prompts(0, [1, 2, 17, 63, 64, 130, 255, 256, 257, 300, 511, 600], VOCAB)
     expected = parallel.complete(prompts, NUM_TOKENS, min_margin=2e-5)
     llm = make(
-        parallel, dtype=dtype, enforce_eager=eager, tensor_parallel_size=size, max_num_batched_tokens=500,
-        kvcache_block_size=64, max_model_len=640, num_kvcache_blocks=24,
-    )  # fmt: skip
+        parallel,
+        dtype=dtype,
+        enforce_eager=eager,
+        tensor_parallel_size=size,
+        max_num_batched_tokens=500,
+        kvcache_block_size=64,
+        max_model_len=640,
+        num_kvcache_blocks=24,
+    )
     try:
         assert len(llm.model_runner.all_reduces) == 1  # type: ignore[union-attr]  # no step is long enough for pieces
         for count in (12, 1, 3):  # as many tokens as each kernel takes
@@ -64,44 +81,78 @@ def test_ranks_give_the_tokens_of_transformers(
             else:
                 check_choices(parallel, prompts, tokens)
         assert llm.scheduler.num_preemptions > 0
-        params = [SamplingParams(temperature=0.8, seed=i, max_tokens=8, ignore_eos=True) for i in range(12)]
-        assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(llm, prompts[:4], params[:4])
+        params = [
+            SamplingParams(temperature=0.8, seed=i, max_tokens=8, ignore_eos=True)
+            for i in range(12)
+        ]
+        assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(
+            llm, prompts[:4], params[:4]
+        )
     finally:
         llm.exit()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_wide_rows_summed_in_one_step_and_in_two(tmp_path: Path, dtype: str, nothing_left: None) -> None:
+def test_wide_rows_summed_in_one_step_and_in_two(
+    tmp_path: Path, dtype: str, nothing_left: None
+) -> None:
     """Rows of several warps, as real models have them, for the norm that the all-reduce computes on its way; many and
     few. In bfloat16 it adds up the parts of GEMMs, too."""
     saved = make_checkpoint(
-        tmp_path, std=2048**-0.5, vocab_size=VOCAB + 1, hidden_size=2048, intermediate_size=4096, head_dim=128,
-        num_attention_heads=32, num_key_value_heads=4,
-    )  # fmt: skip
+        tmp_path,
+        std=2048**-0.5,
+        vocab_size=VOCAB + 1,
+        hidden_size=2048,
+        intermediate_size=4096,
+        head_dim=128,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
     wide = Checkpoint(saved.path, saved.model.to(DEVICE))
     prompts = random_prompts(4, [1, 17, 100, 300, 40, *(2 + i % 30 for i in range(150))], VOCAB)
     expected = wide.complete(prompts[:5], NUM_TOKENS, min_margin=2e-5)
     expected += wide.complete(prompts[5:], 8, min_margin=2e-5)
     # 155 sequences at first, then 70, and 5 at last.
-    params = [greedy(NUM_TOKENS if i < 5 else 8 if i < 70 else 3 + i % 5) for i in range(len(prompts))]
+    params = [
+        greedy(NUM_TOKENS if i < 5 else 8 if i < 70 else 3 + i % 5) for i in range(len(prompts))
+    ]
     expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params)]
-    llm = make(wide, dtype=dtype, tensor_parallel_size=SIZES[-1], max_num_batched_tokens=150, max_num_seqs=160)
+    llm = make(
+        wide,
+        dtype=dtype,
+        tensor_parallel_size=SIZES[-1],
+        max_num_batched_tokens=150,
+        max_num_seqs=160,
+    )
     try:
         tokens = generate_ids(llm, prompts, params)
         assert [len(ids) for ids in tokens] == [p.max_tokens for p in params]
-        assert tokens == expected if dtype == "float32" else check_choices(wide, prompts, tokens) is None
+        assert (
+            tokens == expected
+            if dtype == "float32"
+            else check_choices(wide, prompts, tokens) is None
+        )
     finally:
         llm.exit()
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothing_left: None) -> None:
+def test_prefills_summed_in_pieces(
+    tmp_path: Path, size: int, dtype: str, nothing_left: None
+) -> None:
     """Of even and odd numbers of tokens, one with a cached prefix, and shorter ones that are summed at once."""
     saved = make_checkpoint(
-        tmp_path, std=256**-0.5, vocab_size=VOCAB + 1, hidden_size=256, head_dim=64, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, intermediate_size=512,
-    )  # fmt: skip
+        tmp_path,
+        std=256**-0.5,
+        vocab_size=VOCAB + 1,
+        hidden_size=256,
+        head_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=512,
+    )
     deep = Checkpoint(saved.path, saved.model.to(DEVICE))
     prompts = random_prompts(5, [900, 1, 800, 257, 700, 999, 640, 33, 900, 512, 63, 777], VOCAB)
     expected = deep.complete(prompts, 8, min_margin=2e-5)
@@ -112,7 +163,11 @@ def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothin
         for again in range(4):
             tokens = generate_ids(llm, prompts[again:] + prompts[:again], greedy(8))
             tokens = tokens[-again:] + tokens[:-again] if again else tokens
-            assert tokens == expected if dtype == "float32" else check_choices(deep, prompts, tokens) is None
+            assert (
+                tokens == expected
+                if dtype == "float32"
+                else check_choices(deep, prompts, tokens) is None
+            )
             if again != 2:  # the next time with all prefixes cached, or with none
                 llm.reset()
         assert prefill_all_reduce.count >= count + 3 * 12  # 6 sums of two pieces in each first step
@@ -122,7 +177,9 @@ def test_prefills_summed_in_pieces(tmp_path: Path, size: int, dtype: str, nothin
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_sampling_options_on_several_ranks(parallel: Checkpoint, size: int, eager: bool, nothing_left: None) -> None:
+def test_sampling_options_on_several_ranks(
+    parallel: Checkpoint, size: int, eager: bool, nothing_left: None
+) -> None:
     """Logits are gathered, and every rank draws the same tokens: those of one GPU, but for what rounding turns."""
     prompts, params = random_prompts(3, [5, 40, 17, 100, 64, 9, 11], VOCAB), PARAMS
     results = []
@@ -140,7 +197,12 @@ def test_sampling_options_on_several_ranks(parallel: Checkpoint, size: int, eage
 def busy(parallel: Checkpoint) -> Iterator[tuple[LLM, dict[str, Any]]]:
     """An engine, and arguments that keep it generating for a long time."""
     llm = make(parallel, tensor_parallel_size=2, num_kvcache_blocks=400, max_num_seqs=64)
-    yield llm, dict(prompts=random_prompts(1, [20] * 64, VOCAB), sampling_params=greedy(900), use_tqdm=False)
+    yield (
+        llm,
+        dict(
+            prompts=random_prompts(1, [20] * 64, VOCAB), sampling_params=greedy(900), use_tqdm=False
+        ),
+    )
     llm.exit()
 
 
@@ -175,11 +237,17 @@ def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_rank_that_raises_ends_a_long_prefill(tmp_path: Path, size: int, nothing_left: None) -> None:
+def test_a_rank_that_raises_ends_a_long_prefill(
+    tmp_path: Path, size: int, nothing_left: None
+) -> None:
     """Of more launches than the driver queues: the host is stuck in one until the wait for the dead rank ends."""
     deep = make_checkpoint(tmp_path, hidden_size=256, head_dim=64, num_hidden_layers=60)
-    llm = make(deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100)
-    fail_and_call(llm, dict(prompts=random_prompts(1, [900] * 20), sampling_params=greedy(9), use_tqdm=False))
+    llm = make(
+        deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100
+    )
+    fail_and_call(
+        llm, dict(prompts=random_prompts(1, [900] * 20), sampling_params=greedy(9), use_tqdm=False)
+    )
     llm.exit()
 
 
@@ -187,9 +255,15 @@ def test_graphs_that_hold_nccl_keep_nothing_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
 ) -> None:
     """NCCL goes on waiting for them when its communicator is ended; and it is in those of large steps."""
-    wide, options = make_checkpoint(tmp_path, hidden_size=4096), dict(tensor_parallel_size=2, max_num_seqs=264)
+    wide, options = (
+        make_checkpoint(tmp_path, hidden_size=4096),
+        dict(tensor_parallel_size=2, max_num_seqs=264),
+    )
     llm = make(wide, **options)
-    fail_and_call(llm, dict(prompts=random_prompts(1, [20] * 264), sampling_params=greedy(100), use_tqdm=False))
+    fail_and_call(
+        llm,
+        dict(prompts=random_prompts(1, [20] * 264), sampling_params=greedy(100), use_tqdm=False),
+    )
     llm.exit()
     decode = ModelRunner._decode
 

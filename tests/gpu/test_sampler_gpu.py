@@ -8,7 +8,10 @@ from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
 from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
 from nanovllm.layers.sampler import Sampler, SamplingExtras, set_counts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,7 +25,9 @@ def test_draws_equal_the_references(vocab_size: int, first_id: int, dtype: torch
     seeds = torch.randint(0, 2**62, (rows,), device="cuda")
     positions = torch.randint(0, 40_000, (rows,), device="cuda")
     scores, tokens = gumbel_argmax(logits, temperatures, seeds, positions, first_id)
-    expected_scores, expected = gumbel_argmax_torch(logits, temperatures, seeds, positions, first_id)
+    expected_scores, expected = gumbel_argmax_torch(
+        logits, temperatures, seeds, positions, first_id
+    )
     # The kernel's logarithms are approximate; that may turn a near tie, and no more.
     torch.testing.assert_close(scores, expected_scores, atol=1e-4, rtol=1e-5)
     assert (tokens == expected).sum() >= rows - 1
@@ -44,15 +49,21 @@ def test_frequencies_follow_the_softmax() -> None:
     assert chi_square < 73  # of 39 degrees of freedom: exceeded by chance once in 1,000
 
 
-def settings(rows: int, top_k: list[int], top_p: list[float], min_p: list[float]) -> tuple[torch.Tensor, ...]:
+def settings(
+    rows: int, top_k: list[int], top_p: list[float], min_p: list[float]
+) -> tuple[torch.Tensor, ...]:
     columns = (top_k, torch.int32), (top_p, torch.float32), (min_p, torch.float32)
-    return tuple(torch.tensor((x * rows)[:rows], dtype=dtype, device="cuda") for x, dtype in columns)
+    return tuple(
+        torch.tensor((x * rows)[:rows], dtype=dtype, device="cuda") for x, dtype in columns
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", ["flat", "peaked", "equal", "forbidden"])
 @pytest.mark.parametrize("vocab_size", [151_936, 50_257])
-def test_thresholds_keep_what_the_reference_keeps(vocab_size: int, shape: str, dtype: torch.dtype) -> None:
+def test_thresholds_keep_what_the_reference_keeps(
+    vocab_size: int, shape: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     rows = 48
     logits = torch.randn(rows, vocab_size, device="cuda") * (0.05 if shape == "flat" else 2)
@@ -63,14 +74,19 @@ def test_thresholds_keep_what_the_reference_keeps(vocab_size: int, shape: str, d
     elif shape == "forbidden":
         logits[:, 1000:] = -float("inf")
     logits = logits.to(dtype)
-    top_k, top_p, min_p = [0, 20, 1, 50, 0, 1500, 0, 10**6], [0.95, 0.95, 1.0, 0.5, 0.3], [0.0, 0.0, 0.05]
+    top_k, top_p, min_p = (
+        [0, 20, 1, 50, 0, 1500, 0, 10**6],
+        [0.95, 0.95, 1.0, 0.5, 0.3],
+        [0.0, 0.0, 0.05],
+    )
     filters = settings(rows, top_k, top_p, min_p)
     temperatures = torch.rand(rows, device="cuda") + 0.3
     temperatures[::7] = 0
     thresholds = filter_thresholds(logits, temperatures, filters)
     expected = filter_thresholds_torch(logits, temperatures, filters)
     keep, reference = (
-        (logits.float() >= x.unsqueeze(1)) & (logits > -float("inf")) for x in (thresholds, expected)
+        (logits.float() >= x.unsqueeze(1)) & (logits > -float("inf"))
+        for x in (thresholds, expected)
     )
     differ = (keep != reference).sum(1)
     if shape != "equal" and dtype == torch.float32:
@@ -80,7 +96,9 @@ def test_thresholds_keep_what_the_reference_keeps(vocab_size: int, shape: str, d
         assert (differ == 0).sum() >= rows - 1, differ.tolist()
     only_top_k = (filters[1] == 1) & (filters[2] == 0)
     assert only_top_k.any() and (differ[only_top_k] == 0).all()
-    assert torch.equal(thresholds, filter_thresholds(logits, temperatures, filters))  # the same each time
+    assert torch.equal(
+        thresholds, filter_thresholds(logits, temperatures, filters)
+    )  # the same each time
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,7 +110,9 @@ def test_penalties_equal_the_references(dtype: torch.dtype) -> None:
     counts[:, ::9] |= PROMPT_FLAG
     strengths = tuple(torch.rand(rows, device="cuda") + offset for offset in (0.5, -0.5, -0.5))
     arguments = logits, counts, torch.randperm(40, device="cuda")[:rows], strengths
-    torch.testing.assert_close(penalize(*arguments), penalize_torch(*arguments), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        penalize(*arguments), penalize_torch(*arguments), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_the_cpu() -> None:
@@ -126,7 +146,9 @@ def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_th
         tokens = torch.stack([tokens for tokens, _ in steps])
         results.append((tokens.cpu(), [x.cpu() for x in steps[0][1]], counts.cpu()))
     (tokens, (ids, logprobs), _), (gpu_tokens, (gpu_ids, gpu_logprobs), gpu_counts) = results
-    same = (tokens == gpu_tokens).all(0)  # a near tie may turn, and the row goes its own way from there
+    same = (tokens == gpu_tokens).all(
+        0
+    )  # a near tie may turn, and the row goes its own way from there
     assert same.sum() >= rows - 1
     assert torch.equal(ids[same[::2]], gpu_ids[same[::2]])
     torch.testing.assert_close(logprobs[same[::2]], gpu_logprobs[same[::2]], atol=1e-4, rtol=1e-4)
@@ -157,16 +179,23 @@ def test_times() -> None:
 
     times = {"plain": microseconds(lambda: sampler(*arguments))}
     for name, top_k, top_p, min_p in (
-        ("top_k=20 top_p=0.95", 20, 0.95, 0.0), ("top_p=0.95", 0, 0.95, 0.0), ("min_p=0.05", 0, 1.0, 0.05),
-        ("top_k=5000", 5000, 1.0, 0.0), ("off", 0, 1.0, 0.0),
-    ):  # fmt: skip
+        ("top_k=20 top_p=0.95", 20, 0.95, 0.0),
+        ("top_p=0.95", 0, 0.95, 0.0),
+        ("min_p=0.05", 0, 1.0, 0.05),
+        ("top_k=5000", 5000, 1.0, 0.0),
+        ("off", 0, 1.0, 0.0),
+    ):
         filters = settings(rows, [top_k], [top_p], [min_p])
-        times[name + " threshold"] = microseconds(lambda: filter_thresholds(logits, ones * 0.6, filters))
+        times[name + " threshold"] = microseconds(
+            lambda: filter_thresholds(logits, ones * 0.6, filters)
+        )
         times[name] = microseconds(lambda: sampler(*arguments, SamplingExtras(filters=filters)))
     penalties = tuple(ones * x for x in (1.2, 0.3, 0.1))
     times["penalties pass"] = microseconds(lambda: penalize(logits, counts, numbers, penalties))
     extras = SamplingExtras(penalties=penalties, counts=counts, rows=numbers)
     times["penalties"] = microseconds(lambda: sampler(*arguments, extras))
-    times["logprobs=5"] = microseconds(lambda: sampler(*arguments, SamplingExtras(logprobs=(numbers, 5))))
+    times["logprobs=5"] = microseconds(
+        lambda: sampler(*arguments, SamplingExtras(logprobs=(numbers, 5)))
+    )
     print(*(f"{name:24s} {time:7.1f} us" for name, time in times.items()), sep="\n")
     assert times["top_k=20 top_p=0.95"] < 350 and times["penalties pass"] < 150

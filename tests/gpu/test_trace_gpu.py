@@ -6,7 +6,10 @@ import pytest
 import torch
 from conftest import generate_ids, greedy, make_checkpoint, make_llm, random_prompts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
