@@ -29,7 +29,7 @@ import torch
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.trace import Trace
+from nanovllm.engine.trace import Trace
 
 OURS = "nanovllm"
 MAX_MODEL_LEN = 4096

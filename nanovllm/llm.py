@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result, uninterrupted
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result
 from nanovllm.engine.sequence import Sequence
+from nanovllm.utils.interrupts import uninterrupted
 
 Conversation = list[dict[str, Any]]
 

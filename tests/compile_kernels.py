@@ -21,8 +21,12 @@ from nanovllm.kernels import (
     paged_decode,
     penalties,
     prefill_all_reduce,
+    rms_norm,
+    silu_mul,
+    split_gemm,
+    threshold,
+    varlen_prefill,
 )
-from nanovllm.kernels import rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
 PDL = {"PDL": True, "launch_pdl": True}

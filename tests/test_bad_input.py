@@ -26,7 +26,7 @@ from conftest import (
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine.model_runner import PendingTokens
+from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.scheduler import Scheduler
 
 PROMPT = [1, 2, 3, 4, 5]

@@ -14,14 +14,14 @@ import torch
 
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.gemv import gemv
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import (
     DecodeConfig,
     decode_config,
     paged_decode,
     paged_decode_torch,
 )
-from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
 from nanovllm.kernels.split_gemm import empty_rows, split_gemm, tile_tokens

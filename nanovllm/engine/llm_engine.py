@@ -1,34 +1,31 @@
 """The engine: requests in, results out, and the loop between."""
 
-import multiprocessing
 import random
-import signal
-import threading
 import time
-import traceback
 import weakref
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.config import Config, read_json
-from nanovllm.engine.channel import Channel
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.model_runner import ModelRunner, PendingTokens, run_worker
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.pending_tokens import PendingTokens
+from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.trace import Trace
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.trace import Trace
+from nanovllm.utils.interrupts import uninterrupted
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
@@ -351,80 +348,3 @@ def find_eos(vocab_size: int, generation_config: dict[str, Any], *sources: Any) 
     return tuple(
         dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < vocab_size)
     )  # some files name others
-
-
-def start_ranks(config: Config) -> ModelRunner:
-    """Rank 0's ModelRunner; with tensor parallelism, worker processes with the other ranks' stand behind it."""
-    size = config.tensor_parallel_size
-    if size == 1:
-        return ModelRunner(config)
-    if dist.is_initialized():
-        needed = f"tensor_parallel_size {size} needs torch.distributed's default process group"
-        raise ValueError(
-            f"{needed}, and it is in use; exit() the other engine, or use another process"
-        )
-    channel, context = Channel(size - 1), multiprocessing.get_context("spawn")
-    try:
-        store = dist.TCPStore(
-            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False
-        )  # port 0: any free one
-        for rank in range(1, size):
-            process = context.Process(
-                target=run_worker, args=(config, rank, channel, store.port), daemon=True
-            )
-            process.start()
-            channel.processes.append(process)
-        channel.wait_until_up()  # a worker that cannot start is found out here, not in a collective
-        model_runner = ModelRunner(config, 0, channel, store)
-        channel.check_workers()
-        return model_runner
-    except BaseException as error:
-        failure = kill_ranks(channel, error)
-        channel.close()
-        with suppress(Exception):
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        if failure is not None and isinstance(error, Exception):
-            raise failure from error
-        raise
-
-
-def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
-    """After an error of rank 0's; returns what a rank failed of, if one did."""
-    traceback.clear_frames(
-        error.__traceback__
-    )  # NCCL does not end while a frame holds a graph with a kernel of it
-    return channel.kill()
-
-
-def shut_down(model_runner: ModelRunner) -> None:
-    channel = model_runner.channel
-    if channel is None:
-        return model_runner.exit()
-    with closing(channel):
-        if channel.is_whole and all(process.is_alive() for process in channel.processes):
-            channel.is_closing = True  # workers that end now have not died
-            model_runner.call("exit")
-        else:
-            channel.kill()
-            model_runner.exit()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the `with`."""
-    # It only ever comes to the main thread; None: its handler is not Python's.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is None
-    ):
-        yield
-        return
-    caught: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            signal.raise_signal(signal.SIGINT)

@@ -2,15 +2,10 @@
 
 import gc
 import math
-import os
-import signal
 import threading
-import time
-import traceback
 from bisect import bisect_left
 from contextlib import suppress
 from itertools import accumulate
-from multiprocessing import parent_process
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +17,7 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
+from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.all_reduce import SmallAllReduce
@@ -41,31 +37,6 @@ CPU_KVCACHE_BYTES = (
 MAX_GRAPH_BATCH = 512
 
 Sampled = tuple[Tensor, tuple[Tensor, Tensor] | None]  # token ids, log-probabilities
-
-
-class PendingTokens:
-    """The tokens of a launched step, and the log-probabilities asked for, on their way to the host."""
-
-    def __init__(self, token_ids: Tensor, logprobs: tuple[Tensor, Tensor] | None = None) -> None:
-        tensors = (token_ids, *(logprobs or ()))
-        parts = (
-            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors
-        )
-        self.parts = [
-            part.copy_(tensor, non_blocking=True)
-            for part, tensor in zip(parts, tensors, strict=True)
-        ]
-        self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
-        self.launched_at = time.perf_counter()  # on a CPU the step has run by now
-        if self.copied is not None:
-            self.copied.record()
-
-    def wait(self) -> tuple[list[int], list[tuple[list[int], list[float]]] | None]:
-        """The token ids, and (token ids, log-probabilities) for each sequence that asked."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        token_ids, *logprobs = (part.tolist() for part in self.parts)
-        return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
 
 class ModelRunner:
@@ -461,22 +432,3 @@ def alias(tensor: Tensor) -> Tensor:
     }
     memory = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=data), device=tensor.device)
     return memory.view(tensor.dtype).view(tensor.shape)
-
-
-def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
-    """Entry of a worker process. It ends at once if it fails or its parent does, whatever its GPU is waiting for."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole group; rank 0 decides what follows
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    try:
-        if config.device == "cuda":
-            torch.zeros(
-                1, device=torch.device("cuda", rank)
-            )  # a GPU that cannot be used is found out here
-        channel.taken[rank - 1].release()
-        store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
-        ModelRunner(config, rank, channel, store).loop()
-    except Exception:
-        channel.errors.put((rank, traceback.format_exc()))
-        os._exit(1)

@@ -16,8 +16,8 @@ from nanovllm.kernels._triton import (
     pdl_options,
     tl,
     triton,
+    wait_for_previous,
 )
-from nanovllm.kernels._triton import wait_for_previous
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush, by the paper's table 2
 TILE = 4096

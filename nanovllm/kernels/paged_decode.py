@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels._triton import device_limits, next_power_of_2, tl, triton
-from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
+from nanovllm.kernels._triton import (
+    device_limits,
+    launch_next,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_SPLITS = 32

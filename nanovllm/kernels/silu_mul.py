@@ -1,6 +1,5 @@
 """The activation of the MLP, `silu(gate) * up`, in one pass."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,11 +11,13 @@ from nanovllm.kernels._triton import (
     TensorDescriptor,
     device_limits,
     has_tma,
+    launch_next,
     next_power_of_2,
+    pdl_options,
     tl,
     triton,
+    wait_for_previous,
 )
-from nanovllm.kernels._triton import launch_next, pdl_options, wait_for_previous
 
 MAX_TOKENS = 256  # with more, a wide tile has enough to do, and cuBLAS is faster
 MAX_UNSPLIT_TOKENS = 64  # likewise in one part

@@ -6,8 +6,8 @@ import torch
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels._triton import has_tma
-from nanovllm.kernels.paged_decode import DecodeConfig, paged_decode, paged_decode_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.paged_decode import DecodeConfig, paged_decode, paged_decode_torch
 from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 

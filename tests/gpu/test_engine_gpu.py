@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from bench import write_shape
 from conftest import (
     QWEN2,
     QWEN3,
@@ -30,8 +29,9 @@ from conftest import (
     random_prompts,
 )
 
+from bench import write_shape
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.model_runner import PendingTokens
+from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.gumbel import gumbel_argmax_torch
 from nanovllm.kernels.split_gemm import MAX_UNSPLIT_TOKENS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.model_runner import PendingTokens
+from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 
