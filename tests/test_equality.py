@@ -392,11 +392,11 @@ def test_gemms_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: 
     expected = checkpoint.complete(prompts, 6)
     nums: list[int] = []
 
-    def gemm_parts(x: torch.Tensor, weight: torch.Tensor) -> int:
+    def num_splits(x: torch.Tensor, weight: torch.Tensor) -> int:
         nums.append(len(nums) % 4 if len(x) > 1 else 0)
         return nums[-1]
 
-    monkeypatch.setattr(linear, "gemm_parts", gemm_parts)
+    monkeypatch.setattr(linear, "num_splits", num_splits)
     llm = make_llm(checkpoint.path)
     assert generate_ids(llm, prompts, greedy(6)) == expected
     assert set(nums) == {0, 1, 2, 3}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import flash_attention
-from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels._triton import HAS_TRITON, gemm_tile_rows, padded_empty
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import (
@@ -24,7 +24,7 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
-from nanovllm.kernels.split_gemm import empty_rows, split_gemm, tile_tokens
+from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
     prefill_config,
@@ -181,9 +181,9 @@ def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
 @needs_triton
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 33, 128, 140, 255])
 def test_split_gemm_of_rows_with_others_behind_them(num_tokens):
-    x = empty_rows(num_tokens, 64, randn(1))
+    x = padded_empty(num_tokens, 64, randn(1))
     others = torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize // 64, 64), (64, 1))
-    assert len(others) == max(num_tokens, tile_tokens(num_tokens)) >= 16
+    assert len(others) == max(num_tokens, gemm_tile_rows(num_tokens)) >= 16
     others.fill_(float("nan"))
     x.copy_(randn(num_tokens, 64))
     weight = randn(80, 64)

@@ -434,7 +434,7 @@ def test_a_configuration_that_is_accepted_can_be_built(size: int, kv_heads: int)
 def test_a_product_in_parts_is_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, of_others, residual = torch.randn(3, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(of_others))
-    monkeypatch.setattr(linear, "gemm_parts", lambda x, weight: 3)
+    monkeypatch.setattr(linear, "num_splits", lambda x, weight: 3)
     monkeypatch.setattr(linear, "split_gemm", lambda x, weight, bias, num_parts: parts[:num_parts])
     (layer,) = on_ranks(2, lambda: RowParallelLinear(16, 8))[:1]
     out, normed = layer(torch.randn(5, 8), residual.clone())

@@ -25,8 +25,8 @@ from transformers import (
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
-from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
 from nanovllm.layers.sampler import MAX_COUNT, Sampler, SamplingExtras, set_counts
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
@@ -44,14 +44,15 @@ PENALTIES = [
     pytest.param(penalize_torch, id="torch"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-Find = Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
+Find = Callable[[Tensor, Tensor, Filters], Tensor]
 
 
-def filters(
-    top_k: list[int], top_p: list[float], min_p: list[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    ints = torch.tensor(top_k, dtype=torch.int32, device=DEVICE)
-    return ints, torch.tensor(top_p, device=DEVICE), torch.tensor(min_p, device=DEVICE)
+def filters(top_k: list[int], top_p: list[float], min_p: list[float]) -> Filters:
+    return Filters(
+        top_k=torch.tensor(top_k, dtype=torch.int32, device=DEVICE),
+        top_p=torch.tensor(top_p, device=DEVICE),
+        min_p=torch.tensor(min_p, device=DEVICE),
+    )
 
 
 def kept(logits: Tensor, thresholds: Tensor) -> Tensor:
@@ -134,9 +135,7 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
     assert len(numbers) > 6  # the combinations differ in what they keep
 
 
-def kernel_cases(
-    vocab: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Filters]:
     """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be drawn, greedy."""
     generator = torch.Generator().manual_seed(vocab)
     logits = 3 * torch.randn(14, vocab, generator=generator)
@@ -225,12 +224,12 @@ def test_100_000_draws_follow_the_filtered_distribution(
 ) -> None:
     num_draws, (temperature, top_k, top_p, min_p) = 100_000, combination
     logits = torch.randn(14, generator=torch.Generator().manual_seed(1))
-    settings = tuple(column.repeat(num_draws) for column in filters([top_k], [top_p], [min_p]))
+    settings = filters([top_k] * num_draws, [top_p] * num_draws, [min_p] * num_draws)
     rows, temperatures = (
         logits.expand(num_draws, -1).to(DEVICE),
         torch.full((num_draws,), temperature, device=DEVICE),
     )
-    tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))  # type: ignore[arg-type]
+    tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))
     assert logprobs is None and tokens.dtype == torch.int64
     probs = transformers_probs(logits, *combination)
     support = probs.nonzero().squeeze(1).tolist()
@@ -256,8 +255,8 @@ STRENGTHS = torch.tensor(
 )
 
 
-def penalties_of(strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(column.contiguous().to(DEVICE) for column in strengths.unbind(1))  # type: ignore[return-value]
+def penalties_of(strengths: Tensor) -> Penalties:
+    return Penalties(*(column.contiguous().to(DEVICE) for column in strengths.unbind(1)))
 
 
 def expected_penalties(

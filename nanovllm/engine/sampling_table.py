@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.penalties import Penalties
+from nanovllm.kernels.threshold import Filters
 from nanovllm.layers.sampler import SamplingExtras, set_counts
 from nanovllm.sampling_params import NEUTRAL_ROW, SamplingParams
 
@@ -82,10 +84,12 @@ class SamplingTable:
         is_changed = (self.numbers[rows] != NEUTRAL_ROW).any(axis=0)
         top_k, top_p, min_p, *penalties = self.to_device(self.numbers[rows].T.copy())
         if is_changed[:3].any():
-            extras["filters"] = top_k.int(), top_p, min_p
+            extras["filters"] = Filters(top_k.int(), top_p, min_p)
         if is_changed[3:].any():
             extras.update(
-                penalties=tuple(penalties), counts=self.counts, rows=self.to_device(rows, np.int64)
+                penalties=Penalties(*penalties),
+                counts=self.counts,
+                rows=self.to_device(rows, np.int64),
             )
         if biases:
             extras["bias"] = tuple(

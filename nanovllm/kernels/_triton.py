@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -80,3 +81,23 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`, for n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+MAX_GEMM_TILE_ROWS = 128
+
+
+def gemm_tile_rows(num_rows: int) -> int:
+    """How many rows of its input, a power of two, a tile of `split_gemm` takes when the input has `num_rows`."""
+    return min(MAX_GEMM_TILE_ROWS, max(16, next_power_of_2(num_rows)))
+
+
+def padded_empty(num_rows: int, row_size: int, like: Tensor) -> Tensor:
+    """Return `[num_rows, row_size]`, uninitialised, with memory behind it for a whole tile of `split_gemm`.
+
+    The hardware (TMA) copies whole tiles. Where rows of a tile are outside the tensor that it was told of, the copy
+    takes up to twice as long. So all kernels whose output `split_gemm` may read allocate the whole tile, and return
+    its first rows. What the other rows hold does not matter.
+    """
+    allocated_rows = max(num_rows, gemm_tile_rows(num_rows))
+    memory = torch.empty(allocated_rows, row_size, dtype=like.dtype, device=like.device)
+    return memory[:num_rows]

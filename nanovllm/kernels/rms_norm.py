@@ -6,12 +6,12 @@ from torch import Tensor
 from nanovllm.kernels._triton import (
     launch_next,
     next_power_of_2,
+    padded_empty,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.split_gemm import empty_rows
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight`, in float32 inside, of x `[n, size]`, contiguous, and weight `[size]`."""
     num_rows, size = x.shape
     assert x.is_contiguous()
-    out, block = empty_rows(num_rows, size, x), next_power_of_2(size)
+    out, block = padded_empty(num_rows, size, x), next_power_of_2(size)
     num_warps = min(8, max(1, block // 1024))  # few: a sum inside one warp needs no barrier
     _rms_norm_kernel[(num_rows,)](
         x,
@@ -77,26 +77,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
     """Add the sum of parts `[num_parts, n, size]` to x, in place, and return `rms_norm` of that (no weight: None)."""
-    num_parts, num_rows, size = parts.shape
+    _, num_rows, size = parts.shape
     assert x.is_contiguous() and parts.is_contiguous()
-    out, block = None if weight is None else empty_rows(num_rows, size, x), next_power_of_2(size)
-    num_warps = min(16, max(1, block // 64))  # many: there is more to read
-    _rms_norm_kernel[(num_rows,)](
+    out, block = None if weight is None else padded_empty(num_rows, size, x), next_power_of_2(size)
+    launch_add_rms_norm(
         x,
         parts,
-        None,
+        weight,
+        eps,
+        out,
+        num_warps=min(16, max(1, block // 64)),  # many: there is more to read
+        pdl=pdl_options(),
+    )
+    return out
+
+
+def launch_add_rms_norm(
+    residual: Tensor,
+    addends: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    *,
+    num_warps: int,
+    pdl: dict[str, bool],
+    own: Tensor | None = None,
+    own_rank: int = -1,
+) -> None:
+    """Add all addends to the residual, in place, and write the RMSNorm of the sum to `out`.
+
+    residual, own, out: `[n, size]` with contiguous rows. addends: `[num_addends, n, size]`. With `own`, it takes the
+    place of `addends[own_rank]`, which is not read. Without a weight, `out` gets the sum itself; it may be None.
+    """
+    num_rows, size = residual.shape
+    _rms_norm_kernel[(num_rows,)](
+        residual,
+        addends,
+        own,
         weight,
         out,
         eps,
-        parts.stride(0),
+        addends.stride(0),
         SIZE=size,
-        PARTS=num_parts,
-        OWN=-1,
-        BLOCK=block,
+        PARTS=len(addends),
+        OWN=own_rank,
+        BLOCK=next_power_of_2(size),
         num_warps=num_warps,
-        **pdl_options(),
+        **pdl,
     )
-    return out
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,8 +3,14 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels._triton import launch_next, pdl_options, tl, triton, wait_for_previous
-from nanovllm.kernels.split_gemm import empty_rows
+from nanovllm.kernels._triton import (
+    launch_next,
+    padded_empty,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 
 @triton.jit
@@ -26,7 +32,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """x `[n, 2 * size]`, contiguous, gate and up side by side -> `[n, size]`."""
     num_rows, size = x.shape[0], x.shape[1] // 2
     assert x.is_contiguous()
-    out = empty_rows(num_rows, size, x)
+    out = padded_empty(num_rows, size, x)
     _silu_mul_kernel[(num_rows, triton.cdiv(size, 1024))](
         x, out, SIZE=size, BLOCK=1024, **pdl_options()
     )

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import (
+    MAX_GEMM_TILE_ROWS,
     TensorDescriptor,
     device_limits,
+    gemm_tile_rows,
     has_tma,
     launch_next,
-    next_power_of_2,
     pdl_options,
     tl,
     triton,
@@ -22,7 +23,6 @@ from nanovllm.kernels._triton import (
 MAX_TOKENS = 256  # with more, a wide tile has enough to do, and cuBLAS is faster
 MAX_UNSPLIT_TOKENS = 64  # likewise in one part
 ROWS = 64  # of the weight, a tile: what a tensor-core instruction takes
-MAX_TILE = 128  # tokens a tile
 SHARED_BYTES = 200 << 10  # that a program may take; cards for desktops have half as much
 
 
@@ -72,8 +72,8 @@ def _split_gemm_kernel(
     )
 
 
-def gemm_parts(x: Tensor, weight: Tensor) -> int:
-    """In how many parts `split_gemm` is fastest; 0: cuBLAS is faster, or the kernel cannot take these."""
+def num_splits(x: Tensor, weight: Tensor) -> int:
+    """Into how many parts `split_gemm` best splits the inner dimension; 0: cuBLAS is faster, or must be taken."""
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     num_sms, shared_memory = device_limits(x.device)
     is_able = x.is_cuda and has_tma() and shared_memory >= SHARED_BYTES
@@ -85,43 +85,31 @@ def gemm_parts(x: Tensor, weight: Tensor) -> int:
         and 2 <= num_tokens <= MAX_TOKENS
     ):
         return 0
-    tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_TILE)
+    tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_GEMM_TILE_ROWS)
     parts = min(num_sms // tiles, max(1, in_size // 256))
     return parts if parts > 1 or num_tokens <= MAX_UNSPLIT_TOKENS else 0
 
 
-def tile_tokens(num_tokens: int) -> int:
-    """Tokens of a tile, a power of two."""
-    return min(MAX_TILE, max(16, next_power_of_2(num_tokens)))
+def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> Tensor:
+    """`[parts, n, out]`, at most splits, whose sum is `x W^T + bias`; in x's dtype, so that less has to be read.
 
-
-def empty_rows(num_rows: int, row_size: int, like: Tensor) -> Tensor:
-    """`[num_rows, row_size]`, uninitialised, for `split_gemm` to read: there is memory for its whole tile. With rows
-    that lie in no memory a tile takes it up to twice as long; whatever numbers they hold cost nothing."""
-    rows = max(num_rows, tile_tokens(num_rows))
-    return torch.empty(rows, row_size, dtype=like.dtype, device=like.device)[:num_rows]
-
-
-def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -> Tensor:
-    """`[parts, n, out]`, at most num_parts, whose sum is `x W^T + bias`; in x's dtype, so that less has to be read.
-
-    x `[n, in]`, better in `empty_rows`, weight `[out, in]`, bias `[out]`, contiguous; a row of x or weight is a
+    x `[n, in]`, better in `padded_empty`, weight `[out, in]`, bias `[out]`, contiguous; a row of x or weight is a
     multiple of 16 bytes.
     """
     (num_tokens, in_size), out_size = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
-    tokens = tile_tokens(num_tokens)
+    tokens = gemm_tile_rows(num_tokens)
     chunk_bytes = (
-        512 if tokens <= 32 and in_size >= 512 * num_parts else 256
+        512 if tokens <= 32 and in_size >= 512 * splits else 256
     )  # measured, like the stages
     chunk = chunk_bytes // x.dtype.itemsize
-    part_size = triton.cdiv(triton.cdiv(in_size, chunk), num_parts) * chunk
-    num_parts = triton.cdiv(in_size, part_size)
+    part_size = triton.cdiv(triton.cdiv(in_size, chunk), splits) * chunk
+    splits = triton.cdiv(in_size, part_size)
     # A tile may reach past x's rows where there is memory.
     has_tile = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() >= tokens * in_size
     x_shape = [max(num_tokens, tokens) if has_tile else num_tokens, in_size]
-    parts = torch.empty(num_parts, num_tokens, out_size, dtype=x.dtype, device=x.device)
-    _split_gemm_kernel[(triton.cdiv(out_size, ROWS), num_parts, triton.cdiv(num_tokens, tokens))](
+    parts = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+    _split_gemm_kernel[(triton.cdiv(out_size, ROWS), splits, triton.cdiv(num_tokens, tokens))](
         TensorDescriptor(x, x_shape, [in_size, 1], [tokens, chunk]),
         TensorDescriptor.from_tensor(weight, [ROWS, chunk]),
         weight,

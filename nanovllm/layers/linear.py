@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.rms_norm import add_rms_norm
-from nanovllm.kernels.split_gemm import gemm_parts, split_gemm
+from nanovllm.kernels.split_gemm import num_splits, split_gemm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import check_shape
@@ -36,7 +36,7 @@ def takes_gemv(x: Tensor) -> bool:
 def parts_of(x: Tensor, weight: Tensor) -> int:
     """In how many parts `split_gemm` is to compute `x W^T`; 0: cuBLAS is to. A launch takes the host 26 us more than
     cuBLAS's, which counts in a prefill, where one kernel is launched after the other, and not in a graph."""
-    return 0 if get_context().is_prefill else gemm_parts(x, weight)
+    return 0 if get_context().is_prefill else num_splits(x, weight)
 
 
 def normed_linear(

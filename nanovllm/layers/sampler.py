@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
-from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 MAX_COUNT = PROMPT_FLAG - 1
@@ -19,12 +19,8 @@ MAX_COUNT = PROMPT_FLAG - 1
 class SamplingExtras:
     """What the n sequences of a step ask for beyond temperature, on the device; None: none of them asks for it."""
 
-    filters: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # top_k, top_p, min_p, as `filter_thresholds` takes them
-    )
-    penalties: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # repetition, presence, frequency, as `penalize` does
-    )
+    filters: Filters | None = None
+    penalties: Penalties | None = None
     counts: Tensor | None = (
         None  # with penalties: `[max_num_seqs + 1, vocab]` int16, see `set_counts`
     )
