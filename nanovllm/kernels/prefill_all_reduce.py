@@ -233,6 +233,14 @@ class PrefillAllReduce:
         self.wait_for_all()
         yield last
 
+    def owns(self, rows: Tensor, num_rows: int) -> Tensor:
+        """Whether this rank sums, and so keeps, each of these rows of `num_rows`: `[m]` bool."""
+        piece_length = pieces(num_rows, self.size)[0].stop
+        start = rows // piece_length * piece_length
+        length = (num_rows - start).clamp(max=piece_length)  # the last piece may be shorter
+        share = (length + self.size - 1) // self.size
+        return (rows - start) // share == self.rank
+
     def release(self) -> None:
         """Let the streams that wait for a dead rank go on."""
         ahead = self.count + 2**30  # of all that may still be waited for
