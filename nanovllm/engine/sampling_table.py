@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import SamplingExtras, set_counts
-from nanovllm.sampling_params import NEUTRAL_ROW, SamplingParams
+from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
 PLAIN = (SamplingParams(), 0, (), [], [])  # as the `options` of a sequence
 
@@ -38,7 +38,7 @@ class SamplingTable:
             None  # of tokens, for penalties; made for the first request that has any
         )
         self.min_lengths = np.zeros(num_rows, dtype=np.int64)  # 0: plain, for no prompt is empty
-        self.numbers = np.tile(np.array(NEUTRAL_ROW, dtype=np.float32), (num_rows, 1))
+        self.numbers = np.tile(np.array(SamplerNumbers(), dtype=np.float32), (num_rows, 1))
         self.options: list[tuple] = [PLAIN] * num_rows
         self._last: tuple[tuple[bytes, bytes] | None, SamplingExtras | None] = None, None
 
@@ -48,7 +48,7 @@ class SamplingTable:
         if options is self.options[row]:
             return  # plain, as the one before it
         params, min_length, _, prompt_ids, completion_ids = self.options[row] = options
-        self.min_lengths[row], self.numbers[row] = min_length, params.sampler_row
+        self.min_lengths[row], self.numbers[row] = min_length, params.sampler_numbers
         self._last = None, None
         if params.has_penalties:
             if self.counts is None:
@@ -79,7 +79,7 @@ class SamplingTable:
             biases += [(index, *entry) for entry in (params.logit_bias or {}).items()]
             biases += [(index, token_id, -inf) for token_id in end_ids if forbid]
         extras: dict[str, Any] = {}
-        is_changed = (self.numbers[rows] != NEUTRAL_ROW).any(axis=0)
+        is_changed = (self.numbers[rows] != SamplerNumbers()).any(axis=0)
         top_k, top_p, min_p, *penalties = self.to_device(self.numbers[rows].T.copy())
         if is_changed[:3].any():
             extras["filters"] = top_k.int(), top_p, min_p
