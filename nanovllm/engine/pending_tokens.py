@@ -5,6 +5,8 @@ import time
 import torch
 from torch import Tensor
 
+from nanovllm.outputs import TokenLogprobs
+
 
 class PendingTokens:
     """The tokens of a launched step, and the log-probabilities asked for, on their way to the host."""
@@ -23,9 +25,11 @@ class PendingTokens:
         if self.copied is not None:
             self.copied.record()
 
-    def wait(self) -> tuple[list[int], list[tuple[list[int], list[float]]] | None]:
-        """The token ids, and (token ids, log-probabilities) for each sequence that asked."""
+    def wait(self) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """The token ids, and the log-probabilities for each sequence that asked."""
         if self.copied is not None:
             self.copied.synchronize()
         token_ids, *logprobs = (part.tolist() for part in self.parts)
-        return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
+        if not logprobs:
+            return token_ids, None
+        return token_ids, [TokenLogprobs(*pair) for pair in zip(*logprobs, strict=True)]

@@ -7,11 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import SamplingOptions, Sequence
 from nanovllm.layers.sampler import SamplingExtras, set_counts
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
-PLAIN = (SamplingParams(), 0, (), [], [])  # as the `options` of a sequence
+# The options of a sequence that has none.
+PLAIN = SamplingOptions(
+    params=SamplingParams(),
+    min_length=0,
+    end_ids=(),
+    penalized_prompt_ids=[],
+    penalized_completion_ids=[],
+)
 
 
 class SamplingTable:
@@ -39,23 +46,26 @@ class SamplingTable:
         )
         self.min_lengths = np.zeros(num_rows, dtype=np.int64)  # 0: plain, for no prompt is empty
         self.numbers = np.tile(np.array(SamplerNumbers(), dtype=np.float32), (num_rows, 1))
-        self.options: list[tuple] = [PLAIN] * num_rows
+        self.options: list[SamplingOptions] = [PLAIN] * num_rows
         self._last: tuple[tuple[bytes, bytes] | None, SamplingExtras | None] = None, None
 
     def fill(self, seq: Sequence) -> None:
         """Take in the options of a sequence whose prefill is about to be launched."""
-        row, options = seq.row, seq.options or PLAIN
+        row, options = seq.row, seq.sampling_options or PLAIN
         if options is self.options[row]:
             return  # plain, as the one before it
-        params, min_length, _, prompt_ids, completion_ids = self.options[row] = options
-        self.min_lengths[row], self.numbers[row] = min_length, params.sampler_numbers
+        self.options[row] = options
+        self.min_lengths[row] = options.min_length
+        self.numbers[row] = options.params.sampler_numbers
         self._last = None, None
-        if params.has_penalties:
+        if options.params.has_penalties:
             if self.counts is None:
                 self.counts = torch.zeros(
                     self.num_rows, self.vocab_size, dtype=torch.int16, device=self.device
                 )
-            set_counts(self.counts, row, prompt_ids, completion_ids)
+            set_counts(
+                self.counts, row, options.penalized_prompt_ids, options.penalized_completion_ids
+            )
 
     def build(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
         """The extras of a step; `[n]` each: the sequences' rows, and how many of their tokens are computed."""
@@ -73,11 +83,11 @@ class SamplingTable:
         for index, (row, forbid) in enumerate(
             zip(rows.tolist(), may_not_end.tolist(), strict=True)
         ):
-            params, _, end_ids, *_ = self.options[row]
+            params = self.options[row].params
             if params.logprobs is not None:
                 wanted.append((index, params.logprobs))
             biases += [(index, *entry) for entry in (params.logit_bias or {}).items()]
-            biases += [(index, token_id, -inf) for token_id in end_ids if forbid]
+            biases += [(index, token_id, -inf) for token_id in self.options[row].end_ids if forbid]
         extras: dict[str, Any] = {}
         is_changed = (self.numbers[rows] != SamplerNumbers()).any(axis=0)
         top_k, top_p, min_p, *penalties = self.to_device(self.numbers[rows].T.copy())
