@@ -45,7 +45,7 @@ def prompt(first: int, num_blocks: int, rest: int = 1) -> list[int]:
     return list(range(first * 100, first * 100 + num_blocks * BLOCK_SIZE + rest))
 
 
-def test_key_is_xxh64_of_the_previous_key_and_the_tokens() -> None:
+def test_a_hash_is_xxh64_of_the_previous_hash_and_the_tokens() -> None:
     first = xxhash.xxh64(b"".join(t.to_bytes(4, "little") for t in [1, 2, 70_000, 4])).intdigest()
     assert BlockManager.compute_hash([1, 2, 70_000, 4]) == first
     data = first.to_bytes(8, "little") + b"".join(t.to_bytes(4, "little") for t in [5, 6, 7, 8])

@@ -19,6 +19,7 @@ from conftest import (
     greedy,
     make_checkpoint,
     make_llm,
+    make_scheduler,
     random_prompts,
 )
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +30,7 @@ from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import TokenLogprobs
 
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 QUESTION = "introduce yourself"
@@ -834,15 +836,17 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
 def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
     seq = Sequence(list(range(5000)), everything(1))
     assert everything(1).has_penalties and not everything(1).is_plain
-    seq.schedule(5000, is_prefill=True)
+    scheduler = make_scheduler(num_blocks=1, block_size=8192)
+    scheduler.add(seq)
+    step = scheduler.schedule()
+    assert step is not None and step.is_prefill
     copy = pickle.loads(pickle.dumps(seq))
-    assert (
-        copy.options == seq.options
-        and copy.options[0] == everything(1)
-        and copy.options[3] == seq.token_ids
-    )
-    seq.token_ids.append(1)
-    seq.schedule(1)
+    assert copy.sampling_options == seq.sampling_options
+    assert copy.sampling_options.params == everything(1)
+    assert copy.sampling_options.penalized_prompt_ids == seq.token_ids
+    scheduler.postprocess(step, [1], [TokenLogprobs(list(range(9)), [-1.0] * 9)])
+    step = scheduler.schedule()
+    assert step is not None and not step.is_prefill
     assert len(pickle.dumps(seq)) < 200
     # What changes nothing costs nothing: no options are sent, and the graph's own samples are taken.
     for params in (

@@ -369,9 +369,9 @@ def test_invariants_hold_after_every_step(load: Load) -> None:
 @pytest.mark.parametrize(
     "weak_hash",
     [
-        lambda token_ids, previous_key=None: 7,
-        lambda token_ids, previous_key=None: sum(token_ids) % 3,
-        lambda token_ids, previous_key=None: (sum(token_ids) + (previous_key or 0)) % 4,
+        lambda token_ids, parent_hash=None: 7,
+        lambda token_ids, parent_hash=None: sum(token_ids) % 3,
+        lambda token_ids, parent_hash=None: (sum(token_ids) + (parent_hash or 0)) % 4,
     ],
     ids=["constant", "sum", "chained"],
 )
@@ -388,7 +388,7 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
     """Else the properties above could hold because nothing happens."""
     seen: Counter[tuple[str, int]] = Counter()
 
-    @settings(parent=property_test, max_examples=150)
+    @settings(parent=property_test, max_examples=250)
     @given(loads())
     def explore(load: Load) -> None:
         for lag, simulation in enumerate(run_at_every_lag(load)):

@@ -41,7 +41,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.config = config = Config.from_options(model, options)
+        self.config = config = Config.from_options(model, options, MODELS)
         MODELS[config.hf_config.architectures[0]].check_config(
             config.hf_config, config.tensor_parallel_size
         )
