@@ -19,6 +19,7 @@ from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.sampling_table import SamplingTable
+from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.all_reduce import SmallAllReduce
 from nanovllm.kernels.host_words import HostWords
@@ -294,9 +295,10 @@ class ModelRunner:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def launch(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
+    def launch(self, step: Step) -> PendingTokens:
         """Rank 0: queue one step on every device: compute the scheduled tokens, sample each sequence's next one."""
-        if is_prefill:
+        seqs = step.seqs
+        if step.is_prefill:
             return PendingTokens(*self.call("launch_prefill", seqs))
         # All that the ranks are told, however long the contexts are.
         rows = np.array([seq.row for seq in seqs])
