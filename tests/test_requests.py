@@ -369,7 +369,7 @@ def test_the_models_own_sampling_is_the_default(
     assert llm.get_default_sampling_params() == expected
     seeded = [dataclasses.replace(expected, seed=i) for i in range(6)]
     numbers = iter(range(6))
-    llm._seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
+    llm._inputs.seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
     assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)  # type: ignore[arg-type]
     llm.exit()
     llm = make_llm(
