@@ -54,7 +54,7 @@ def add_norm(
             num_warps=min(8, max(1, block // 512)),
             pdl={"PDL": False},
             own=part,
-            own_rank=rank,
+            own_index=rank,
         )
 
 
