@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.graphs import DecodeGraph, DecodeOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import TokenLogprobs
@@ -864,10 +865,9 @@ class Replay:
         self.tokens, self.logits = torch.zeros(size, dtype=torch.int64), torch.zeros(size, 127)
 
     def replay(self) -> None:
-        tokens, logprobs, logits = self.decode(self.size)
-        assert logprobs is None  # plain sampling is what was captured
-        self.tokens.copy_(tokens)
-        self.logits.copy_(logits)
+        output = self.decode(self.size)
+        self.tokens.copy_(output.token_ids)
+        self.logits.copy_(output.logits)
 
 
 def test_options_with_graphs(checkpoint: Checkpoint) -> None:
@@ -875,9 +875,10 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     expected = summaries(llm, PROMPTS, MANY)
     runner = llm.model_runner
     replays = {size: Replay(llm, size) for size in (1, 2, 4, 8)}
-    runner.graph_sizes = list(replays)  # type: ignore[union-attr]
-    graphs = {size: (replay, replay.tokens, replay.logits) for size, replay in replays.items()}
-    runner.graphs = graphs  # type: ignore[union-attr, assignment]
+    runner.graphs.sizes = list(replays)  # type: ignore[union-attr]
+    for size, replay in replays.items():
+        output = DecodeOutput(replay.tokens, replay.logits)
+        runner.graphs.graphs[size] = DecodeGraph(replay, output)  # type: ignore[union-attr, arg-type]
     assert summaries(llm, PROMPTS, MANY) == expected
     assert [
         summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)

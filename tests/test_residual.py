@@ -260,27 +260,18 @@ def run_ranks(
     input_ids = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
     logits: list[Any] = [None] * size
-    make_stream = ResidualStream.__init__
-    local = threading.local()
-
-    def with_rank(self: ResidualStream, hidden: Tensor) -> None:
-        make_stream(self, hidden)
-        self.tp = local.rank
 
     def work(index: int) -> None:
-        local.rank = ranks[index]
         set_context(inputs)
         with torch.inference_mode():
             logits[index] = models[index].compute_logits(models[index](input_ids, positions))
         reset_context()
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(size)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResidualStream, "__init__", with_rank)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return logits, ranks
 
 
@@ -304,12 +295,12 @@ def test_all_rows_are_completed_before_a_sum_that_needs_them() -> None:
     for rank in range(2):
         with tensor_parallel(rank, 2):
             layers.append(random_layer(RowParallelLinear(8, HIDDEN)))
+        layers[rank].tp = Rank(exchange, rank, in_pieces=True)
     hidden, x = torch.randn(12, HIDDEN), torch.randn(2, 12, 4)
     results: list[Any] = [None, None]
 
     def work(rank: int) -> None:
         stream = ResidualStream(hidden.clone())
-        stream.tp = Rank(exchange, rank, in_pieces=True)  # type: ignore[assignment]
         stream.add(layers[rank], x[rank])
         assert isinstance(stream.normed(norm), Normed)
         stream.add(layers[rank], x[rank], scale=2.0)

@@ -388,7 +388,7 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
     """Else the properties above could hold because nothing happens."""
     seen: Counter[tuple[str, int]] = Counter()
 
-    @settings(parent=property_test, max_examples=250)
+    @settings(parent=property_test, max_examples=300)
     @given(loads())
     def explore(load: Load) -> None:
         for lag, simulation in enumerate(run_at_every_lag(load)):

@@ -44,12 +44,12 @@ class DecodeGraphs:
     def __init__(self) -> None:
         """Begin with none."""
         self.graphs: dict[int, DecodeGraph] = {}
+        self.sizes: list[int] = []  # of the graphs, in ascending order
 
     def padded_size(self, num_seqs: int) -> int:
         """Return the size of the graph for so many sequences; without one, num_seqs."""
-        sizes = sorted(self.graphs)
-        index = bisect_left(sizes, num_seqs)
-        return sizes[index] if index < len(sizes) else num_seqs
+        index = bisect_left(self.sizes, num_seqs)
+        return self.sizes[index] if index < len(self.sizes) else num_seqs
 
     def replay(self, size: int) -> DecodeOutput | None:
         """Run the graph of this size; None if there is none.
@@ -90,10 +90,12 @@ class DecodeGraphs:
             )
             del output
         torch.cuda.synchronize()
+        self.sizes = sorted(sizes)
 
     def clear(self) -> None:
         """Destroy the graphs."""
         self.graphs.clear()
+        self.sizes.clear()
 
 
 def unowned_view(tensor: Tensor) -> Tensor:

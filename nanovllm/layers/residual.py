@@ -41,12 +41,13 @@ from torch import Tensor
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.weight_format import READER_SUMS, Epilogue, Norm, PartialSums
-from nanovllm.utils.tensor_parallel import get_tensor_parallel
+from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class Projection(Protocol):
     """A linear layer, as far as the stream has to know it; those of linear.py import this file."""
 
+    tp: TensorParallel
     output_size: int
 
     def matmul(self, x: Tensor, norm: Norm | None, epilogue: Epilogue) -> Tensor | PartialSums:
@@ -176,7 +177,7 @@ class ResidualStream:
         self.version = (
             0  # counts the changes of `hidden`: a norm not read before the next one is lost
         )
-        self.tp = get_tensor_parallel()
+        self.tp = TensorParallel()  # the ranks that the last layer added belongs to
         self._open: Addition | None = None
         self._has_own_rows_only = False
 
@@ -198,6 +199,7 @@ class ResidualStream:
             if x.rows is not None:
                 self.keep(x.rows)
             x = x.values
+        self.tp = layer.tp
         self._open = Addition(layer, x, before, post_norm, scale)
 
     def normed(self, norm: RMSNorm) -> Normed:

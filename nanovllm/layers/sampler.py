@@ -99,15 +99,8 @@ class Sampler(nn.Module):
 
         if self.tp.size > 1:
             logits = self._gather_vocabulary(logits)
-        changed = logits
-        if extras.bias is not None:
-            changed = self._add_bias(changed, extras.bias)
-        if extras.penalties is not None:
-            changed = self._penalize(changed, extras)
-        thresholds = None
-        if extras.filters is not None:
-            find = filter_thresholds if changed.is_cuda else filter_thresholds_torch
-            thresholds = find(changed, temperatures, extras.filters)
+        changed = self._bias_and_penalize(logits, extras)
+        thresholds = self._find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
 
@@ -138,6 +131,14 @@ class Sampler(nn.Module):
         parts = self.tp.all_gather(padded)  # [tp, n, rows]
         return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
+    def _bias_and_penalize(self, logits: Tensor, extras: SamplingExtras) -> Tensor:
+        """Apply the first two stages, in vLLM's order, to a float32 copy of `[n, vocab]` logits."""
+        if extras.bias is not None:
+            logits = self._add_bias(logits, extras.bias)
+        if extras.penalties is not None:
+            logits = self._penalize(logits, extras)
+        return logits
+
     def _add_bias(self, logits: Tensor, bias: LogitBias) -> Tensor:
         """Add to single logits of a float32 copy."""
         changed = logits.to(torch.float32, copy=True)
@@ -146,12 +147,22 @@ class Sampler(nn.Module):
 
     @staticmethod
     def _penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
-        """Apply the penalties to a float32 copy; after the bias, as vLLM orders them."""
+        """Apply the penalties to a float32 copy."""
         assert extras.counts is not None
         assert extras.count_rows is not None
         assert extras.penalties is not None
         apply = penalize if logits.is_cuda else penalize_torch
         return apply(logits, extras.counts, extras.count_rows, extras.penalties)
+
+    @staticmethod
+    def _find_thresholds(
+        logits: Tensor, temperatures: Tensor, extras: SamplingExtras
+    ) -> Tensor | None:
+        """Find the least logit of each row that the filters keep: `[n]` float32."""
+        if extras.filters is None:
+            return None
+        find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
+        return find(logits, temperatures, extras.filters)
 
     @staticmethod
     def _count(token_ids: Tensor, extras: SamplingExtras) -> None:

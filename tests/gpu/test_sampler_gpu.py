@@ -6,7 +6,7 @@ import torch
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
 from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
 from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import Sampler, SamplingExtras, set_counts
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras, set_counts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,9 +132,9 @@ def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_th
             filters=settings(rows, [0, 20, 5], [0.9, 1.0], [0.0], device),
             penalties=Penalties(*(torch.full((rows,), x, device=device) for x in (1.2, 0.3, 0.1))),
             counts=counts,
-            rows=numbers.flip(0),
-            bias=(numbers, numbers * 7, torch.full((rows,), 2.0, device=device)),
-            logprobs=(numbers[::2], 4),
+            count_rows=numbers.flip(0),
+            bias=LogitBias(numbers, numbers * 7, torch.full((rows,), 2.0, device=device)),
+            logprobs=LogprobRequest(numbers[::2], 4),
         )
         sampler = Sampler(0, vocab_size)
         inputs = logits.to(device), temperatures.to(device), numbers, numbers + 5, extras
@@ -197,10 +197,10 @@ def test_times() -> None:
         times[name] = microseconds(lambda: sampler(*arguments, SamplingExtras(filters=filters)))
     penalties = Penalties(*(ones * x for x in (1.2, 0.3, 0.1)))
     times["penalties pass"] = microseconds(lambda: penalize(logits, counts, numbers, penalties))
-    extras = SamplingExtras(penalties=penalties, counts=counts, rows=numbers)
+    extras = SamplingExtras(penalties=penalties, counts=counts, count_rows=numbers)
     times["penalties"] = microseconds(lambda: sampler(*arguments, extras))
     times["logprobs=5"] = microseconds(
-        lambda: sampler(*arguments, SamplingExtras(logprobs=(numbers, 5)))
+        lambda: sampler(*arguments, SamplingExtras(logprobs=LogprobRequest(numbers, 5)))
     )
     print(*(f"{name:24s} {time:7.1f} us" for name, time in times.items()), sep="\n")
     assert times["top_k=20 top_p=0.95"] < 350 and times["penalties pass"] < 150
