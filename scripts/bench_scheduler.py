@@ -1,9 +1,9 @@
 """Does the host cost of scheduling grow with the cache? It must not.
 
-Drives Scheduler and BlockManager, with no model and made-up tokens, through the same decode steps over a
-cache of 1,000 and one of 1,000,000 blocks. Both are full of old prefixes, so that every new block evicts one;
-blocks are small, so that every step needs new ones. Exits with 1 if a step over the large cache takes 1.5
-times as long as one over the small cache, or longer.
+Drives Scheduler and BlockManager, with no model and made-up tokens, through the same decode steps
+over a cache of 1,000 and one of 1,000,000 blocks. Both are full of old prefixes, so that every new
+block evicts one; blocks are small, so that every step needs new ones. Exits with 1 if a step over
+the large cache takes 1.5 times as long as one over the small cache, or longer.
 
     python scripts/bench_scheduler.py
 """
@@ -19,33 +19,33 @@ from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
-SIZES = (1_000, 1_000_000)
+SIZES = (1_000, 1_000_000)  # blocks of the two caches
 BLOCK_SIZE = 4
-NUM_SEQS, OUTPUT_LEN = 40, 64
-PROMPT_LENS = [
-    13 + i % BLOCK_SIZE for i in range(NUM_SEQS)
-]  # so that each step a quarter need a block
+NUM_SEQS = 40
+OUTPUT_LEN = 64
+# Of all remainders, so that in each step a quarter of the sequences need a block.
+PROMPT_LENS = [13 + i % BLOCK_SIZE for i in range(NUM_SEQS)]
 LIMIT = 1.5
 
 
 def make_scheduler(num_blocks: int) -> Scheduler:
-    """A scheduler over a cache of that many blocks; it reads these fields of Config and no others."""
-    return Scheduler(
-        SimpleNamespace(
-            max_num_seqs=NUM_SEQS,
-            max_num_batched_tokens=16384,
-            eos=-1,
-            num_kvcache_blocks=num_blocks,
-            kvcache_block_size=BLOCK_SIZE,
-            enable_prefix_caching=True,
-        )
+    """A scheduler over a cache of that many blocks."""
+    config = SimpleNamespace(  # the fields of Config that it reads
+        max_num_seqs=NUM_SEQS,
+        max_num_batched_tokens=16384,
+        eos=-1,
+        num_kvcache_blocks=num_blocks,
+        kvcache_block_size=BLOCK_SIZE,
+        enable_prefix_caching=True,
     )
+    return Scheduler(config)  # type: ignore[arg-type]
 
 
 def prefill(scheduler: Scheduler, prompts: list[list[int]], output_len: int) -> None:
     """Add the prompts and compute all of them; each then has its first token."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     for prompt in prompts:
-        scheduler.add(Sequence(prompt, SamplingParams(max_tokens=output_len, ignore_eos=True)))
+        scheduler.add(Sequence(prompt, params))
     while scheduler.waiting:
         step = scheduler.schedule()
         assert step is not None and step.is_prefill
@@ -78,7 +78,7 @@ def measure(rounds: int) -> tuple[float, float]:
     """Seconds per decode step for each of SIZES: the best round's median, the two taken in turn."""
     r = random.Random(0)
     schedulers = [make_scheduler(size) for size in SIZES]
-    for scheduler, size in zip(schedulers, SIZES):
+    for scheduler, size in zip(schedulers, SIZES, strict=True):
         fill(scheduler, size, r)
     best = [float("inf")] * len(SIZES)
     for _ in range(rounds):
@@ -88,16 +88,17 @@ def measure(rounds: int) -> tuple[float, float]:
         times: list[list[float]] = [[] for _ in SIZES]
         for _ in range(OUTPUT_LEN - 1):
             tokens = list(r.randbytes(NUM_SEQS))
-            for scheduler, samples in zip(schedulers, times):
+            for scheduler, samples in zip(schedulers, times, strict=True):
                 samples.append(decode_step(scheduler, tokens))
         assert all(scheduler.is_finished() for scheduler in schedulers)
-        best = [min(b, statistics.median(samples)) for b, samples in zip(best, times)]
+        medians = [statistics.median(samples) for samples in times]
+        best = [min(pair) for pair in zip(best, medians, strict=True)]
     return best[0], best[1]
 
 
 def main() -> None:
     """Measure, print, and exit with 1 if the ratio is too high."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Does scheduling cost more in a larger cache?")
     parser.add_argument(
         "--rounds", type=int, default=20, help="of 63 decode steps (default: %(default)s)"
     )
@@ -105,7 +106,7 @@ def main() -> None:
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; it must be at least 1")
     small, large = measure(args.rounds)
-    for size, seconds in zip(SIZES, (small, large)):
+    for size, seconds in zip(SIZES, (small, large), strict=True):
         print(f"{size:>9,} blocks: {seconds * 1e6:7.1f} us per decode step of {NUM_SEQS} sequences")
     print(f"Ratio: {large / small:.3f} (must be below {LIMIT})")
     if large / small >= LIMIT:
