@@ -76,9 +76,8 @@ class LLMEngine:
     def exit(self) -> None:
         """End the workers and free the memory. The engine cannot be used afterwards."""
         self.model_runner = None
-        with (
-            uninterrupted()
-        ):  # the finalizer runs only once, so what a Ctrl-C cuts off would never be freed
+        # The finalizer runs only once: what Ctrl-C cut off would never be freed.
+        with uninterrupted():
             self._finalizer()
 
     def _check_alive(self) -> ModelRunner:
@@ -279,7 +278,9 @@ class LLMEngine:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""
         for seq in finished:
             seqs = self._requests.get(seq.request_id)
-            if seqs is None:  # a stream's: it reads its sequences itself
+            # None: a stream reads this sequence itself, or an earlier one of `finished` belongs to
+            # the same request.
+            if seqs is None:
                 continue
             if all(other.is_finished for other in seqs):
                 del self._requests[seq.request_id]
@@ -319,9 +320,8 @@ class LLMEngine:
             self._trace = outer
 
     def stats(self) -> dict[str, int]:
-        """Counters since the engine was made, which `reset` keeps, and the cache's blocks as they
-        are now.
+        """Counters since the engine was made, and numbers of the cache's blocks as they are now.
 
-        With n > 1 each completion counts as a request with a prompt.
+        `reset` keeps the counters. With n > 1 each completion counts as a request with a prompt.
         """
         return {**self._counters, **self.scheduler.block_manager.usage()}
