@@ -85,9 +85,9 @@ def wait_for_previous(PDL: tl.constexpr):
 
 @lru_cache
 def has_tma() -> bool:
-    """Whether the hardware copies tiles to shared memory by itself (TMA), as it does from Hopper on.
+    """Whether the hardware copies tiles to shared memory by itself (TMA): from Hopper on.
 
-    Triton's interpreter, which runs the kernels where there is no GPU, does so as well.
+    Triton's interpreter, which runs the kernels where there is no GPU, imitates it.
     """
     if TensorDescriptor is None:
         return False
@@ -117,7 +117,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def gemm_tile_rows(num_rows: int) -> int:
-    """Return the rows, a power of two, in a tile of `split_gemm` whose input has `num_rows` rows."""
+    """Return the rows in a tile of `split_gemm`, a power of two, for an input of `num_rows`."""
     return min(MAX_GEMM_TILE_ROWS, max(16, next_power_of_2(num_rows)))
 
 

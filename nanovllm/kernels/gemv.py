@@ -84,7 +84,7 @@ def gemv(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`, where all but the product is optional.
+    """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`; all but the product is optional.
 
     The reference is `F.linear` with `rms_norm_torch` before it and the addition, or
     `silu_mul_torch`, after it.
