@@ -1,11 +1,11 @@
 """Does the host cost of scheduling grow with the cache? It must not.
 
-Drives Scheduler and BlockManager, with no model and made-up tokens, through the same decode steps over a
-cache of 1,000 and one of 1,000,000 blocks. Both are full of old prefixes, so that every new block evicts one;
-blocks are small, so that every step needs new ones. Exits with 1 if a step over the large cache takes 1.5
-times as long as one over the small cache, or longer.
-
     python scripts/bench_scheduler.py
+
+Drives Scheduler and BlockManager, with no model and made-up tokens, through the same decode steps
+over a cache of 1,000 and one of 1,000,000 blocks. Both are full of old prefixes, so that every new
+block evicts one; blocks are small, so that every step needs new ones. Exits with 1 if a step over
+the large cache takes 1.5 times as long as one over the small cache, or longer.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from nanovllm.engine.sequence import Sequence
 
 SIZES = (1_000, 1_000_000)
 BLOCK_SIZE = 4
-NUM_SEQS, OUTPUT_LEN = 40, 64
-PROMPT_LENS = [
-    13 + i % BLOCK_SIZE for i in range(NUM_SEQS)
-]  # so that each step a quarter need a block
+NUM_SEQS = 40
+OUTPUT_LEN = 64
+# Four lengths in turn, so that in each step a quarter of the sequences need a block.
+PROMPT_LENS = [13 + i % BLOCK_SIZE for i in range(NUM_SEQS)]
 LIMIT = 1.5
 
 
 def make_scheduler(num_blocks: int) -> Scheduler:
-    """A scheduler over a cache of that many blocks; it reads these fields of Config and no others."""
+    """A scheduler over a cache of that many blocks; it reads these fields of Config, no others."""
     return Scheduler(
         SimpleNamespace(
             max_num_seqs=NUM_SEQS,
@@ -78,7 +78,7 @@ def measure(rounds: int) -> tuple[float, float]:
     """Seconds per decode step for each of SIZES: the best round's median, the two taken in turn."""
     r = random.Random(0)
     schedulers = [make_scheduler(size) for size in SIZES]
-    for scheduler, size in zip(schedulers, SIZES):
+    for scheduler, size in zip(schedulers, SIZES, strict=True):
         fill(scheduler, size, r)
     best = [float("inf")] * len(SIZES)
     for _ in range(rounds):
@@ -88,10 +88,11 @@ def measure(rounds: int) -> tuple[float, float]:
         times: list[list[float]] = [[] for _ in SIZES]
         for _ in range(OUTPUT_LEN - 1):
             tokens = list(r.randbytes(NUM_SEQS))
-            for scheduler, samples in zip(schedulers, times):
+            for scheduler, samples in zip(schedulers, times, strict=True):
                 samples.append(decode_step(scheduler, tokens))
         assert all(scheduler.is_finished() for scheduler in schedulers)
-        best = [min(b, statistics.median(samples)) for b, samples in zip(best, times)]
+        for index, samples in enumerate(times):
+            best[index] = min(best[index], statistics.median(samples))
     return best[0], best[1]
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; it must be at least 1")
     small, large = measure(args.rounds)
-    for size, seconds in zip(SIZES, (small, large)):
+    for size, seconds in zip(SIZES, (small, large), strict=True):
         print(f"{size:>9,} blocks: {seconds * 1e6:7.1f} us per decode step of {NUM_SEQS} sequences")
     print(f"Ratio: {large / small:.3f} (must be below {LIMIT})")
     if large / small >= LIMIT:
