@@ -35,31 +35,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         metavar="T",
         default=argparse.SUPPRESS,
-        help="0 is greedy: always the likeliest token (default: 0 for the demo checkpoint, 0.6 for others)",
+        help="0 is greedy: always the likeliest token "
+        "(default: 0 for the demo checkpoint, 0.6 for others)",
     )
     add("--max-tokens", type=int, default=256, metavar="N", help="longest completion, in tokens")
-    add(
-        "--tensor-parallel-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs to split the model over",
-    )
-    add(
-        "--device",
-        choices=["auto", "cuda", "cpu"],
-        default="auto",
-        help="auto: cuda if there is a GPU",
-    )
+    ranks = "GPUs to split the model over"
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help=ranks)
+    devices = ["auto", "cuda", "cpu"]
+    add("--device", choices=devices, default="auto", help="auto: cuda if there is a GPU")
     add("--enforce-eager", action="store_true", help="run decode without CUDA graphs")
     return parser.parse_args(argv)
 
 
 def show(label: str, text: str) -> None:
     """Print `text`, wrapped, with `label` in a left margin of its own."""
-    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, 96) or [""]]
-    for i, line in enumerate(lines or ["(nothing)"]):
-        print(f"{label if i == 0 else '':<12}{line}".rstrip())
+    lines = []
+    for paragraph in text.strip().splitlines():
+        lines += textwrap.wrap(paragraph, 96) or [""]
+    for line in lines or ["(nothing)"]:
+        print(f"{label:<12}{line}".rstrip())
+        label = ""  # it stands beside the first line only
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,15 +71,14 @@ def main(argv: list[str] | None = None) -> None:
             device=args.device,
         )
         if getattr(llm.tokenizer, "chat_template", None):
-            outputs = llm.chat(
-                [[{"role": "user", "content": message}] for message in messages], params
-            )
+            chats = [[{"role": "user", "content": message}] for message in messages]
+            outputs = llm.chat(chats, params)
         else:  # a base model continues the text
             outputs = llm.generate(messages, params)
     except ValueError as error:  # the message says what to change; a traceback would only hide it
         sys.exit(f"example.py: {error}")
 
-    for message, output in zip(messages, outputs):
+    for message, output in zip(messages, outputs, strict=True):
         print()
         show("Prompt:", message)
         show("Completion:", output["text"])
@@ -92,7 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     llm.exit()
 
 
-if (
-    __name__ == "__main__"
-):  # worker processes import this file: without the guard each would start again
+# Worker processes import this file: without the guard, each would start all over again.
+if __name__ == "__main__":
     main()

@@ -1,9 +1,11 @@
-"""Time the attention kernels on a GPU, alone: `python scripts/bench_attention.py [--sweep]`.
+"""Time the attention kernels on a GPU, alone.
 
-Decode runs inside a CUDA graph, as in the engine, over sequences of 920 tokens on average, and is limited by
-reading K and V: GB/s, against the 4.2 TB/s that an H200 reads. Calls in a row read different blocks, more
-than the L2 cache holds. Prefill is limited by arithmetic: TFLOP/s of the causal half, against 790. `--sweep`
-tries other tiles.
+    python scripts/bench_attention.py [--sweep]      # --sweep tries other tiles too
+
+Decode runs inside a CUDA graph, as in the engine, over sequences of 920 tokens on average. It is
+limited by reading K and V: GB/s, against the 4.2 TB/s that an H200 reads. Calls in a row read
+different blocks, more than the L2 cache holds. Prefill is limited by arithmetic: TFLOP/s of the
+causal half, against 790.
 """
 
 import argparse
@@ -15,15 +17,38 @@ from nanovllm.kernels import flash_attention
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode
 from nanovllm.kernels.varlen_prefill import PrefillConfig, prefill_config, varlen_prefill
 
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DTYPE = 16, 8, 128, 256, torch.bfloat16  # Qwen3-0.6B
+# Qwen3-0.6B's attention
+HEADS = 16
+KV_HEADS = 8
+HEAD_DIM = 128
+DTYPE = torch.bfloat16
+BLOCK_SIZE = 256
 SCALE = HEAD_DIM**-0.5
 TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize
 READ_GB_PER_S = 4200
+# What --sweep tries.
+DECODE_TILES = (  # block_n, num_warps, num_stages
+    (128, 4, 3),
+    (64, 4, 3),
+    (64, 4, 4),
+    (64, 2, 3),
+    (32, 4, 3),
+)
+DECODE_SPLITS = (1, 2, 4, 8, 16, 32)
+PREFILL_CONFIGS = (
+    PrefillConfig(128, 64, 8, 3),
+    PrefillConfig(128, 64, 8, 4),
+    PrefillConfig(128, 128, 8, 2),
+    PrefillConfig(128, 64, 4, 3),
+    PrefillConfig(64, 128, 4, 2),
+    PrefillConfig(64, 64, 4, 3),
+)
 
 
 def microseconds(run: Callable[[], object], calls: int = 1, repeats: int = 10) -> float:
     """Time of one call when `run` makes `calls` of them: the best of three rounds of `repeats`."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     run()
     rounds = []
     for _ in range(3):
@@ -37,26 +62,28 @@ def microseconds(run: Callable[[], object], calls: int = 1, repeats: int = 10) -
 
 
 class DecodeWork:
-    """One batch size, and enough sets of block tables that no call finds its blocks in the L2 cache."""
+    """One batch size, with so many sets of block tables that no call finds its blocks in L2."""
 
     def __init__(self, num_seqs: int, k_cache: torch.Tensor, v_cache: torch.Tensor):
-        lengths = torch.randint(200, 1641, (num_seqs,)) if num_seqs > 1 else torch.tensor([920])
+        lengths = torch.tensor([920])
+        if num_seqs > 1:
+            lengths = torch.randint(200, 1641, (num_seqs,))
         self.bytes = int(lengths.sum()) * TOKEN_BYTES
-        width = 2048 // BLOCK_SIZE
-        num_sets = max(2, min(64, len(k_cache) // (num_seqs * width)))
-        blocks = torch.cat([torch.randperm(len(k_cache)) for _ in range(2)])[
-            : num_sets * num_seqs * width
-        ]
+        width = 2048 // BLOCK_SIZE  # of a block table
+        num_blocks = len(k_cache)
+        num_sets = max(2, min(64, num_blocks // (num_seqs * width)))
+        # Two permutations: at the largest batch, two sets need more blocks than there are.
+        blocks = torch.cat([torch.randperm(num_blocks), torch.randperm(num_blocks)])
+        blocks = blocks[: num_sets * num_seqs * width]
         self.tables = list(blocks.int().view(num_sets, num_seqs, width).cuda())
-        self.inputs = (
-            torch.randn(num_seqs, HEADS, HEAD_DIM, dtype=DTYPE, device="cuda"),
-            k_cache,
-            v_cache,
-        )
+        query = torch.randn(num_seqs, HEADS, HEAD_DIM, dtype=DTYPE, device="cuda")
+        self.inputs = (query, k_cache, v_cache)
         self.lengths = lengths.int().cuda()
 
-    def time(self, decode: Callable, **options: object) -> float:
-        def run_all():
+    def time(self, decode: Callable[..., object], **options: object) -> float:
+        """Microseconds of one call of `decode`, inside a CUDA graph."""
+
+        def run_all() -> None:
             for tables in self.tables:
                 decode(*self.inputs, self.lengths, tables, SCALE, **options)
 
@@ -68,14 +95,22 @@ class DecodeWork:
         return microseconds(graph.replay, len(self.tables))
 
     def report(self, name: object, us: float) -> str:
+        """A line for a kernel that takes `us` microseconds."""
         rate = self.bytes / us / 1000
         return f"{name!s:<62}{us:>9.1f} us {rate:>7.0f} GB/s {rate / READ_GB_PER_S:>6.0%}"
 
 
 def bench_decode(sweep: bool, flash: bool) -> None:
+    """Print a line for each batch size and kernel.
+
+    Args:
+        sweep: try other tiles too, and print the best six.
+        flash: time flash-attn too.
+    """
     # 1 GiB each: a call at batch 256 reads nearly all of it, the smaller ones take turns.
     shape = (2 * 2**30 // (BLOCK_SIZE * TOKEN_BYTES), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    k_cache, v_cache = (torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(2))
+    k_cache = torch.randn(shape, dtype=DTYPE, device="cuda")
+    v_cache = torch.randn(shape, dtype=DTYPE, device="cuda")
     for num_seqs in (1, 4, 16, 64, 256):
         work = DecodeWork(num_seqs, k_cache, v_cache)
         print(f"\ndecode, batch {num_seqs}")
@@ -86,14 +121,8 @@ def bench_decode(sweep: bool, flash: bool) -> None:
             print(work.report(name, work.time(flash_attention.flash_decode)))
         if sweep:
             timed = []
-            for block_n, num_warps, num_stages in [
-                (128, 4, 3),
-                (64, 4, 3),
-                (64, 4, 4),
-                (64, 2, 3),
-                (32, 4, 3),
-            ]:
-                for num_splits in (1, 2, 4, 8, 16, 32):
+            for block_n, num_warps, num_stages in DECODE_TILES:
+                for num_splits in DECODE_SPLITS:
                     if 64 <= num_seqs * KV_HEADS * num_splits <= 8192:
                         config = DecodeConfig(block_n, num_splits, num_warps, num_stages)
                         timed.append((work.time(paged_decode, config=config), config))
@@ -101,51 +130,50 @@ def bench_decode(sweep: bool, flash: bool) -> None:
                 print(work.report(config, us))
 
 
-def bench_prefill(sweep: bool, flash: bool) -> None:
-    others = [
-        (128, 64, 8, 3),
-        (128, 64, 8, 4),
-        (128, 128, 8, 2),
-        (128, 64, 4, 3),
-        (64, 128, 4, 2),
-        (64, 64, 4, 3),
-    ]
-    for num_seqs, length in ((16, 1024), (64, 2048)):
+class PrefillWork:
+    """Sequences of one length, with their K and V also in the cache."""
+
+    def __init__(self, num_seqs: int, length: int):
         total = num_seqs * length
         qkv = torch.randn(total, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=DTYPE, device="cuda")
-        qkv = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-        sums = torch.arange(0, total + 1, length, dtype=torch.int32, device="cuda")
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        cu_seqlens = torch.arange(0, total + 1, length, dtype=torch.int32, device="cuda")
         num_blocks = total // BLOCK_SIZE
-        caches = [
-            x.reshape(num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).contiguous() for x in qkv[1:]
-        ]
-        tables = torch.arange(num_blocks, dtype=torch.int32, device="cuda").view(num_seqs, -1)
-        args = (*qkv, *caches, sums, sums, length, length, SCALE)
-        flops = 2 * 2 * HEADS * HEAD_DIM * num_seqs * length**2 / 2
+        cache_shape = (num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+        k_cache = k.reshape(cache_shape).contiguous()
+        v_cache = v.reshape(cache_shape).contiguous()
+        blocks = torch.arange(num_blocks, dtype=torch.int32, device="cuda")
+        self.tables = blocks.view(num_seqs, -1)
+        self.inputs = (q, k, v, k_cache, v_cache, cu_seqlens, cu_seqlens, length, length, SCALE)
+        self.flops = 2 * 2 * HEADS * HEAD_DIM * num_seqs * length**2 / 2
 
-        def report(name: object, prefill: Callable, *more: object) -> None:
-            try:
-                us = microseconds(lambda: prefill(*args, *more))
-                print(f"{name!s:<62}{us:>9.1f} us {flops / us / 1e6:>7.0f} TFLOP/s")
-            except (
-                Exception
-            ) as error:  # a configuration may ask for more shared memory than there is
-                print(f"{name!s:<62} {type(error).__name__}: {str(error)[:60]}")
+    def report(self, name: object, prefill: Callable[..., object], *more: object) -> None:
+        """Time a kernel and print a line; `more` are its further arguments."""
+        try:
+            us = microseconds(lambda: prefill(*self.inputs, *more))
+            print(f"{name!s:<62}{us:>9.1f} us {self.flops / us / 1e6:>7.0f} TFLOP/s")
+        except Exception as error:  # a configuration may ask for more shared memory than there is
+            print(f"{name!s:<62} {type(error).__name__}: {str(error)[:60]}")
 
+
+def bench_prefill(sweep: bool, flash: bool) -> None:
+    """Print a line for each size and kernel; the arguments are those of `bench_decode`."""
+    for num_seqs, length in ((16, 1024), (64, 2048)):
+        work = PrefillWork(num_seqs, length)
         print(f"\nprefill, {num_seqs} sequences of {length}")
-        report(prefill_config(HEAD_DIM, DTYPE, sums.device), varlen_prefill)
-        report("  the same from the cache", varlen_prefill, tables)
+        chosen = prefill_config(HEAD_DIM, DTYPE, work.tables.device)
+        work.report(chosen, varlen_prefill)
+        work.report("  the same from the cache", varlen_prefill, work.tables)
         if flash:
-            report(
-                f"flash_attn {flash_attention.flash_attention_version()}",
-                flash_attention.flash_prefill,
-            )
-            report("  the same from the cache", flash_attention.flash_prefill, tables)
-        for config in others if sweep else []:
-            report(PrefillConfig(*config), varlen_prefill, None, PrefillConfig(*config))
+            name = f"flash_attn {flash_attention.flash_attention_version()}"
+            work.report(name, flash_attention.flash_prefill)
+            work.report("  the same from the cache", flash_attention.flash_prefill, work.tables)
+        for config in PREFILL_CONFIGS if sweep else ():
+            work.report(config, varlen_prefill, None, config)
 
 
 def main() -> None:
+    """Time both kinds of attention."""
     parser = argparse.ArgumentParser(description="Time the attention kernels on a GPU.")
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes too")
     sweep = parser.parse_args().sweep

@@ -1,11 +1,11 @@
 """Does the host cost of scheduling grow with the cache? It must not.
 
+    python scripts/bench_scheduler.py
+
 Drives Scheduler and BlockManager, with no model and made-up tokens, through the same decode steps
 over a cache of 1,000 and one of 1,000,000 blocks. Both are full of old prefixes, so that every new
 block evicts one; blocks are small, so that every step needs new ones. Exits with 1 if a step over
 the large cache takes 1.5 times as long as one over the small cache, or longer.
-
-    python scripts/bench_scheduler.py
 """
 
 import argparse
@@ -19,33 +19,33 @@ from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
-SIZES = (1_000, 1_000_000)  # blocks of the two caches
+SIZES = (1_000, 1_000_000)
 BLOCK_SIZE = 4
 NUM_SEQS = 40
 OUTPUT_LEN = 64
-# Of all remainders, so that in each step a quarter of the sequences need a block.
+# Four lengths in turn, so that in each step a quarter of the sequences need a block.
 PROMPT_LENS = [13 + i % BLOCK_SIZE for i in range(NUM_SEQS)]
 LIMIT = 1.5
 
 
 def make_scheduler(num_blocks: int) -> Scheduler:
-    """A scheduler over a cache of that many blocks."""
-    config = SimpleNamespace(  # the fields of Config that it reads
-        max_num_seqs=NUM_SEQS,
-        max_num_batched_tokens=16384,
-        eos=-1,
-        num_kvcache_blocks=num_blocks,
-        kvcache_block_size=BLOCK_SIZE,
-        enable_prefix_caching=True,
+    """A scheduler over a cache of that many blocks; it reads these fields of Config, no others."""
+    return Scheduler(
+        SimpleNamespace(
+            max_num_seqs=NUM_SEQS,
+            max_num_batched_tokens=16384,
+            eos=-1,
+            num_kvcache_blocks=num_blocks,
+            kvcache_block_size=BLOCK_SIZE,
+            enable_prefix_caching=True,
+        )
     )
-    return Scheduler(config)  # type: ignore[arg-type]
 
 
 def prefill(scheduler: Scheduler, prompts: list[list[int]], output_len: int) -> None:
     """Add the prompts and compute all of them; each then has its first token."""
-    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     for prompt in prompts:
-        scheduler.add(Sequence(prompt, params))
+        scheduler.add(Sequence(prompt, SamplingParams(max_tokens=output_len, ignore_eos=True)))
     while scheduler.waiting:
         step = scheduler.schedule()
         assert step is not None and step.is_prefill
@@ -91,14 +91,14 @@ def measure(rounds: int) -> tuple[float, float]:
             for scheduler, samples in zip(schedulers, times, strict=True):
                 samples.append(decode_step(scheduler, tokens))
         assert all(scheduler.is_finished() for scheduler in schedulers)
-        medians = [statistics.median(samples) for samples in times]
-        best = [min(pair) for pair in zip(best, medians, strict=True)]
+        for index, samples in enumerate(times):
+            best[index] = min(best[index], statistics.median(samples))
     return best[0], best[1]
 
 
 def main() -> None:
     """Measure, print, and exit with 1 if the ratio is too high."""
-    parser = argparse.ArgumentParser(description="Does scheduling cost more in a larger cache?")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--rounds", type=int, default=20, help="of 63 decode steps (default: %(default)s)"
     )

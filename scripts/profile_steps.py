@@ -1,64 +1,45 @@
-"""Where the time of a step goes on a GPU: `python scripts/profile_steps.py [--batch 1 16 256]`.
+"""Where the time of a step goes on a GPU.
 
-Qwen3-0.6B's shape with random weights, 512 tokens of context. Prints, for each batch size, the wall time of a decode
-step through `LLM.step`, the sum of its kernels' times, and the kernels by the time they take; then the same for a
-prefill step of 16384 tokens. Kernels that wait for the one before them (programmatic dependent launch) are
-counted with that wait, so the sum may exceed the wall time.
+    python scripts/profile_steps.py [--batch 1 16 256]
+
+Qwen3-0.6B's shape with random weights, 512 tokens of context. Prints, for each batch size, the wall
+time of a decode step through `LLM.step`, the sum of its kernels' times, and the kernels by the time
+they take; then the same for a prefill step of 16384 tokens. A kernel that waits for the one before
+it (programmatic dependent launch) is counted with that wait, so the sum may exceed the wall time.
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench import write_shape  # noqa: E402
+from nanovllm import LLM, SamplingParams
+from workloads import write_shape
 
-from nanovllm import LLM, SamplingParams  # noqa: E402
+STEPS = 50  # decode steps that are timed, and as many that are profiled
+PREFILL_STEPS = 10
 
-STEPS, PREFILL_STEPS = 50, 10
+
+def make_prompt(index: int, length: int) -> list[int]:
+    """Token ids that begin like those of no other index."""
+    return [(index * 7919 + i * 31) % 10000 for i in range(length)]
 
 
 def start_decoding(llm: LLM, batch: int, context: int) -> None:
     """Queue `batch` requests and run until all of them decode."""
+    params = SamplingParams(temperature=0.6, max_tokens=4 * STEPS, ignore_eos=True)
     for index in range(batch):
-        prompt = [(index * 7919 + i * 31) % 10000 for i in range(context)]
-        llm.add_request(
-            prompt, SamplingParams(temperature=0.6, max_tokens=4 * STEPS, ignore_eos=True)
-        )
+        llm.add_request(make_prompt(index, context), params)
     while llm.step()[1] > 0:
         pass
     for _ in range(5):
         llm.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 256])
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--top", type=int, default=14, help="kernels to list")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        llm = LLM(write_shape("qwen3-0.6b", scratch), load_format="dummy")
-    for batch in args.batch:
-        start_decoding(llm, batch, args.context)
-        report(llm, f"decode, batch {batch}, context {args.context}", STEPS, args.top)
-        llm.reset()
-    for index in range(8 * 3 * PREFILL_STEPS):
-        prompt = [(index * 7919 + i * 31) % 10000 for i in range(2048)]
-        llm.add_request(prompt, SamplingParams(max_tokens=1))
-    for _ in range(PREFILL_STEPS // 2):
-        llm.step()
-    report(llm, "prefill, 8 sequences of 2048", PREFILL_STEPS, args.top)
-    llm.exit()
-
-
 def report(llm: LLM, what: str, steps: int, top: int) -> None:
-    """Time `steps` steps, then profile as many."""
+    """Time `steps` steps, then profile as many; print the `top` kernels that take longest."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -71,9 +52,31 @@ def report(llm: LLM, what: str, steps: int, top: int) -> None:
     kernels = [event for event in trace.key_averages() if event.self_device_time_total > 0]
     total = sum(event.self_device_time_total for event in kernels) / steps
     print(f"\n{what}: {wall:.0f} us a step, kernels {total:.0f} us")
-    for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:top]:
-        each, count = event.self_device_time_total / event.count, event.count / steps
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:top]:
+        each = event.self_device_time_total / event.count
+        count = event.count / steps  # in one step
         print(f"{each * count:9.1f} us = {count:6.1f} x {each:7.2f}  {event.key[:90]}")
+
+
+def main() -> None:
+    """Profile decode steps of each batch size, then prefill steps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--top", type=int, default=14, help="kernels to list")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        llm = LLM(write_shape("qwen3-0.6b", scratch), load_format="dummy")
+    for batch in args.batch:
+        start_decoding(llm, batch, args.context)
+        report(llm, f"decode, batch {batch}, context {args.context}", STEPS, args.top)
+        llm.reset()
+    for index in range(8 * 3 * PREFILL_STEPS):
+        llm.add_request(make_prompt(index, 2048), SamplingParams(max_tokens=1))
+    for _ in range(PREFILL_STEPS // 2):
+        llm.step()
+    report(llm, "prefill, 8 sequences of 2048", PREFILL_STEPS, args.top)
+    llm.exit()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Execute notebooks from a clean kernel and store their outputs: every run leaves the same kind of file behind.
+"""Execute notebooks from a clean kernel and store their outputs, always in the same form.
 
     python scripts/run_notebooks.py                           # all of notebooks/
     python scripts/run_notebooks.py notebooks/1_one_request.ipynb
 
-It needs the extra `notebook`. The kernel is this interpreter, whatever kernels are registered. Cells get fixed ids;
-execution times, the kernel's version and anything with a path of this machine in it are not kept.
+It needs the extra `notebook`. The kernel is this interpreter, whatever kernels are registered.
+Cells get fixed ids; execution times, the kernel's version and anything with a path of this machine
+in it are not kept.
 """
 
 import argparse
@@ -32,18 +33,23 @@ METADATA = {
 
 
 def execute(notebook: NotebookNode, timeout: int = 60) -> None:
-    """Run all cells, in this interpreter and in notebooks/; an error of a cell is a CellExecutionError.
+    """Run all cells, in this interpreter and in notebooks/.
 
     Args:
+        notebook: gets the outputs.
         timeout: most seconds for a cell.
+
+    Raises:
+        CellExecutionError: a cell failed.
     """
     manager = AsyncKernelManager()
-    manager._kernel_spec = KernelSpec(
-        **get_kernel_dict()
-    )  # this interpreter, not what is registered as python3
-    # One thread: the model is so small that a second one only waits. No GPU: a reader has the same outputs without.
+    # This interpreter, whatever is registered as python3.
+    manager._kernel_spec = KernelSpec(**get_kernel_dict())
+    # One thread: the model is so small that a second one only waits. No GPU: so that a reader
+    # without one gets the same outputs.
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     resources = {"metadata": {"path": ROOT / "notebooks"}}
     client = NotebookClient(
         notebook, km=manager, timeout=timeout, resources=resources, coalesce_streams=True
@@ -66,7 +72,8 @@ def clean(notebook: NotebookNode) -> None:
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat_minor = 5
     for index, cell in enumerate(notebook.cells, start=1):
-        cell.id, cell.metadata = f"cell-{index:02}", nbformat.from_dict({})
+        cell.id = f"cell-{index:02}"
+        cell.metadata = nbformat.from_dict({})
         if cell.cell_type == "code":
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
@@ -77,6 +84,7 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def main() -> None:
+    """Execute the notebooks that the command line names, or all."""
     parser = argparse.ArgumentParser(description="Execute notebooks and store their outputs.")
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS)
     for path in parser.parse_args().notebooks:
@@ -85,9 +93,8 @@ def main() -> None:
         execute(notebook)
         clean(notebook)
         nbformat.write(notebook, path)
-        print(
-            f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1024:.0f} KiB"
-        )
+        seconds = time.perf_counter() - start
+        print(f"{path.name}: {seconds:.1f} s, {path.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

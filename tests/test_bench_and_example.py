@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -210,10 +209,11 @@ def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "WORKLOADS", {workload.name: workload for workload in tiny})
     measure, num_cached = bench.measure, []
 
-    def watching(engine: str, workload: bench.Workload, *args: Any) -> bench.Result:
-        manager = args[-1].args[0].scheduler.block_manager  # of the engine that `run` is bound to
+    def watching(engine: bench.Engine, workload: bench.Workload, repeats: int) -> bench.Result:
+        llm = engine.run.args[0]  # the engine that `run` is bound to
+        manager = llm.scheduler.block_manager
         num_cached.append(len(manager.cached_blocks))
-        result = measure(engine, workload, *args)
+        result = measure(engine, workload, repeats)
         num_cached.append(len(manager.cached_blocks))
         return result
 

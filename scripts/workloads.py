@@ -1,0 +1,194 @@
+"""What bench.py measures: six loads, and the shapes of two real models.
+
+Prompts are random token ids, drawn in a fixed order, so that every engine and every run is asked
+for the same work. Weights may be random too: they cost as much time as trained ones.
+"""
+
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+TOKEN_IDS = 10_000  # prompts are drawn from token ids 0 to 10000, both included
+# The small load, for a CPU, has an eighth of the sequences and a quarter of each length.
+SEQUENCES_CUT = 8
+LENGTHS_CUT = 4
+
+Range = tuple[int, int]  # lowest and highest, both included
+
+
+def cut_length(lengths: Range) -> Range:
+    """The range of lengths in the small load."""
+    lowest, highest = lengths
+    return max(1, lowest // LENGTHS_CUT), max(1, highest // LENGTHS_CUT)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the engine."""
+
+    name: str
+    about: str  # what it stands for, in a few words
+    sequences: int
+    input_len: Range  # tokens of a prompt; drawn where lowest and highest differ
+    output_len: Range  # tokens to generate
+    shared_len: int = 0  # tokens that all prompts begin with, before their own input_len
+    counts_input: bool = False  # throughput is that of the input tokens
+
+    def small(self) -> "Workload":
+        """The load that a CPU is given."""
+        return replace(
+            self,
+            sequences=max(1, self.sequences // SEQUENCES_CUT),
+            input_len=cut_length(self.input_len),
+            output_len=cut_length(self.output_len),
+            shared_len=self.shared_len // LENGTHS_CUT,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence there can be, prompt and completion."""
+        return self.shared_len + self.input_len[1] + self.output_len[1]
+
+
+_ALL = (
+    Workload(
+        name="mixed",
+        about="many lengths in and out",
+        sequences=256,
+        input_len=(100, 1024),
+        output_len=(100, 1024),
+    ),
+    Workload(
+        name="single",
+        about="one request, latency",
+        sequences=1,
+        input_len=(128, 128),
+        output_len=(512, 512),
+    ),
+    Workload(
+        name="prefill",
+        about="long prompts, one token out",
+        sequences=64,
+        input_len=(2048, 2048),
+        output_len=(1, 1),
+        counts_input=True,
+    ),
+    Workload(
+        name="prefix",
+        about="one long prefix shared by all",
+        sequences=256,
+        input_len=(128, 128),
+        output_len=(64, 64),
+        shared_len=2048,
+    ),
+    Workload(
+        name="queue",
+        about="more short requests than run at once",
+        sequences=2048,
+        input_len=(16, 128),
+        output_len=(64, 64),
+    ),
+    Workload(
+        name="small",
+        about="a small batch",
+        sequences=16,
+        input_len=(128, 128),
+        output_len=(256, 256),
+    ),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run's requests."""
+
+    prompts: list[list[int]]  # token ids in
+    output_lens: list[int]  # number of tokens out, of each prompt
+
+
+def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
+    """The requests of `workload`; each repeat has the same lengths and other token ids.
+
+    A fixed length is not drawn; ids wrap round in a smaller vocabulary.
+    """
+    rng = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        ids = []
+        for _ in range(count):
+            drawn = rng.randint(0, TOKEN_IDS)
+            ids.append((drawn + repeat) % (TOKEN_IDS + 1) % vocab_size)
+        return ids
+
+    def length(bounds: Range) -> int:
+        lowest, highest = bounds
+        return lowest if lowest == highest else rng.randint(lowest, highest)
+
+    prefix = tokens(workload.shared_len)
+    prompts = []
+    for _ in range(workload.sequences):
+        prompts.append(prefix + tokens(length(workload.input_len)))
+    output_lens = [length(workload.output_len) for _ in prompts]
+    return Load(prompts, output_lens)
+
+
+# What differs between the two models; everything else is in `write_shape`.
+SHAPES: dict[str, dict[str, object]] = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+# What bench.py reports of a model.
+SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+
+
+def write_shape(name: str, directory: str) -> str:
+    """Write the config.json of a real model to `directory`, for load_format="dummy"; return it."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "rope_theta": 1_000_000,
+        "rope_scaling": None,
+        "max_position_embeddings": 40960,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        **SHAPES[name],
+    }
+    Path(directory, "config.json").write_text(json.dumps(config, indent=2))
+    return directory
