@@ -2,160 +2,208 @@
 
 import difflib
 import json
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from nanovllm.models import MODELS
-from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
+from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value
+
+DTYPES = Choice("auto", "bfloat16", "float16", "float32")
+ATTENTION_BACKENDS = Choice("auto", "triton", "flash_attn", "flash_attn+triton", "torch")
 
 
 @dataclass(slots=True)
 class Config:
-    """Options of an engine; what is not right is a TypeError or ValueError that names the value and the remedy.
+    """Options of an engine; a wrong one is a TypeError or ValueError that names value and remedy.
 
-    After construction nothing is "auto": every field holds what the engine uses.
+    After construction nothing is "auto": every field holds what the engine uses. The annotations
+    are those of that time: `hf_config` may be given as None, and `dtype` as a string.
+
+    Attributes:
+        model: A directory in Hugging Face format, or a hub id (the local cache is tried first).
+            Afterwards the directory.
+        max_num_batched_tokens: Most tokens that a prefill step computes; a longer prompt is
+            computed in chunks.
+        max_num_seqs: Most sequences that run at once.
+        max_model_len: Most tokens of a sequence, prompt and completion together. A model whose
+            `max_position_embeddings` is smaller lowers it to that.
+        gpu_memory_utilization: Share of the GPU's memory that may be in use, by this engine and by
+            whatever else runs there.
+        tensor_parallel_size: Number of ranks (GPUs) that the model is split over.
+        enforce_eager: Whether decode steps run without CUDA graphs.
+        kvcache_block_size: Token slots of a block of the KV cache.
+        num_kvcache_blocks: Blocks of the KV cache. -1: as many as the GPU's memory has room for
+            beside the weights; on a CPU, up to 2 GiB.
+        hf_config: The model's configuration. None: read from `model`.
+        eos: Id or ids that end a sequence. -1: those that generation_config.json, the tokenizer and
+            the model's configuration name.
+        device: "cuda" or "cpu". "auto": CUDA if there is any, else the CPU.
+        dtype: Of weights, activations and KV cache: a torch.dtype or its name. "auto": as the
+            checkpoint says (bfloat16 if it says nothing); on a CPU float32.
+        attention_backend: Whose attention kernels are used; "flash_attn+triton" prefills with the
+            first and decodes with the second. "auto": the fastest that is there. The model runner
+            puts its choice here.
+        load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no
+            weight files.
+        enable_prefix_caching: Whether prompts that begin alike share blocks of the KV cache.
+        seed: Where the seeds of requests that bring none come from, and dummy weights.
+        architectures: The names of the architectures that there is code for; a model of another one
+            is an error. Not kept. Empty: not checked.
     """
 
-    model: str  # a directory in Hugging Face format, or a hub id (the local cache is tried first)
-    max_num_batched_tokens: Annotated[int, 1] = (
-        16384  # tokens of a prefill step; a longer prompt is cut in chunks
-    )
-    max_num_seqs: Annotated[int, 1] = 512  # most sequences that run at once
-    max_model_len: Annotated[int, 1] = (
-        4096  # of prompt and completion; at most max_position_embeddings
-    )
-    gpu_memory_utilization: Annotated[float, ABOVE_0, 1] = 0.9  # share of the GPU's memory to use
-    tensor_parallel_size: Annotated[int, 1, 8] = 1  # number of ranks the model is split over
-    enforce_eager: bool = False  # run decode without CUDA graphs
-    kvcache_block_size: Annotated[int, 1] = 256  # token slots of a KV-cache block
-    num_kvcache_blocks: Annotated[
-        int, -1
-    ] = -1  # blocks in the cache; -1 works it out from the memory that is left
-    hf_config: PretrainedConfig | None = (
-        None  # the model's configuration, when it is not to be read from `model`
-    )
-    eos: (
-        tuple[int, ...] | int
-    ) = -1  # ids that end a sequence; -1: generation_config.json's, tokenizer's and model's
-    device: Annotated[str, "auto", "cuda", "cpu"] = (
-        "auto"  # "auto": CUDA if there is any, else the CPU
-    )
-    dtype: Annotated[str | torch.dtype, "auto", "bfloat16", "float16", "float32"] = (
-        "auto"  # as stored; CPU: float32
-    )
-    attention_backend: Annotated[
-        str, "auto", "triton", "flash_attn", "flash_attn+triton", "torch"
-    ] = "auto"
-    load_format: Annotated[str, "auto", "dummy"] = (
-        "auto"  # "dummy": random weights; no weight files are read
-    )
-    enable_prefix_caching: bool = True  # share the cache blocks of equal prompt beginnings
-    seed: Annotated[int, 0, 2**63 - 1] = 0  # of the requests that bring none, and of dummy weights
+    model: str
+    max_num_batched_tokens: Annotated[int, Range(1)] = 16384
+    max_num_seqs: Annotated[int, Range(1)] = 512
+    max_model_len: Annotated[int, Range(1)] = 4096
+    gpu_memory_utilization: Annotated[float, Range(ABOVE_0, 1)] = 0.9
+    tensor_parallel_size: Annotated[int, Range(1, 8)] = 1
+    enforce_eager: bool = False
+    kvcache_block_size: Annotated[int, Range(1)] = 256
+    num_kvcache_blocks: Annotated[int, Range(-1)] = -1
+    hf_config: PretrainedConfig = None  # type: ignore[assignment]
+    eos: tuple[int, ...] | int = -1
+    device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"
+    dtype: Annotated[torch.dtype, DTYPES] = "auto"  # type: ignore[assignment]
+    attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
+    load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
+    enable_prefix_caching: bool = True
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    architectures: InitVar[Collection[str]] = ()
 
     @classmethod
-    def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
+    def from_options(
+        cls, model: str, options: dict[str, Any], architectures: Collection[str] = ()
+    ) -> "Config":
         """Build a Config; an unknown option is a TypeError that names the nearest field."""
         names = [field.name for field in fields(cls) if field.name != "model"]
-        if unknown := [name for name in options if name not in names]:
-            near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
-            raise TypeError(
-                f"unknown option {unknown[0]!r}; did you mean {near!r}? (options: {', '.join(names)})"
-            )
-        return cls(model, **options)
+        for name in options:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+                raise TypeError(
+                    f"unknown option {name!r}; did you mean {nearest!r}? "
+                    f"(options: {', '.join(names)})"
+                )
+        return cls(model, **options, architectures=architectures)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, architectures: Collection[str]) -> None:
         if isinstance(self.dtype, torch.dtype):
-            self.dtype = str(self.dtype).removeprefix("torch.")
+            self.dtype = dtype_name(self.dtype)  # type: ignore[assignment]  # as it is checked
         check_fields(self)
+        self._choose_device()
+        self._find_model(architectures)
+        self._check_eos()
+        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        self._choose_dtype()
+        if self.num_kvcache_blocks != -1:
+            self.check_kvcache(self.num_kvcache_blocks)
+
+    def _choose_device(self) -> None:
+        """Settle `device`, and see to it that there are GPUs enough."""
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if (
-            self.device == "cuda"
-            and (num_gpus := torch.cuda.device_count()) < self.tensor_parallel_size
-        ):
-            needed = f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as many GPUs"
-            raise ValueError(f"{needed}, and {num_gpus} can be seen; lower it or pass device='cpu'")
-        if self.hf_config is None or self.load_format != "dummy":
-            self.model = resolve_model(self.model, needs_weights=self.load_format != "dummy")
+        if self.device != "cuda":
+            return
+        num_gpus = torch.cuda.device_count()
+        if num_gpus < self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as "
+                f"many GPUs, and {num_gpus} can be seen; lower it or pass device='cpu'"
+            )
+
+    def _find_model(self, architectures: Collection[str]) -> None:
+        """Settle `model` and `hf_config`; fetch from the hub only what will be read."""
+        needs_weights = self.load_format != "dummy"
+        if self.hf_config is None or needs_weights:
+            self.model = resolve_model(self.model, needs_weights)
         if self.hf_config is None:
-            self.hf_config = read_hf_config(Path(self.model))
+            self.hf_config = read_hf_config(Path(self.model), architectures)
         elif not isinstance(self.hf_config, PretrainedConfig):
             raise TypeError(
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
-        check_architecture(self.hf_config.architectures, "hf_config")
-        self.eos = tuple(self.eos) if isinstance(self.eos, list) else self.eos
-        for eos in (
-            (self.eos if isinstance(self.eos, tuple) else (self.eos,)) if self.eos != -1 else ()
-        ):
-            check_value("an eos id", eos, int, 0, self.hf_config.vocab_size - 1)
-        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
-        if (
-            self.dtype == "auto"
-        ):  # transformers 5 calls it dtype, 4 torch_dtype; either may hold a string
-            stored = getattr(self.hf_config, "dtype", None) or getattr(
-                self.hf_config, "torch_dtype", None
-            )
-            self.dtype = (
-                "float32"
-                if self.device == "cpu"
-                else str(stored or "bfloat16").removeprefix("torch.")
-            )
-        self.dtype = getattr(torch, self.dtype)
-        if self.num_kvcache_blocks != -1:
-            self.check_kvcache(self.num_kvcache_blocks)
+        check_architecture(self.hf_config.architectures, "hf_config", architectures)
+
+    def _check_eos(self) -> None:
+        """Raise unless `eos` is -1 or holds token ids of the model's vocabulary."""
+        if self.eos == -1:
+            return
+        if isinstance(self.eos, list):
+            self.eos = tuple(self.eos)
+        ids = self.eos if isinstance(self.eos, tuple) else (self.eos,)
+        for token_id in ids:
+            check_value("an eos id", token_id, int, Range(0, self.hf_config.vocab_size - 1))
+
+    def _choose_dtype(self) -> None:
+        """Turn the name in `dtype` into a torch.dtype."""
+        name = str(self.dtype)
+        if name == "auto" and self.device == "cpu":
+            name = "float32"
+        elif name == "auto":
+            name = stored_dtype(self.hf_config)
+        self.dtype = getattr(torch, name)
 
     def check_kvcache(self, num_blocks: int) -> None:
-        """Raise a ValueError unless so many blocks hold a sequence of max_model_len: any request can then finish."""
+        """Raise a ValueError unless so many blocks hold a sequence of max_model_len.
+
+        They must, for any request to be able to finish, even alone.
+        """
         needed = -(-self.max_model_len // self.kvcache_block_size)
         if num_blocks < needed:
             raise ValueError(
-                f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens cannot hold one "
-                f"sequence of max_model_len {self.max_model_len}, which takes {needed} blocks; lower max_model_len, "
-                "or raise num_kvcache_blocks or gpu_memory_utilization"
+                f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens "
+                f"cannot hold one sequence of max_model_len {self.max_model_len}, which takes "
+                f"{needed} blocks; lower max_model_len, or raise num_kvcache_blocks or "
+                "gpu_memory_utilization"
             )
 
 
 def resolve_model(model: str, needs_weights: bool) -> str:
-    """The local directory of `model`: itself, or where the hub's cache (or else the hub) has that id; or an error."""
+    """The local directory of `model`: itself, or that of a hub id, downloaded if need be.
+
+    Raises a TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
+    """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a path or a hub id, not {model!r}")
-    if (path := Path(model).expanduser()).is_dir():
+    path = Path(model).expanduser()
+    if path.is_dir():
         return str(path)
-    from huggingface_hub import snapshot_download  # here: most runs never need it
+    from huggingface_hub import snapshot_download  # here, because most runs never need it
 
-    needed = ["config.json"] + ["*.safetensors"] * needs_weights
-    files = {
-        "repo_id": str(model),
-        "allow_patterns": ["*.json", "*.txt", "*.jinja", "*.model", *needed],
-    }
+    needed = ["config.json"]
+    if needs_weights:
+        needed.append("*.safetensors")
+    patterns = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
+    download = partial(snapshot_download, str(model), allow_patterns=patterns)
     try:
-        with suppress(FileNotFoundError):
-            path = Path(snapshot_download(**files, local_files_only=True))
-            if all(any(path.glob(pattern)) for pattern in needed):
+        with suppress(FileNotFoundError):  # the cache holds nothing of this id
+            path = Path(download(local_files_only=True))
+            is_complete = all(any(path.glob(pattern)) for pattern in needed)
+            if is_complete:
                 return str(path)
-        return snapshot_download(**files)  # of what the cache lacks
+        return download()  # only what the cache lacks
     except (OSError, ValueError) as error:  # the hub's own exceptions are of these
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched ({reason}); pass "
-            "the path of a checkpoint in Hugging Face format"
+            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched "
+            f"({reason}); pass the path of a checkpoint in Hugging Face format"
         ) from error
 
 
-def read_hf_config(path: Path) -> PretrainedConfig:
+def read_hf_config(path: Path, architectures: Collection[str] = ()) -> PretrainedConfig:
     """Read config.json; a ValueError if there is none, or none that this engine can run."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(
             f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format"
         )
-    check_architecture(read_json(file).get("architectures"), str(file))
+    # Before transformers reads the file, whose error for an unknown architecture would say less.
+    check_architecture(read_json(file).get("architectures"), str(file), architectures)
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever a malformed file makes transformers raise
@@ -164,18 +212,36 @@ def read_hf_config(path: Path) -> PretrainedConfig:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
+    if not file.is_file():
+        return {}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        contents = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds {str(raw)[:40]!r} and not a configuration")
-    return raw
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds {str(contents)[:40]!r} and not a configuration")
+    return contents
 
 
-def check_architecture(architectures: list[str] | None, source: str) -> None:
-    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if name not in list(MODELS):  # a file may hold anything, a dict's keys only what can be hashed
+def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
+    """Raise a ValueError unless the first of `names` is in `supported`, or that is empty.
+
+    `names` is what `source` has under "architectures": in a file that may be anything.
+    """
+    name = names[0] if isinstance(names, list) and names else names
+    if supported and name not in list(supported):  # a list, because `name` may not be hashable
         raise ValueError(
-            f"{source} names the architecture {name!r}; supported: {', '.join(MODELS)}"
+            f"{source} names the architecture {name!r}; supported: {', '.join(supported)}"
         )
+
+
+def stored_dtype(hf_config: PretrainedConfig) -> str:
+    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
+    # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
+    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    return dtype_name(stored or "bfloat16")
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a dtype as config.json has it: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,24 +1,16 @@
-"""The user's entry to the library."""
+"""The user's entry to the library: the engine, and what is built on its loop (chat, streams)."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Params, Prompts, Request, Result
-from nanovllm.engine.sequence import Sequence
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.requests import Params, Prompts, Request
+from nanovllm.outputs import Result, StreamedCompletion, StreamPart
 from nanovllm.utils.interrupts import uninterrupted
 
 Conversation = list[dict[str, Any]]
-
-
-def is_conversations(value: Any) -> bool:
-    lists = (
-        isinstance(value, (list, tuple))
-        and value
-        and all(isinstance(item, (list, tuple)) for item in value)
-    )
-    return bool(lists) and all(
-        isinstance(message, dict) for conversation in value for message in conversation
-    )
 
 
 class LLM(LLMEngine):
@@ -38,77 +30,83 @@ class LLM(LLMEngine):
     ) -> list[Result]:
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
-        Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's chat template.
-        Returns and raises what `generate` does; a ValueError also when there is no template.
+        Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's
+        chat template. Returns and raises what `generate` does; a ValueError also when there is no
+        template.
         """
-        options = {
-            "add_generation_prompt": True,
-            **(chat_template_kwargs or {}),
-            **template_options,
-        }
+        options: dict[str, Any] = {"add_generation_prompt": True}
+        options.update(chat_template_kwargs or {})
+        options.update(template_options)
+        options["return_dict"] = False  # `generate` takes lists of token ids
         template = options.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
         if self.tokenizer is None or not template:
             raise ValueError(
                 f"{self.config.model} has no chat template; pass chat_template=..., or use generate"
             )
-        is_one = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)
-        conversations = [messages] if is_one else messages
-        if not is_conversations(conversations):
-            raise TypeError(
-                f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
-            )
-        prompts = self.tokenizer.apply_chat_template(
-            conversations, **{**options, "return_dict": False}
-        )
+        conversations = list_of_conversations(messages)
+        prompts: Any = self.tokenizer.apply_chat_template(conversations, **options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def get_tokenizer(self) -> Any:
+    def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer, of `transformers`; None if it has none."""
         return self.tokenizer
 
-    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[Result]:
-        """Complete prompts as `generate` does, and yield what is new of each completion as it comes.
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamPart]:
+        """Complete prompts as `generate` does, and yield the new tokens as they come.
 
-        Yields dicts: `index` of the prompt, `completion` (0 to n - 1), new `text` (it can lag behind, by part of a
-        character or of a stop string), `token_ids` and `logprobs`; with the last, `finish_reason` and `stop_reason`.
-        Requests are queued when the first dict is asked for; leaving the loop, or closing the generator, ends them.
+        Yields dicts: `index` of the prompt, `completion` (0 to n - 1), new `text` (it can lag
+        behind, by part of a character or of a stop string), `token_ids` and `logprobs`; with the
+        last, `finish_reason` and `stop_reason`. Requests are queued when the first dict is asked
+        for; leaving the loop, or closing the generator, ends them.
         """
-        return self._stream(self._checked(prompts, sampling_params))
+        # This method is no generator itself: a wrong prompt raises now, not at the first `next`.
+        return self._stream(self._check_requests(prompts, sampling_params))
 
-    def _stream(self, requests: list[Request]) -> Iterator[Result]:
-        scheduler = self.scheduler
-        live: dict[
-            Sequence, tuple[int, int, int]
-        ] = {}  # prompt, completion, number of tokens that were yielded
+    def _stream(self, requests: list[Request]) -> Iterator[StreamPart]:
+        scheduler = self.scheduler  # another one after a reset, which has dropped our requests
+        live: list[StreamedCompletion] = []
         try:
-            with uninterrupted():  # all that is queued is in `live`
+            # A sequence that was queued and did not get into `live` would never be ended.
+            with uninterrupted():
                 for index, request in enumerate(requests):
-                    live |= {
-                        seq: (index, i, 0)
-                        for i, seq in enumerate(self._queue(*request, is_streamed=True))
-                    }
-            while live and self.scheduler is scheduler:  # not after a reset
-                self._ended, _ = (
-                    self.step()
-                )  # what it reports is kept for whoever calls `step` next
-                for seq, (index, i, start) in list(live.items()):
-                    if start < (end := len(seq.token_ids) - seq.num_prompt_tokens):
-                        text = (
-                            "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
-                        )
-                        live[seq] = index, i, end
-                        if (
-                            seq.is_finished
-                        ):  # asked before the yield: others may step the engine meanwhile
-                            del live[seq]
-                        yield {
-                            "index": index,
-                            "completion": i,
-                            **self._completion(seq, text, start),
-                        }
+                    for number, seq in enumerate(self._queue(request, is_streamed=True)):
+                        live.append(StreamedCompletion(seq, index, number))
+            while live and self.scheduler is scheduler:
+                self._advance()  # results of other requests stay in the mailbox, for `step`
+                for completion in live:
+                    part = completion.take()
+                    if part is not None:
+                        yield part
+                live = [completion for completion in live if not completion.is_done]
         finally:
             with uninterrupted():
                 if self.scheduler is scheduler and self.model_runner is not None:
-                    scheduler.abort(list(live))
-                    while self._pending and scheduler.is_finished():  # steps launched ahead
-                        self._ended, _ = self.step()
+                    scheduler.abort([completion.seq for completion in live])
+                    # With no other requests, nobody would complete the steps launched ahead.
+                    while self._pending and scheduler.is_finished():
+                        self._advance()
+
+
+def list_of_conversations(messages: Any) -> list[Conversation]:
+    """One conversation or a list of them, as a list; TypeError if it is neither."""
+    conversations = messages
+    if is_list(messages) and messages and isinstance(messages[0], dict):
+        conversations = [messages]
+    if not is_list(conversations) or not conversations:
+        raise not_conversations(messages)
+    for conversation in conversations:
+        if not is_list(conversation) or not all(isinstance(item, dict) for item in conversation):
+            raise not_conversations(messages)
+    return conversations
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a list or a tuple."""
+    return isinstance(value, (list, tuple))
+
+
+def not_conversations(messages: Any) -> TypeError:
+    """The error for messages of the wrong type."""
+    return TypeError(
+        f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
+    )

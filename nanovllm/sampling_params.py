@@ -2,57 +2,81 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, check_value
+from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value
+
+GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
+
+
+class SamplerNumbers(NamedTuple):
+    """The numbers of a request that the sampler needs besides temperature and seed.
+
+    They mean what the fields of `SamplingParams` of these names mean; the defaults change nothing.
+    """
+
+    top_k: float = 0  # 0: off
+    top_p: float = 1
+    min_p: float = 0
+    repetition_penalty: float = 1
+    presence_penalty: float = 0
+    frequency_penalty: float = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Options of one request; ValueError or TypeError when one is out of range or of the wrong type."""
+    """Options of one request; a wrong one is a TypeError or ValueError that names the value.
 
-    temperature: Annotated[float, 0, 10**6] = (
-        1.0  # divisor of the logits; 0: greedy, the most likely token
-    )
-    max_tokens: Annotated[int | None, 1] = (
-        64  # most tokens to generate; None: as many as max_model_len allows
-    )
-    ignore_eos: bool = False  # keep generating after the end-of-sequence token (for benchmarks)
-    seed: Annotated[int | None, 0, 2**63 - 1] = (
-        None  # same seed, same tokens; None: drawn from the engine's
-    )
-    n: Annotated[int, 1] = 1  # completions of the prompt, each with a seed of its own
-    top_k: Annotated[int, -1, 2**24] = (
-        0  # sample among so many of the likeliest tokens; 0 or -1: all
-    )
-    top_p: Annotated[float, ABOVE_0, 1] = (
-        1.0  # sample among the likeliest that together have this probability
-    )
-    min_p: Annotated[float, 0, 1] = (
-        0.0  # leave out what is less likely than this share of the likeliest
-    )
-    repetition_penalty: Annotated[float, ABOVE_0, 10**6] = (
-        1.0  # above 1: less of what prompt and completion hold
-    )
-    presence_penalty: Annotated[float, -2, 2] = (
-        0.0  # taken off the logits of tokens in the completion
-    )
-    frequency_penalty: Annotated[float, -2, 2] = 0.0  # the same, for each time that they occur
-    logit_bias: dict[int, float] | None = (
-        None  # token id -> what is added to its logit, -100 to 100
-    )
-    min_tokens: Annotated[int, 0] = (
-        0  # before it has so many tokens, nothing but max_tokens ends the completion
-    )
-    stop: str | SequenceOf[str] | None = None  # strings that end the text, which is cut before them
-    stop_token_ids: SequenceOf[int] | None = None  # token ids that end the completion
-    include_stop_str_in_output: bool = (
-        False  # cut the text after the stop string (or token), not before it
-    )
-    logprobs: Annotated[int | None, 0, 20] = (
-        None  # return those of the sampled and of so many likeliest tokens
-    )
-    skip_special_tokens: bool = True  # leave special tokens out of the text
+    Attributes:
+        temperature: Divisor of the logits. Below 1 the likely tokens become likelier still; 0 is
+            greedy, which takes the likeliest token.
+        max_tokens: Most tokens to generate. None: as many as the engine's `max_model_len` leaves
+            room for.
+        ignore_eos: Whether to go on after an end-of-sequence token (for benchmarks).
+        seed: Of the random numbers: with the same seed a request gets the same tokens. None: one
+            that follows from the engine's seed and the order of the requests.
+        n: Number of completions of the prompt, each with a seed of its own.
+        top_k: Draw among this many of the likeliest tokens. 0 or -1: among all.
+        top_p: Draw among the fewest likeliest tokens that together have this probability. 1: among
+            all.
+        min_p: Leave out tokens whose probability is less than this share of the likeliest one's. 0:
+            none.
+        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens
+            that are in the prompt or the completion: above 1 they become less likely. 1: off.
+        presence_penalty: Subtracted from the logits of tokens that are in the completion. 0: off.
+        frequency_penalty: Subtracted from them once for each time they are in the completion. 0:
+            off.
+        logit_bias: Token id -> what is added to its logit, -100 to 100. None: nothing.
+        min_tokens: Until the completion has this many tokens, only `max_tokens` or `max_model_len`
+            ends it, and tokens that would end it are not drawn. 0: it may end at once.
+        stop: Strings, or one, that end the text, which is cut before them. None: none. Kept as a
+            tuple.
+        stop_token_ids: Token ids that end the completion. None: none, besides the model's
+            end-of-sequence tokens. Kept as a tuple.
+        include_stop_str_in_output: Whether the text keeps the stop string (or token) that ended it.
+        logprobs: Return the log-probabilities of each sampled token and of this many likeliest
+            ones. None: none.
+        skip_special_tokens: Whether special tokens are left out of the text.
+    """
+
+    temperature: Annotated[float, Range(0, 10**6)] = 1.0
+    max_tokens: Annotated[int | None, Range(1)] = 64
+    ignore_eos: bool = False
+    seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
+    n: Annotated[int, Range(1)] = 1
+    top_k: Annotated[int, Range(-1, 2**24)] = 0
+    top_p: Annotated[float, Range(ABOVE_0, 1)] = 1.0
+    min_p: Annotated[float, Range(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Range(ABOVE_0, 10**6)] = 1.0
+    presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
+    frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0
+    logit_bias: dict[int, float] | None = None
+    min_tokens: Annotated[int, Range(0)] = 0
+    stop: str | SequenceOf[str] | None = None
+    stop_token_ids: SequenceOf[int] | None = None
+    include_stop_str_in_output: bool = False
+    logprobs: Annotated[int | None, Range(0, 20)] = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,54 +86,78 @@ class SamplingParams:
             )
         if self.n > 1 and self.is_greedy:
             raise ValueError(
-                f"n must be 1 when temperature is 0 (all completions would be the same), not {self.n}"
+                "n must be 1 when temperature is 0 (all completions would be the same), "
+                f"not {self.n}"
             )
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        for name, values, kind in (
-            ("stop", stop, str),
-            ("stop_token_ids", self.stop_token_ids or [], int),
-        ):
-            if not isinstance(values, (list, tuple)) or not all(
-                type(value) is kind for value in values
-            ):
-                raise TypeError(
-                    f"{name} must be a list of {kind.__name__}, not {getattr(self, name)!r}"
-                )
-            object.__setattr__(self, name, tuple(values))
-        if "" in self.stop:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        # The dataclass is frozen, so that nobody changes a value past these checks. This is how it
+        # sets a field of its own.
+        object.__setattr__(self, "stop", checked_tuple("stop", stop, str))
+        stop_token_ids = checked_tuple("stop_token_ids", self.stop_token_ids, int)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        if "" in (self.stop or ()):
             raise ValueError(f"stop must hold strings of at least one character, not {stop!r}")
-        if not isinstance(self.logit_bias, (dict, type(None))):
-            raise TypeError(
-                f"logit_bias must be a dict of token ids and numbers, not {self.logit_bias!r}"
-            )
-        for token_id, bias in (self.logit_bias or {}).items():
-            check_value("a token id in logit_bias", token_id, int, 0)
-            check_value(f"logit_bias of token {token_id}", bias, float, -100, 100)
+        check_logit_bias(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
-        return (
-            self.temperature < 1e-5
-        )  # dividing by less overflows, and the likeliest token is as good as certain
+        """Whether each token is the likeliest one, not a drawn one."""
+        return self.temperature < GREEDY_BELOW
 
     @property
-    def sampler_row(self) -> tuple[float, ...]:
-        """top_k (0: off), top_p, min_p; repetition, presence and frequency penalty."""
-        filters = (0, 1, 0) if self.is_greedy else (max(self.top_k, 0), self.top_p, self.min_p)
-        return *filters, self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+    def sampler_numbers(self) -> SamplerNumbers:
+        """The sampler's numbers, with those filters off that would change nothing."""
+        if self.is_greedy:  # no filter ever leaves out the likeliest token
+            return SamplerNumbers(
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+            )
+        return SamplerNumbers(
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
 
     @property
     def has_penalties(self) -> bool:
-        return self.sampler_row[3:] != NEUTRAL_ROW[3:]
+        """Whether the sampler has to know which tokens the sequence holds already."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the sampler has to know."""
         return (
-            self.sampler_row == NEUTRAL_ROW
-            and not (self.logit_bias or self.min_tokens)
+            self.sampler_numbers == SamplerNumbers()
+            and not self.logit_bias
+            and self.min_tokens == 0
             and self.logprobs is None
         )
 
 
-NEUTRAL_ROW = (0, 1, 0, 1, 0, 0)  # a sampler_row that changes nothing
+def checked_tuple(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    """A list or tuple of `kind` as a tuple, None as an empty one; a TypeError if it is neither."""
+    if not values:
+        return ()
+    is_list = isinstance(values, (list, tuple))
+    if not is_list or any(type(value) is not kind for value in values):  # True is an int, but no id
+        raise TypeError(f"{name} must be a list of {kind.__name__}, not {values!r}")
+    return tuple(values)
+
+
+def check_logit_bias(logit_bias: Any) -> None:
+    """Raise unless it is None or a dict of token ids (at least 0) and numbers from -100 to 100."""
+    if logit_bias is None:
+        return
+    if not isinstance(logit_bias, dict):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {logit_bias!r}")
+    for token_id, bias in logit_bias.items():
+        check_value("a token id in logit_bias", token_id, int, Range(0))
+        check_value(f"logit_bias of token {token_id}", bias, float, Range(-100, 100))

@@ -101,10 +101,9 @@ def main() -> None:
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):
         gumbel.gumbel_argmax(logits, floats, positions, positions, 0, thresholds)
-    penalties.penalize(
-        logits, numbers(16, 30000, dtype=torch.int16), positions, (floats, floats, floats)
-    )
-    threshold.filter_thresholds(logits, floats, (ints(16), floats, floats))
+    counts = numbers(16, 30000, dtype=torch.int16)
+    penalties.penalize(logits, counts, positions, penalties.Penalties(floats, floats, floats))
+    threshold.filter_thresholds(logits, floats, threshold.Filters(ints(16), floats, floats))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
     summed.peers, summed.rounds, summed.rank, summed.slice = positions, ints(512), 2, HIDDEN // 2

@@ -1,4 +1,4 @@
-"""Bad input gets a clear exception before any work is done, and the engine still works afterwards."""
+"""Bad input gets a clear exception before any work is done; the engine still works afterwards."""
 
 import gc
 import json
@@ -55,7 +55,7 @@ def still_works(request: pytest.FixtureRequest) -> Iterator[None]:
     assert generate_ids(engine, [PROMPT], greedy(8)) == [expected]
 
 
-# --- options ------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,29 @@ def test_a_gpu_backend_on_the_cpu(checkpoint: Checkpoint) -> None:
             make_llm(checkpoint.path, attention_backend=backend)
 
 
+def test_an_architecture_is_checked_against_those_that_there_is_code_for(
+    checkpoint: Checkpoint, copy: Path
+) -> None:
+    """Config knows no models: the engine tells it their names. Nobody else can pass any."""
+    with pytest.raises(ValueError, match="config.json names .*'Qwen3ForCausalLM'; supported: A, B"):
+        Config.from_options(checkpoint.path, {"device": "cpu"}, ["A", "B"])
+    hf_config = Config(checkpoint.path, device="cpu", architectures=["Qwen3ForCausalLM"]).hf_config
+    with pytest.raises(ValueError, match="hf_config names .*'Qwen3ForCausalLM'; supported: A"):
+        Config(checkpoint.path, device="cpu", hf_config=hf_config, architectures=["A"])
+    with pytest.raises(TypeError, match="unknown option 'architectures'"):
+        LLM(checkpoint.path, architectures=["Qwen3ForCausalLM"])
+    # One that transformers does not know either is refused by name, before transformers reads it.
+    edit_json(copy / "config.json", architectures=["Other"], model_type="other")
+    with pytest.raises(ValueError, match="'Other'; supported: Qwen3ForCausalLM, Qwen2ForCausalLM"):
+        LLM(str(copy))
+
+
 def test_max_model_len_never_exceeds_the_models(checkpoint: Checkpoint) -> None:
     config = Config(checkpoint.path, max_model_len=10**6, device="cpu")
     assert config.max_model_len == 1024
 
 
-# --- the model ----------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
@@ -246,7 +263,7 @@ def test_a_tokenizer_that_cannot_be_read(copy: Path) -> None:
         make_llm(str(copy))
 
 
-# --- sampling parameters ------------------------------------------------------------------------------------
+# --- sampling parameters ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +339,7 @@ def test_sampling_parameters_cannot_be_changed_past_the_checks() -> None:
         SamplingParams().max_tokens = -1  # type: ignore[misc]
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
+# --- prompts ----------------------------------------------------------------------------------
 
 BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     ([], ValueError, "is empty"),
@@ -408,7 +425,7 @@ def test_generate_beside_unfinished_requests(llm: LLM) -> None:
         llm.step()
 
 
-# --- what ends a call early ---------------------------------------------------------------------------------
+# --- what ends a call early -------------------------------------------------------------------
 
 
 @pytest.fixture(params=[0, 1], ids=["depth-0", "depth-1"])
@@ -519,7 +536,7 @@ def test_an_engine_after_exit(checkpoint: Checkpoint) -> None:
 
 
 def test_exit_frees_the_memory_at_once(checkpoint: Checkpoint) -> None:
-    """Not when Python's cycle collector comes round: the next engine may need the card's memory now."""
+    """Not when Python's cycle collector comes round: the next engine may need the memory now."""
     engine = make_llm(checkpoint.path)
     engine.generate([PROMPT], greedy(2), use_tqdm=False)
     runner = engine.model_runner
@@ -572,7 +589,7 @@ llm = LLM(sys.argv[1], device="cpu", max_model_len=64, kvcache_block_size=16, nu
 checks = [
     lambda: LLM(sys.argv[1], max_num_seqs=0),
     lambda: LLM(sys.argv[1], max_num_seqz=1),
-    lambda: LLM(sys.argv[1], device="cpu", kvcache_block_size=16, max_model_len=64, num_kvcache_blocks=1),
+    lambda: LLM(sys.argv[1], device="cpu", max_model_len=300, num_kvcache_blocks=1),
     lambda: LLM("/nowhere/at/all"),
     lambda: SamplingParams(temperature=-1),
     lambda: SamplingParams(max_tokens=0),

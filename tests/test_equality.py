@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.layers import linear
+from nanovllm.quantization import unquantized
 
 NUM_TOKENS = 32
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 6, 5, 4, 12, 31, 120, 33, 48, 63, 64, 65, 90]
@@ -392,11 +392,11 @@ def test_gemms_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: 
     expected = checkpoint.complete(prompts, 6)
     nums: list[int] = []
 
-    def gemm_parts(x: torch.Tensor, weight: torch.Tensor) -> int:
+    def num_splits(x: torch.Tensor, weight: torch.Tensor) -> int:
         nums.append(len(nums) % 4 if len(x) > 1 else 0)
         return nums[-1]
 
-    monkeypatch.setattr(linear, "gemm_parts", gemm_parts)
+    monkeypatch.setattr(unquantized, "num_splits", num_splits)
     llm = make_llm(checkpoint.path)
     assert generate_ids(llm, prompts, greedy(6)) == expected
     assert set(nums) == {0, 1, 2, 3}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import flash_attention
-from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels._triton import HAS_TRITON, gemm_tile_rows, padded_empty
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import (
@@ -24,14 +24,13 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
-from nanovllm.kernels.split_gemm import empty_rows, split_gemm, tile_tokens
+from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
     prefill_config,
     varlen_prefill,
     varlen_prefill_torch,
 )
-from nanovllm.layers import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -181,9 +180,9 @@ def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
 @needs_triton
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 33, 128, 140, 255])
 def test_split_gemm_of_rows_with_others_behind_them(num_tokens):
-    x = empty_rows(num_tokens, 64, randn(1))
+    x = padded_empty(num_tokens, 64, randn(1))
     others = torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize // 64, 64), (64, 1))
-    assert len(others) == max(num_tokens, tile_tokens(num_tokens)) >= 16
+    assert len(others) == max(num_tokens, gemm_tile_rows(num_tokens)) >= 16
     others.fill_(float("nan"))
     x.copy_(randn(num_tokens, 64))
     weight = randn(80, 64)
@@ -610,15 +609,16 @@ def test_flash_attention_calls_either_package(monkeypatch, version):
 def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(
     monkeypatch, version, head_dim, dtype, name
 ):
-    for module in (attention, flash_attention):
+    for module in (attention_backend, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    backend = attention.select_backend("auto", "cuda", 256, head_dim, dtype)
+    backend = attention_backend.select_backend("auto", "cuda", 256, head_dim, dtype)
     assert (backend.name, backend.decode) == (name, paged_decode)
-    assert attention.select_backend(backend.name, "cuda", 256, head_dim, dtype) is backend
+    assert attention_backend.select_backend(backend.name, "cuda", 256, head_dim, dtype) is backend
     assert (
-        attention.select_backend("triton", "cuda", 256, head_dim, dtype).prefill is varlen_prefill
+        attention_backend.select_backend("triton", "cuda", 256, head_dim, dtype).prefill
+        is varlen_prefill
     )
 
 
@@ -646,13 +646,15 @@ def test_flash_attention_that_does_not_import_is_a_clear_error(monkeypatch, vers
     def broken():
         raise error("undefined symbol")
 
-    for module in (attention, flash_attention):
+    for module in (attention_backend, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", broken)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ValueError, match="undefined symbol"):
-        attention.select_backend("flash_attn", "cuda", 256, 128, torch.bfloat16)
-    assert attention.select_backend("auto", "cuda", 256, 128, torch.bfloat16).name == "triton"
+        attention_backend.select_backend("flash_attn", "cuda", 256, 128, torch.bfloat16)
+    assert (
+        attention_backend.select_backend("auto", "cuda", 256, 128, torch.bfloat16).name == "triton"
+    )
 
 
 # --- without Triton ---
@@ -666,7 +668,7 @@ import torch
 from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
 from nanovllm.kernels import penalties, silu_mul, split_gemm, threshold
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.layers.attention import select_backend
+from nanovllm.layers.attention_backend import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)
 assert rms_norm.rms_norm_torch(x, weight, 0.0).square().mean().sub(1).abs() < 1e-5
 assert not HAS_TRITON and select_backend("auto", "cpu", 256, 64, torch.float32).name == "torch"

@@ -16,8 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
 from nanovllm.kernels.silu_mul import silu_mul_torch
-from nanovllm.layers import linear
 from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.attention_backend import PrefillPlan
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
@@ -26,9 +26,10 @@ from nanovllm.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from nanovllm.layers.residual import ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.tensor_parallel import get_tensor_parallel, tensor_parallel
 
@@ -85,7 +86,7 @@ def test_column_parallel(size: int, bias: bool) -> None:
     out = torch.cat([layer(x) for layer in layers], dim=1)
     torch.testing.assert_close(out, x @ weight.T + (vector if bias else 0))
     norm, normed = make_norm(10)
-    out = torch.cat([layer(x, norm) for layer in layers], dim=1)
+    out = torch.cat([layer(ResidualStream(x).normed(norm)) for layer in layers], dim=1)
     torch.testing.assert_close(out, normed(x) @ weight.T + (vector if bias else 0))
 
 
@@ -113,7 +114,8 @@ def test_silu_gate_up(size: int) -> None:
         load(layer.weight, gate, 0)
     gated = normed(x) @ gate.T
     expected = gated * torch.sigmoid(gated) * (normed(x) @ up.T)
-    torch.testing.assert_close(torch.cat([layer(x, norm) for layer in layers], dim=1), expected)
+    x_normed = ResidualStream(x).normed(norm)
+    torch.testing.assert_close(torch.cat([layer(x_normed) for layer in layers], dim=1), expected)
 
 
 @all_sizes
@@ -127,18 +129,21 @@ def test_row_parallel(size: int, bias: bool, monkeypatch: pytest.MonkeyPatch) ->
         load(layer.weight, weight)
         if bias:
             load(layer.bias, vector)
-        total += layer(x[:, rank * 24 // size : (rank + 1) * 24 // size], torch.zeros(5, 10))[0]
+        total += layer(x[:, rank * 24 // size : (rank + 1) * 24 // size])
     torch.testing.assert_close(total, x @ weight.T + (vector if bias else 0))
-    # Now with the sum, as every rank sees it: the residual is added to it once, in place.
-    residual = torch.randn(5, 10)
+    # Now with the sum, as every rank sees it: it is added to the stream once, in place.
+    hidden = torch.randn(5, 10)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.copy_(total))
+    norm, normed = make_norm(10)
     for rank, layer in enumerate(layers):
-        given = residual.clone()
-        out, normed = layer(
-            x[:, rank * 24 // size : (rank + 1) * 24 // size], given, make_norm(10)[0]
-        )
-        assert out is given and normed is None  # only the all-reduce kernel norms on the way
-        torch.testing.assert_close(out, residual + x @ weight.T + (vector if bias else 0))
+        stream = ResidualStream(hidden.clone())
+        given = stream.hidden
+        stream.add(layer, x[:, rank * 24 // size : (rank + 1) * 24 // size])
+        values = stream.normed(norm).values()
+        expected = hidden + x @ weight.T + (vector if bias else 0)
+        assert stream.hidden is given
+        torch.testing.assert_close(given, expected)
+        torch.testing.assert_close(values, normed(expected))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 4), (8, 2), (4, 1), (12, 4)])
@@ -163,7 +168,7 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
         out = layer(x).unflatten(1, (-1, head_dim))
         assert out.shape[1] == layer.num_heads + 2 * layer.num_kv_heads
         q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-        torch.testing.assert_close(layer(x, norm), layer(normed(x)))
+        torch.testing.assert_close(layer(ResidualStream(x).normed(norm)), layer(normed(x)))
         whole = {
             name: (x @ full[name].T + bias[name]).unflatten(1, (-1, head_dim)) for name in "qkv"
         }
@@ -213,9 +218,7 @@ def test_vocabulary(size: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(embedded, weight[ids])
     hidden = torch.randn(4, 6)
     norm, normed = make_norm(6)
-    set_context(Context(is_prefill=False))
-    logits = [head(hidden, norm) for head in heads]
-    reset_context()
+    logits = [head(ResidualStream(hidden).normed(norm)) for head in heads]
     torch.testing.assert_close(torch.cat(logits, dim=1), normed(hidden) @ weight.T)
 
 
@@ -379,19 +382,29 @@ def test_silu_and_mul() -> None:
     )
 
 
-def test_logits_of_a_whole_model(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("only_last_tokens", [True, False])
+def test_logits_of_a_whole_model(checkpoint: Checkpoint, only_last_tokens: bool) -> None:
     """One prefill of two sequences, with nothing but the model: the numbers, not only which is largest."""
     model = Qwen3ForCausalLM(checkpoint.model.config, 64)
     with torch.no_grad():
         load_model(model, checkpoint.path)
     first, second = [5, 6, 7, 8, 9], [100, 3]
-    bounds = torch.tensor([0, 5, 7], dtype=torch.int32)
-    set_context(Context(True, None, bounds, bounds, 5, 5))
+    borders = torch.tensor([0, 5, 7], dtype=torch.int32)
+    inputs = StepInputs(
+        is_prefill=True,
+        attention=PrefillPlan(borders, borders, max_seqlen_q=5, max_seqlen_k=5),
+        last_token_rows=borders[1:] - 1,
+    )
+    input_ids, positions = torch.tensor(first + second), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    model.model.layers[-1].self_attn.attn.only_last_tokens = only_last_tokens
+    set_context(inputs)
     with torch.inference_mode():
-        hidden = model(torch.tensor(first + second), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
-        logits = model.compute_logits(hidden)
-    assert hidden.shape[0] == 2  # of the last tokens
+        logits = model.compute_logits(model(input_ids, positions))
     reset_context()
+    if not only_last_tokens:
+        expected = torch.cat([checkpoint.logits(first), checkpoint.logits(second)])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        return
     expected = torch.stack([checkpoint.logits(first)[-1], checkpoint.logits(second)[-1]])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -429,14 +442,3 @@ def test_a_configuration_that_is_accepted_can_be_built(size: int, kv_heads: int)
     Qwen3ForCausalLM.check_config(config, size)
     for model in on_ranks(size, lambda: Qwen3ForCausalLM(config, 16)):
         assert model.model.layers[0].self_attn.qkv_proj.num_heads == 8 // size
-
-
-def test_a_product_in_parts_is_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, of_others, residual = torch.randn(3, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(of_others))
-    monkeypatch.setattr(linear, "gemm_parts", lambda x, weight: 3)
-    monkeypatch.setattr(linear, "split_gemm", lambda x, weight, bias, num_parts: parts[:num_parts])
-    (layer,) = on_ranks(2, lambda: RowParallelLinear(16, 8))[:1]
-    out, normed = layer(torch.randn(5, 8), residual.clone())
-    assert normed is None
-    torch.testing.assert_close(out, residual + parts.sum(0) + of_others)

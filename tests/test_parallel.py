@@ -39,7 +39,7 @@ def check_equal_for_a_worker(seq: Sequence) -> None:
         "block_table",
         "temperature",
         "seed",
-        "options",
+        "sampling_options",
         "scheduled_token_ids",
     ):
         assert getattr(copy, name) == getattr(seq, name), name

@@ -29,7 +29,7 @@ from conftest import (
 )
 
 from nanovllm import DEMO_MODEL, LLM
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.process_group import ProcessGroup
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -180,19 +180,21 @@ def test_nccl_is_ended_while_graphs_hold_kernels_of_it(
 
     def abort() -> None:
         stopped.set()
-        while holds_kernels and runner.graphs:
+        while holds_kernels and held:
             time.sleep(0.01)
         ended.append(True)
 
-    runner, ended = ModelRunner.__new__(ModelRunner), []
-    runner.graphs, runner.all_reduces, runner.is_cuda = Graphs(graphs), [], True
+    held, ended = Graphs(graphs), []
+    group = ProcessGroup.__new__(ProcessGroup)
+    group.small_all_reduce = group.prefill_all_reduce = None
+    group.clear_graphs, group.is_cuda = held.clear, True
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", abort)
-    let_go = threading.Thread(target=runner.let_go, daemon=True)
+    let_go = threading.Thread(target=group.let_go, daemon=True)
     let_go.start()
     let_go.join(timeout=5.0)
     monkeypatch.undo()
-    assert not let_go.is_alive() and ended and runner.graphs == ({} if holds_kernels else graphs)
+    assert not let_go.is_alive() and ended and held == ({} if holds_kernels else graphs)
 
 
 def test_a_rank_that_cannot_start_makes_the_call_raise(

@@ -41,11 +41,11 @@ def append(manager: BlockManager, seq: Sequence, token_id: int) -> None:
 
 
 def prompt(first: int, num_blocks: int, rest: int = 1) -> list[int]:
-    """Tokens that no other `first` shares a block with; `rest` more than `num_blocks` whole blocks."""
+    """`num_blocks` whole blocks and `rest` tokens more; no other `first` shares a block with it."""
     return list(range(first * 100, first * 100 + num_blocks * BLOCK_SIZE + rest))
 
 
-def test_key_is_xxh64_of_the_previous_key_and_the_tokens() -> None:
+def test_a_hash_is_xxh64_of_the_previous_hash_and_the_tokens() -> None:
     first = xxhash.xxh64(b"".join(t.to_bytes(4, "little") for t in [1, 2, 70_000, 4])).intdigest()
     assert BlockManager.compute_hash([1, 2, 70_000, 4]) == first
     data = first.to_bytes(8, "little") + b"".join(t.to_bytes(4, "little") for t in [5, 6, 7, 8])
@@ -188,7 +188,7 @@ def test_can_allocate_counts_hits_on_free_blocks_once() -> None:
     manager = BlockManager(4, BLOCK_SIZE)
     manager.deallocate(admit(manager, prompt(1, 2)))
     held = admit(manager, [7])
-    # Three blocks are free, two of them hits: three are needed, and two of those are the hits themselves.
+    # Three blocks are free. Three are needed, of which two are hits, on blocks that are free, too.
     assert manager.can_allocate(make_sequence(prompt(1, 2)))
     assert manager.can_allocate(make_sequence(prompt(1, 2, rest=BLOCK_SIZE)))
     assert not manager.can_allocate(make_sequence(prompt(1, 3)))

@@ -19,6 +19,7 @@ from conftest import (
     greedy,
     make_checkpoint,
     make_llm,
+    make_scheduler,
     random_prompts,
 )
 from hypothesis import HealthCheck, given, settings
@@ -27,8 +28,10 @@ from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.graphs import DecodeGraph, DecodeOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import TokenLogprobs
 
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 QUESTION = "introduce yourself"
@@ -367,7 +370,7 @@ def test_the_models_own_sampling_is_the_default(
     assert llm.get_default_sampling_params() == expected
     seeded = [dataclasses.replace(expected, seed=i) for i in range(6)]
     numbers = iter(range(6))
-    llm._seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
+    llm._inputs.seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
     assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)  # type: ignore[arg-type]
     llm.exit()
     llm = make_llm(
@@ -834,15 +837,17 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
 def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
     seq = Sequence(list(range(5000)), everything(1))
     assert everything(1).has_penalties and not everything(1).is_plain
-    seq.schedule(5000, is_prefill=True)
+    scheduler = make_scheduler(num_blocks=1, block_size=8192)
+    scheduler.add(seq)
+    step = scheduler.schedule()
+    assert step is not None and step.is_prefill
     copy = pickle.loads(pickle.dumps(seq))
-    assert (
-        copy.options == seq.options
-        and copy.options[0] == everything(1)
-        and copy.options[3] == seq.token_ids
-    )
-    seq.token_ids.append(1)
-    seq.schedule(1)
+    assert copy.sampling_options == seq.sampling_options
+    assert copy.sampling_options.params == everything(1)
+    assert copy.sampling_options.penalized_prompt_ids == seq.token_ids
+    scheduler.postprocess(step, [1], [TokenLogprobs(list(range(9)), [-1.0] * 9)])
+    step = scheduler.schedule()
+    assert step is not None and not step.is_prefill
     assert len(pickle.dumps(seq)) < 200
     # What changes nothing costs nothing: no options are sent, and the graph's own samples are taken.
     for params in (
@@ -860,10 +865,9 @@ class Replay:
         self.tokens, self.logits = torch.zeros(size, dtype=torch.int64), torch.zeros(size, 127)
 
     def replay(self) -> None:
-        tokens, logprobs, logits = self.decode(self.size)
-        assert logprobs is None  # plain sampling is what was captured
-        self.tokens.copy_(tokens)
-        self.logits.copy_(logits)
+        output = self.decode(self.size)
+        self.tokens.copy_(output.token_ids)
+        self.logits.copy_(output.logits)
 
 
 def test_options_with_graphs(checkpoint: Checkpoint) -> None:
@@ -871,9 +875,10 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     expected = summaries(llm, PROMPTS, MANY)
     runner = llm.model_runner
     replays = {size: Replay(llm, size) for size in (1, 2, 4, 8)}
-    runner.graph_sizes = list(replays)  # type: ignore[union-attr]
-    graphs = {size: (replay, replay.tokens, replay.logits) for size, replay in replays.items()}
-    runner.graphs = graphs  # type: ignore[union-attr, assignment]
+    runner.graphs.sizes = list(replays)  # type: ignore[union-attr]
+    for size, replay in replays.items():
+        output = DecodeOutput(replay.tokens, replay.logits)
+        runner.graphs.graphs[size] = DecodeGraph(replay, output)  # type: ignore[union-attr, arg-type]
     assert summaries(llm, PROMPTS, MANY) == expected
     assert [
         summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)

@@ -25,9 +25,16 @@ from transformers import (
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
-from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import MAX_COUNT, Sampler, SamplingExtras, set_counts
+from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
+from nanovllm.layers.sampler import (
+    MAX_COUNT,
+    LogitBias,
+    LogprobRequest,
+    Sampler,
+    SamplingExtras,
+    set_counts,
+)
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 # Triton's interpreter computes with NumPy, which warns of -inf * 0; what comes of it is not used.
@@ -44,14 +51,15 @@ PENALTIES = [
     pytest.param(penalize_torch, id="torch"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-Find = Callable[[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
+Find = Callable[[Tensor, Tensor, Filters], Tensor]
 
 
-def filters(
-    top_k: list[int], top_p: list[float], min_p: list[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    ints = torch.tensor(top_k, dtype=torch.int32, device=DEVICE)
-    return ints, torch.tensor(top_p, device=DEVICE), torch.tensor(min_p, device=DEVICE)
+def filters(top_k: list[int], top_p: list[float], min_p: list[float]) -> Filters:
+    return Filters(
+        top_k=torch.tensor(top_k, dtype=torch.int32, device=DEVICE),
+        top_p=torch.tensor(top_p, device=DEVICE),
+        min_p=torch.tensor(min_p, device=DEVICE),
+    )
 
 
 def kept(logits: Tensor, thresholds: Tensor) -> Tensor:
@@ -134,9 +142,7 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
     assert len(numbers) > 6  # the combinations differ in what they keep
 
 
-def kernel_cases(
-    vocab: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Filters]:
     """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be drawn, greedy."""
     generator = torch.Generator().manual_seed(vocab)
     logits = 3 * torch.randn(14, vocab, generator=generator)
@@ -225,12 +231,12 @@ def test_100_000_draws_follow_the_filtered_distribution(
 ) -> None:
     num_draws, (temperature, top_k, top_p, min_p) = 100_000, combination
     logits = torch.randn(14, generator=torch.Generator().manual_seed(1))
-    settings = tuple(column.repeat(num_draws) for column in filters([top_k], [top_p], [min_p]))
+    settings = filters([top_k] * num_draws, [top_p] * num_draws, [min_p] * num_draws)
     rows, temperatures = (
         logits.expand(num_draws, -1).to(DEVICE),
         torch.full((num_draws,), temperature, device=DEVICE),
     )
-    tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))  # type: ignore[arg-type]
+    tokens, logprobs = sample(rows, temperatures, SamplingExtras(filters=settings))
     assert logprobs is None and tokens.dtype == torch.int64
     probs = transformers_probs(logits, *combination)
     support = probs.nonzero().squeeze(1).tolist()
@@ -256,8 +262,8 @@ STRENGTHS = torch.tensor(
 )
 
 
-def penalties_of(strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(column.contiguous().to(DEVICE) for column in strengths.unbind(1))  # type: ignore[return-value]
+def penalties_of(strengths: Tensor) -> Penalties:
+    return Penalties(*(column.contiguous().to(DEVICE) for column in strengths.unbind(1)))
 
 
 def expected_penalties(
@@ -318,7 +324,7 @@ def test_counts_grow_by_what_is_sampled_and_stop_at_the_most_they_can_hold() -> 
     logits = torch.zeros(3, VOCAB, device=DEVICE)
     logits[[0, 1, 2], [9, 9, 40]] = 1e6
     off = penalties_of(torch.tensor([[1.0, 0.0, 0.0]] * 3))
-    extras = SamplingExtras(penalties=off, counts=counts, rows=rows)
+    extras = SamplingExtras(penalties=off, counts=counts, count_rows=rows)
     tokens, _ = sample(logits, torch.ones(3, device=DEVICE), extras)
     assert tokens.tolist() == [9, 9, 40]
     before[3, 9] += 1
@@ -337,7 +343,7 @@ def test_queued_steps_see_the_tokens_of_the_steps_before() -> None:
     ]
     rows = torch.tensor([1, 2, 3], device=DEVICE)
     extras = SamplingExtras(
-        penalties=penalties_of(strengths), counts=new_counts(VOCAB, histories), rows=rows
+        penalties=penalties_of(strengths), counts=new_counts(VOCAB, histories), count_rows=rows
     )
     zero = torch.zeros(3, device=DEVICE)
     steps = [sample(logits.to(DEVICE), zero, extras)[0] for _ in range(30)]
@@ -358,15 +364,15 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
     index = torch.tensor([0, 2, 2, 2], device=DEVICE)
     token_ids = torch.tensor([3, 60, 60, 3], device=DEVICE)
     values = torch.tensor([50.0, 30.0, 31.0, -math.inf], device=DEVICE)
-    extras = SamplingExtras(bias=(index, token_ids, values))
+    extras = SamplingExtras(bias=LogitBias(index, token_ids, values))
     sampler = Sampler(0, VOCAB)
-    changed, thresholds = sampler._apply(extras, logits, torch.ones(3, device=DEVICE))
+    changed = sampler._bias_and_penalize(logits, extras)
     expected = before.float().clone()
     expected[0, 3] += 50
     expected[2, 60] += 61  # the same pair twice: both count
     expected[2, 3] = -math.inf
     torch.testing.assert_close(changed, expected)
-    assert thresholds is None and changed.dtype == torch.float32
+    assert changed.dtype == torch.float32
     assert sample(logits, torch.ones(3, device=DEVICE), extras)[0].tolist()[::2] == [3, 60]
 
     histories: list[tuple[list[int], list[int]]] = [([3], []), ([], []), ([], [60, 3])]
@@ -375,9 +381,9 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
         bias=extras.bias,
         penalties=penalties_of(strengths),
         counts=new_counts(VOCAB, histories),
-        rows=torch.tensor([1, 2, 3], device=DEVICE),
+        count_rows=torch.tensor([1, 2, 3], device=DEVICE),
     )
-    changed, _ = sampler._apply(extras, logits, torch.ones(3, device=DEVICE))
+    changed = sampler._bias_and_penalize(logits, extras)
     torch.testing.assert_close(
         changed.cpu(), expected_penalties(expected.cpu(), histories, strengths)
     )
@@ -392,7 +398,7 @@ def test_forbidden_tokens_are_never_drawn(temperature: float) -> None:
     logits[:, 5] = 20
     index = torch.arange(num_rows, device=DEVICE).repeat_interleave(3)
     values = torch.full((3 * num_rows,), -math.inf, device=DEVICE)
-    bias = index, torch.tensor(forbidden * num_rows, device=DEVICE), values
+    bias = LogitBias(index, torch.tensor(forbidden * num_rows, device=DEVICE), values)
     temperatures = torch.full((num_rows,), temperature, device=DEVICE)
     for settings in (None, filters([7] * num_rows, [0.999999] * num_rows, [0.0] * num_rows)):
         tokens = sample(logits, temperatures, SamplingExtras(filters=settings, bias=bias))[
@@ -408,13 +414,13 @@ def test_greedy_heeds_penalties_and_bias_but_no_filter() -> None:
     assert sample(logits, zero, SamplingExtras(filters=everything))[0].tolist() == [0, 0, 0]
     counts = new_counts(4, [([], []), ([], [0]), ([0], [])])
     strengths = penalties_of(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [1.4, 2.0, 0.0]]))
-    bias = (
+    bias = LogitBias(
         torch.tensor([0], device=DEVICE),
         torch.tensor([2], device=DEVICE),
         torch.tensor([9.0], device=DEVICE),
     )
     extras = SamplingExtras(
-        filters=everything, penalties=strengths, counts=counts, rows=rows, bias=bias
+        filters=everything, penalties=strengths, counts=counts, count_rows=rows, bias=bias
     )
     assert sample(logits, zero, extras)[0].tolist() == [2, 1, 1]
 
@@ -431,9 +437,9 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
         filters=filters([3] * 5, [0.9] * 5, [0.1] * 5),
         penalties=penalties_of(STRENGTHS),
         counts=new_counts(VOCAB, HISTORIES),
-        rows=torch.arange(1, 6, device=DEVICE),
-        bias=tuple(torch.tensor([x], device=DEVICE) for x in (4, 17, 100.0)),  # type: ignore[arg-type]
-        logprobs=(torch.tensor([4, 1, 2], device=DEVICE), num_top),
+        count_rows=torch.arange(1, 6, device=DEVICE),
+        bias=LogitBias(*(torch.tensor([x], device=DEVICE) for x in (4, 17, 100.0))),
+        logprobs=LogprobRequest(torch.tensor([4, 1, 2], device=DEVICE), num_top),
     )
     tokens, logprobs = sample(logits, torch.full((5,), 0.7, device=DEVICE), extras)
     ids, values = logprobs
@@ -466,9 +472,9 @@ def one_of_each(num_rows: int) -> tuple[Tensor, Tensor, SamplingExtras]:
         ),
         penalties=penalties_of(strengths),
         counts=new_counts(VOCAB, histories),
-        rows=torch.arange(1, num_rows + 1, device=DEVICE),
-        bias=(biased, biased * 3 % VOCAB, torch.full_like(biased, 2, dtype=torch.float32)),
-        logprobs=(torch.arange(num_rows, device=DEVICE), 3),
+        count_rows=torch.arange(1, num_rows + 1, device=DEVICE),
+        bias=LogitBias(biased, biased * 3 % VOCAB, torch.full_like(biased, 2, dtype=torch.float32)),
+        logprobs=LogprobRequest(torch.arange(num_rows, device=DEVICE), 3),
     )
     return logits, torch.tensor([1.0, 0.8, 1.2, 0.0] * (num_rows // 4), device=DEVICE), extras
 
@@ -536,9 +542,9 @@ def test_gathering_takes_the_padding_out(num_ranks: int) -> None:
             {"size": num_ranks, "all_gather": lambda self, x: sent.append(x) or x[None]},
         )
         sampler.tp = exchange()
-        sampler._gather(parts[rank])
+        sampler._gather_vocabulary(parts[rank])
     exchange = type(
         "Exchange", (), {"size": num_ranks, "all_gather": lambda self, x: torch.stack(sent)}
     )
     sampler.tp = exchange()
-    assert torch.equal(sampler._gather(parts[-1]), logits)
+    assert torch.equal(sampler._gather_vocabulary(parts[-1]), logits)

@@ -1,11 +1,12 @@
-"""Scheduler and BlockManager, with no model, through random loads: the invariants hold after every step.
+"""Scheduler and BlockManager, with no model, through random loads: every step keeps the invariants.
 
-What the device would do is simulated by a store that holds, for each cache slot, which prefix's K and V were
-written there last, and by each row's newest token. Whatever a sequence is about to attend to must be its own
-prefix, token for token. A device executes steps in the order in which they are launched, so all this is done
-as soon as a step is scheduled; the scheduler learns the sampled tokens `lag` steps later, as LLMEngine.step
-tells it. The simulation knows them in advance: the token at each position of a request is fixed by its load,
-so every lag must give the same results.
+What the device would do is simulated by a store that holds, for each cache slot, which prefix's K
+and V were written there last, and by each row's newest token. Whatever a sequence is about to
+attend to must be its own prefix, token for token. A device executes steps in the order in which
+they are launched, so all this is done as soon as a step is scheduled; the scheduler learns the
+sampled tokens `lag` steps later, as LLMEngine.step tells it. The simulation knows them in advance:
+the token at each position of a request is fixed by its load, so every lag must give the same
+results.
 """
 
 import random
@@ -38,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Load:
-    """A cache, limits and requests. `sampled` is repeated for ever: the tokens the model "draws"."""
+    """A cache, limits and requests. `sampled`, repeated for ever, is what the model "draws"."""
 
     block_size: int
     num_blocks: int
@@ -50,7 +51,9 @@ class Load:
     sampled: list[int]
 
     def tokens(self, index: int) -> list[int]:
-        """What request `index` would come to if nothing ended it; steps launched too late draw from its end.
+        """What request `index` would come to if nothing ended it.
+
+        Steps that are launched beyond its end draw from what follows there.
 
         Requests take `sampled` from one of three places, so that equal prompts may complete alike.
         """
@@ -74,8 +77,8 @@ class Load:
 def loads(draw: st.DrawFn) -> Load:
     """Few token ids, and prompts cut from common beginnings, so that equal blocks are frequent.
 
-    Hypothesis chooses the sizes; a seeded generator fills them in, since Hypothesis itself likes short
-    lists of small numbers, which never fill a cache.
+    Hypothesis chooses the sizes; a seeded generator fills them in, since Hypothesis itself likes
+    short lists of small numbers, which never fill a cache.
     """
     r = random.Random(draw(st.integers(0, 10**6)))
     block_size = draw(st.integers(1, 8))
@@ -140,8 +143,8 @@ class Simulation:
     def run(self) -> None:
         load = self.load
         arrivals = deque(range(len(load.requests)))
-        # A step either samples a token or computes a whole budget of the prompt at the head of the queue, and
-        # nothing is preempted before that prompt is done.
+        # A step either samples a token or computes a whole budget of the prompt at the head of the
+        # queue, and nothing is preempted before that prompt is done.
         total = sum(request.max_tokens for request in load.requests)
         bound = 61 + total * (1 + -(-load.max_model_len // load.budget))
         for step in count():
@@ -197,7 +200,7 @@ class Simulation:
                 ) // self.load.block_size
             if seq.seq_id not in self.admitted:
                 self.admitted.append(seq.seq_id)
-        # Slots whose contents a sequence has computed (or found) in an earlier step, and will still read.
+        # Slots that a sequence has computed (or found) in an earlier step, and will still read.
         kept = {
             self.slot(held[seq.seq_id], position)
             for seq in self.live
@@ -212,7 +215,7 @@ class Simulation:
             self.tokens[seq.seq_id][seq.num_computed_tokens] if yields else -1
             for seq, yields in zip(step.seqs, step.yields, strict=True)
         ]
-        self.newest.update({seq.row: token for seq, token in zip(step.seqs, drawn)})
+        self.newest.update({seq.row: token for seq, token in zip(step.seqs, drawn, strict=True)})
         self.pending.append((step, drawn))
         assert scheduler.num_pending == len(self.pending)
         return True
@@ -229,7 +232,7 @@ class Simulation:
         return known[position]
 
     def check_inputs(self, step: Step) -> None:
-        """The host knows all tokens of a prefill; in a decode step the device has the one that it needs."""
+        """The host knows all tokens of a prefill; in decode, the device has the one it needs."""
         for seq in step.seqs:
             end = seq.num_computed_tokens
             tokens = self.tokens[seq.seq_id][end - seq.num_scheduled_tokens : end]
@@ -265,7 +268,7 @@ class Simulation:
         """`totals`: the `num_tokens` of every sequence before the step was scheduled."""
         load, scheduler, seqs = self.load, self.scheduler, step.seqs
         assert seqs and len(set(map(id, seqs))) == len(seqs) == len(step.yields)
-        for seq, yields in zip(seqs, step.yields):
+        for seq, yields in zip(seqs, step.yields, strict=True):
             total = totals[seq.seq_id]
             assert seq.num_scheduled_tokens >= 1 and not seq.is_finished
             assert seq.num_computed_tokens <= total
@@ -318,11 +321,11 @@ class Simulation:
         under_way = Counter(
             seq.seq_id
             for later, _ in self.pending
-            for seq, yields in zip(later.seqs, later.yields)
+            for seq, yields in zip(later.seqs, later.yields, strict=True)
             if yields
         )
         expected = []
-        for seq, yields, token in zip(step.seqs, step.yields, drawn):
+        for seq, yields, token in zip(step.seqs, step.yields, drawn, strict=True):
             request = self.load.requests[self.index[seq.seq_id]]
             takes = yields and seq.seq_id not in has_ended
             self.num_dropped += yields and not takes
@@ -369,9 +372,9 @@ def test_invariants_hold_after_every_step(load: Load) -> None:
 @pytest.mark.parametrize(
     "weak_hash",
     [
-        lambda token_ids, previous_key=None: 7,
-        lambda token_ids, previous_key=None: sum(token_ids) % 3,
-        lambda token_ids, previous_key=None: (sum(token_ids) + (previous_key or 0)) % 4,
+        lambda token_ids, parent_hash=None: 7,
+        lambda token_ids, parent_hash=None: sum(token_ids) % 3,
+        lambda token_ids, parent_hash=None: (sum(token_ids) + (parent_hash or 0)) % 4,
     ],
     ids=["constant", "sum", "chained"],
 )
@@ -431,7 +434,7 @@ def test_the_only_running_sequence_is_not_preempted() -> None:
 
 
 def test_an_end_that_is_found_late_costs_a_dropped_token_each_step() -> None:
-    """Two requests; the first ends at its third token, by which time `lag` more steps have been launched."""
+    """The first of two ends at its third token, by which time `lag` more steps are launched."""
     load = Load(
         block_size=2,
         num_blocks=20,
@@ -450,7 +453,7 @@ def test_an_end_that_is_found_late_costs_a_dropped_token_each_step() -> None:
 
 
 def test_no_step_is_launched_beyond_max_tokens() -> None:
-    """Unlike an EOS, that end is known in advance: nothing is computed in vain, and the rest goes on."""
+    """Unlike an EOS, that end is known in advance: nothing is computed in vain."""
     load = Load(
         block_size=2,
         num_blocks=20,

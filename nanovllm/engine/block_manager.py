@@ -9,46 +9,64 @@ import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
-NO_CONTENT = 0  # content id of a block that is not (yet) full, and of the empty prefix
+NO_PREFIX = 0  # prefix_id of the empty prefix, and of a block that is not full (yet)
+
+# Two prompts that share a block, with blocks of four tokens and a letter for each token:
+#
+#     prompt 1  A B C D | E F G H | I      its block table: [0, 1, 2]
+#     prompt 2  A B C D | W X Y Z | V      its block table: [0, 3, 4]
+#
+#     block_id  ref_count  token_ids  hash                   prefix_id  parent_prefix_id
+#            0          2  A B C D    h0 = xxh64(ABCD)       1          0, the empty prefix
+#            1          1  E F G H    h1 = xxh64(h0, EFGH)   2          1
+#            2          1  -          None: not full         0          0
+#            3          1  W X Y Z    h3 = xxh64(h0, WXYZ)   3          1
+#            4          1  -          None: not full         0          0
+#
+# K and V of a token depend on all tokens before it, so a block may be shared only where the whole
+# prefix up to its end is equal. That is why a hash covers the hash of the block before. The hash
+# finds a block. Its tokens, and the number of the prefix that they continue, prove that it is the
+# right one: prefix_id 1 stands for "A B C D", 2 for "A B C D E F G H", 3 for "A B C D W X Y Z".
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One block of `block_size` token slots. Its contents are known once it is full and computed."""
+    """`block_size` token slots of the cache. Contents are known when they are full and computed."""
 
-    block_id: int
-    ref_count: int = 0
-    key: int = -1
+    block_id: int  # its index in the KV cache, which block tables list
+    ref_count: int = 0  # number of block tables that it is in
+    hash: int | None = None  # where `cached_blocks` has it; None: nowhere
     token_ids: list[int] = field(default_factory=list)
-    parent_id: int = NO_CONTENT  # content_id of the block before it
-    content_id: int = (
-        NO_CONTENT  # equal for two blocks exactly when their tokens and all tokens before are equal
-    )
+    parent_prefix_id: int = NO_PREFIX  # prefix_id of the block before it
+    prefix_id: int = NO_PREFIX  # two blocks have the same only if all tokens up to their ends agree
 
 
 class BlockManager:
-    """Hands out blocks, counts their holders, finds cached prefixes, in time independent of the cache's size."""
+    """Hands out blocks, counts their holders and finds cached prefixes.
+
+    No operation takes longer in a larger cache.
+    """
 
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
     ) -> None:
-        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of the middle of this
-        # queue, which an OrderedDict does in constant time.
+        # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of
+        # the middle of this queue, which an OrderedDict does in constant time.
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self.cached_blocks: dict[int, Block] = {}  # key -> a full block, held or free
-        self._content_ids = count(
-            NO_CONTENT + 1
-        )  # never reused, so a stale parent_id matches nothing
+        self.cached_blocks: dict[int, Block] = {}  # hash -> a full block, held or free
+        # Never used again, so that a block whose parent was evicted matches nothing.
+        self._prefix_ids = count(NO_PREFIX + 1)
 
     def usage(self) -> dict[str, int]:
-        """Blocks that nobody holds, that sequences hold, and, of both kinds, that a prompt could share."""
-        free, num_cached = len(self.free_block_ids), len(self.cached_blocks)
+        """How many blocks are free, held by sequences, and (of both kinds) in the prefix cache."""
+        num_free = len(self.free_block_ids)
         return {
-            "blocks_free": free,
-            "blocks_in_use": len(self.blocks) - free,
-            "blocks_cached": num_cached,
+            "blocks_free": num_free,
+            "blocks_in_use": len(self.blocks) - num_free,
+            "blocks_cached": len(self.cached_blocks),
         }
 
     def num_missing(self, seq: Sequence) -> int:
@@ -56,43 +74,49 @@ class BlockManager:
         return -(-seq.num_tokens // self.block_size) - len(seq.block_table)
 
     def can_allocate(self, seq: Sequence) -> bool:
-        """Whether the free blocks suffice for all tokens of a waiting sequence, after prefix hits."""
-        num_held = sum(
-            block.ref_count > 0 for block in self._find_cached_prefix(seq)
-        )  # the other hits are free ones
+        """Whether there are blocks for all tokens of a waiting sequence, cached ones included."""
+        hits = self._find_cached_prefix(seq)
+        num_held = sum(block.ref_count > 0 for block in hits)  # the other hits are free blocks
         return self.num_missing(seq) - num_held <= len(self.free_block_ids)
 
     def allocate(self, seq: Sequence) -> None:
-        """Fill the block table of a waiting sequence: shared blocks for its cached prefix, new ones for the rest."""
+        """Fill the block table of a waiting sequence.
+
+        It gets shared blocks for its cached prefix and new ones for the rest.
+        """
         assert not seq.block_table
         for block in self._find_cached_prefix(seq):
             self.free_block_ids.pop(block.block_id, None)
             block.ref_count += 1
             seq.block_table.append(block.block_id)
-        seq.num_registered_blocks = len(seq.block_table)
-        seq.num_cached_tokens = seq.num_computed_tokens = len(seq.block_table) * self.block_size
+        num_hits = len(seq.block_table)
+        seq.num_registered_blocks = num_hits
+        seq.num_cached_tokens = num_hits * self.block_size
+        seq.num_computed_tokens = seq.num_cached_tokens
         seq.block_table += [self._take_free_block() for _ in range(self.num_missing(seq))]
 
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
-        """The longest run of cached blocks that `seq` begins with, always leaving a token to compute."""
+        """The cached blocks that `seq` begins with; they always leave a token to compute.
+
+        Without that token no logits would come out of its prefill.
+        """
         hits: list[Block] = []
+        parent_prefix_id = NO_PREFIX
         for index in range((seq.num_tokens - 1) // self.block_size):
-            block = self._find_block(seq, index, hits[-1].content_id if hits else NO_CONTENT)
+            block = self._find_block(seq, index, parent_prefix_id)
             if block is None:
                 break
             hits.append(block)
+            parent_prefix_id = block.prefix_id
         return hits
 
-    def _find_block(self, seq: Sequence, index: int, parent_id: int) -> Block | None:
-        """The cached block that equals a full one of `seq`, given the content id of the block before it."""
-        block = self.cached_blocks.get(self._block_key(seq, index))
-        # The key is only a hash. Equal tokens after an equal prefix are a proof.
-        is_same = (
-            block
-            and block.parent_id == parent_id
-            and block.token_ids == self._block_tokens(seq, index)
-        )
-        return block if is_same else None
+    def _find_block(self, seq: Sequence, index: int, parent_prefix_id: int) -> Block | None:
+        """The cached block that equals the full block `index` of `seq`, in tokens and prefix."""
+        block = self.cached_blocks.get(self._block_hash(seq, index))
+        if block is None or block.parent_prefix_id != parent_prefix_id:
+            return None
+        # Equal hashes are no proof. Equal tokens after an equal prefix are.
+        return block if block.token_ids == self._block_tokens(seq, index) else None
 
     def can_append(self, seq: Sequence) -> bool:
         """Whether the last token of a running sequence has a slot, or can be given one."""
@@ -104,61 +128,76 @@ class BlockManager:
             seq.block_table.append(self._take_free_block())
 
     def register(self, seq: Sequence) -> None:
-        """Make shareable those full blocks of `seq` whose tokens are known and whose computation is launched."""
+        """Make shareable those full blocks of `seq` whose tokens are known and computed.
+
+        Computed means that the step which computes them is scheduled: later steps run after it.
+        """
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         if not self.enable_prefix_caching or num_full <= seq.num_registered_blocks:
             return
         for index in range(seq.num_registered_blocks, num_full):
-            block = self.blocks[seq.block_table[index]]
-            block.parent_id = (
-                self.blocks[seq.block_table[index - 1]].content_id if index else NO_CONTENT
-            )
-            known = self._find_block(seq, index, block.parent_id)
-            if known is not None:
-                block.content_id = (
-                    known.content_id
-                )  # a second copy: the first one stays the shared one
-                continue
-            block.key, block.token_ids = self._block_key(seq, index), self._block_tokens(seq, index)
-            block.content_id = next(self._content_ids)
-            self.cached_blocks[block.key] = block
+            self._register_block(seq, index)
         seq.num_registered_blocks = num_full
 
+    def _register_block(self, seq: Sequence, index: int) -> None:
+        block = self.blocks[seq.block_table[index]]
+        if index > 0:
+            block.parent_prefix_id = self.blocks[seq.block_table[index - 1]].prefix_id
+        known = self._find_block(seq, index, block.parent_prefix_id)
+        if known is not None:  # this is a second copy: the first one stays the shared one
+            block.prefix_id = known.prefix_id
+            return
+        block.hash = self._block_hash(seq, index)
+        block.token_ids = self._block_tokens(seq, index)
+        block.prefix_id = next(self._prefix_ids)
+        self.cached_blocks[block.hash] = block
+
     def deallocate(self, seq: Sequence) -> None:
-        """Take back all blocks of a sequence. Their contents stay findable until they are handed out again."""
-        for block_id in reversed(
-            seq.block_table
-        ):  # the tail is evicted before the head it depends on
+        """Take back all blocks of a sequence.
+
+        Their contents stay findable until they are handed out again.
+        """
+        # Backwards, so that the tail is evicted before the head, without which it is not found.
+        for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_block_ids[block_id] = None
         seq.block_table.clear()
-        seq.num_computed_tokens = seq.num_registered_blocks = 0
+        seq.num_computed_tokens = 0
+        seq.num_registered_blocks = 0
 
     def _take_free_block(self) -> int:
+        """The block that was free for longest, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
         block = self.blocks[block_id]
-        if self.cached_blocks.get(block.key) is block:
-            del self.cached_blocks[block.key]
-        self.blocks[block_id] = Block(block_id, ref_count=1)  # with nothing known of its contents
+        # After a collision of hashes `cached_blocks` may have another block in its place.
+        if block.hash is not None and self.cached_blocks.get(block.hash) is block:
+            del self.cached_blocks[block.hash]
+        self.blocks[block_id] = Block(block_id, ref_count=1)
         return block_id
 
     @staticmethod
-    def compute_hash(token_ids: list[int], previous_key: int | None = None) -> int:
-        """Key of a full block: xxh64 of the previous block's key (8 bytes, none for the first) and its token ids."""
-        prefix = b"" if previous_key is None else previous_key.to_bytes(8, "little")
+    def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
+        """Hash of a full block: xxh64 of the hash of the block before it and of its token ids.
+
+        `parent_hash` goes in as 8 bytes, for the first block of a sequence (None) as none; each
+        token id as 4 bytes.
+        """
+        prefix = b"" if parent_hash is None else parent_hash.to_bytes(8, "little")
         return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
 
-    def _block_key(self, seq: Sequence, index: int) -> int:
-        keys = (
-            seq.block_keys
-        )  # kept with the sequence: one that waits for blocks is looked up in every step
-        while len(keys) <= index:
-            keys.append(
-                self.compute_hash(self._block_tokens(seq, len(keys)), keys[-1] if keys else None)
-            )
-        return keys[index]
+    def _block_hash(self, seq: Sequence, index: int) -> int:
+        """Hash of the full block `index` of `seq`.
+
+        It is kept in the sequence: one that waits for blocks is looked up in every step.
+        """
+        hashes = seq.block_hashes
+        while len(hashes) <= index:
+            parent_hash = hashes[-1] if hashes else None
+            token_ids = self._block_tokens(seq, len(hashes))
+            hashes.append(self.compute_hash(token_ids, parent_hash))
+        return hashes[index]
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]

@@ -1,55 +1,104 @@
 """From token ids to text, one token at a time."""
 
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-from nanovllm.sampling_params import SamplingParams
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StopMatch:
+    """A stop string that was found in the text."""
+
+    stop: str
+    begin: int  # index of its first character
+    end: int  # index behind its last one
 
 
 class Detokenizer:
     """The text of one completion while it grows, for requests with stop strings or a reader.
 
-    `text` ends with a whole character: a token with only some of its bytes adds nothing until the rest is there.
-    `tokenizer` is one of `transformers`, with the tokenizers library beneath.
+    `text` ends with a whole character: a token with only some of its bytes adds nothing until the
+    rest is there. `tokenizer` must be a fast one, with the tokenizers library beneath.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
-        self.tokenizer, self.params = tokenizer, params
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
+        self.tokenizer = tokenizer
+        self.skip_special_tokens = params.skip_special_tokens
+        self.keeps_stop = params.include_stop_str_in_output
+        self.stops: tuple[str, ...] = tuple(params.stop or ())
         self.stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self.token_ids: list[int] = []
         self.text = ""
         self.num_taken = 0  # characters that `take` has returned
 
     def append(self, token_id: int | None, is_last: bool, may_stop: bool) -> str | None:
-        """Add a token (None: one that is not shown); returns the stop string that it completes, if it may.
+        """Add a token (None: one that is not shown); returns the stop string that it completes.
 
-        The text is then cut there. Of several, that which ends first counts; of those, the one named first.
+        The text is then cut before it, or behind it if the request keeps stop strings. Without
+        `may_stop` none is looked for, and the result is None.
         """
-        start = len(self.text)
+        old_length = len(self.text)
         if token_id is not None:
             self.token_ids.append(token_id)
-            self.text += self.stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
-        if is_last:  # with what is left of a character
-            whole = self.tokenizer.decode(
-                self.token_ids, skip_special_tokens=self.params.skip_special_tokens
-            )
-            self.text = whole if whole.startswith(self.text) else self.text
-        stops = self.params.stop if may_stop else ()
-        begins = [(self.text.find(stop, max(start + 1 - len(stop), 0)), stop) for stop in stops]
-        found = [(begin, begin + len(stop), stop) for begin, stop in begins if begin >= 0]
-        if not found:
+            new = self.stream.step(self.tokenizer.backend_tokenizer, token_id)
+            self.text += new or ""  # None: the token ends within a character
+        if is_last:
+            self._decode_the_rest()
+        match = self._find_stop(old_length) if may_stop else None
+        if match is None:
             return None
-        begin, end, stop = min(found, key=lambda match: match[1])
-        self.text = self.text[: end if self.params.include_stop_str_in_output else begin]
-        return stop
+        self.text = self.text[: match.end if self.keeps_stop else match.begin]
+        return match.stop
+
+    def _decode_the_rest(self) -> None:
+        """Add what the stream still holds back: bytes that begin a character and never end it."""
+        whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skip_special_tokens)
+        assert isinstance(whole, str)  # a list only for a batch of sequences
+        if whole.startswith(self.text):
+            self.text = whole
+
+    def _find_stop(self, old_length: int) -> StopMatch | None:
+        """The stop string that ends first among those with a character behind `old_length`.
+
+        Of several that end at the same place, the one that the request names first.
+        """
+        first: StopMatch | None = None
+        for stop in self.stops:
+            # A match that begins earlier ends in the old text, which had its turn in earlier calls.
+            earliest = max(old_length + 1 - len(stop), 0)
+            begin = self.text.find(stop, earliest)
+            if begin == -1:
+                continue
+            end = begin + len(stop)
+            if first is None or end < first.end:
+                first = StopMatch(stop, begin, end)
+        return first
 
     def take(self, is_finished: bool) -> str:
-        """The text that is new since the last call, less an ending that could become a stop string."""
-        stops = () if is_finished or self.params.include_stop_str_in_output else self.params.stop
-        held = [k for stop in stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])]
-        start, self.num_taken = (
-            self.num_taken,
-            max(self.num_taken, len(self.text) - max(held, default=0)),
-        )
+        """The text that is new since the last call, less an ending that could become a stop string.
+
+        Such an ending is held back until it is clear whether the text will be cut before it.
+        """
+        end = len(self.text)
+        if not is_finished and not self.keeps_stop:
+            end -= self._num_held_back()
+        start = self.num_taken
+        self.num_taken = max(start, end)
         return self.text[start : self.num_taken]
+
+    def _num_held_back(self) -> int:
+        """How many characters at the end of the text are the beginning of a stop string."""
+        longest = 0
+        for stop in self.stops:
+            for length in range(longest + 1, len(stop)):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+        return longest

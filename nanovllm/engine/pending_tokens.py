@@ -5,27 +5,39 @@ import time
 import torch
 from torch import Tensor
 
+from nanovllm.layers.sampler import Sampled
+from nanovllm.outputs import TokenLogprobs
+
 
 class PendingTokens:
-    """The tokens of a launched step, and the log-probabilities asked for, on their way to the host."""
+    """What a step sampled: copied to the host behind the step, and read when somebody waits."""
 
-    def __init__(self, token_ids: Tensor, logprobs: tuple[Tensor, Tensor] | None = None) -> None:
-        tensors = (token_ids, *(logprobs or ()))
-        parts = (
-            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors
-        )
-        self.parts = [
-            part.copy_(tensor, non_blocking=True)
-            for part, tensor in zip(parts, tensors, strict=True)
-        ]
-        self.copied = torch.cuda.Event(enable_timing=True) if token_ids.is_cuda else None
-        self.launched_at = time.perf_counter()  # on a CPU the step has run by now
-        if self.copied is not None:
+    def __init__(self, sampled: Sampled) -> None:
+        """Queue the copies. On a CPU the step has run by now, and copying is all there is."""
+        self.token_ids = to_host(sampled.token_ids)
+        self.logprob_ids: Tensor | None = None
+        self.logprob_values: Tensor | None = None
+        if sampled.logprobs is not None:
+            self.logprob_ids = to_host(sampled.logprobs.token_ids)
+            self.logprob_values = to_host(sampled.logprobs.values)
+        self.copied: torch.cuda.Event | None = None  # the copies are done; None on a CPU
+        self.launched_at = time.perf_counter()  # s
+        if sampled.token_ids.is_cuda:
+            self.copied = torch.cuda.Event(enable_timing=True)
             self.copied.record()
 
-    def wait(self) -> tuple[list[int], list[tuple[list[int], list[float]]] | None]:
-        """The token ids, and (token ids, log-probabilities) for each sequence that asked."""
+    def wait(self) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """Return the token ids, and the log-probabilities of each sequence that asked for them."""
         if self.copied is not None:
             self.copied.synchronize()
-        token_ids, *logprobs = (part.tolist() for part in self.parts)
-        return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
+        token_ids = self.token_ids.tolist()
+        if self.logprob_ids is None or self.logprob_values is None:
+            return token_ids, None
+        pairs = zip(self.logprob_ids.tolist(), self.logprob_values.tolist(), strict=True)
+        return token_ids, [TokenLogprobs(ids, values) for ids, values in pairs]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Start copying a tensor to (pinned) host memory."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

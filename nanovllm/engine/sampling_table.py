@@ -1,24 +1,43 @@
-"""From the options of sequences to the inputs of the sampler."""
+"""From what single sequences ask of the sampler to the tensors of a step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import SamplingExtras, set_counts
-from nanovllm.sampling_params import NEUTRAL_ROW, SamplingParams
+from nanovllm.engine.sequence import SamplingOptions, Sequence
+from nanovllm.kernels.penalties import Penalties
+from nanovllm.kernels.threshold import Filters
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, SamplingExtras, set_counts
+from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
-PLAIN = (SamplingParams(), 0, (), [], [])  # as the `options` of a sequence
+NEUTRAL = SamplerNumbers()  # numbers that change nothing
+PLAIN = SamplingOptions(
+    params=SamplingParams(),
+    min_length=0,
+    end_ids=(),
+    penalized_prompt_ids=[],
+    penalized_completion_ids=[],
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """What the extras of a step depend on, while no sequence is admitted."""
+
+    table_rows: bytes  # which sequences, in which order
+    may_not_end: bytes  # which of them still have to reach their `min_tokens`
 
 
 class SamplingTable:
-    """What each admitted sequence asks of the sampler beyond temperature and seed: one row for each.
+    """What each admitted sequence asks for beyond temperature and seed: one row for each.
 
-    A step whose sequences are those of the step before takes its tensors over, so that most decode steps cost one
-    comparison; a step of plain requests has none.
+    Most steps consist of plain requests, which the table answers with None after one look. A step
+    whose sequences are those of the step before takes over its tensors, so that most decode steps
+    cost a comparison only.
     """
 
     def __init__(
@@ -26,72 +45,121 @@ class SamplingTable:
         num_rows: int,
         vocab_size: int,
         device: torch.device,
-        to_device: Callable[..., torch.Tensor],
+        to_device: Callable[..., Tensor],
     ) -> None:
-        self.num_rows, self.vocab_size, self.device, self.to_device = (
-            num_rows,
-            vocab_size,
-            device,
-            to_device,
-        )
-        self.counts: torch.Tensor | None = (
-            None  # of tokens, for penalties; made for the first request that has any
-        )
-        self.min_lengths = np.zeros(num_rows, dtype=np.int64)  # 0: plain, for no prompt is empty
-        self.numbers = np.tile(np.array(NEUTRAL_ROW, dtype=np.float32), (num_rows, 1))
-        self.options: list[tuple] = [PLAIN] * num_rows
-        self._last: tuple[tuple[bytes, bytes] | None, SamplingExtras | None] = None, None
+        """Make a table of `num_rows` plain rows.
+
+        to_device: copies a list or an array to the device, as a tensor of a given NumPy type.
+        """
+        self.num_rows = num_rows
+        self.vocab_size = vocab_size
+        self.device = device
+        self.to_device = to_device
+        self.options: list[SamplingOptions] = [PLAIN] * num_rows
+        # Two columns of `options` as arrays, for one look at a whole step. A min_length of 0 means
+        # that the row is plain: any other is at least the prompt's length.
+        self.min_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.numbers = np.tile(np.array(NEUTRAL, dtype=np.float32), (num_rows, 1))
+        # How often each token occurs, for penalties. It is large: made for the first that has any.
+        self.counts: Tensor | None = None
+        self._last_key: StepKey | None = None
+        self._last_extras: SamplingExtras | None = None
 
     def fill(self, seq: Sequence) -> None:
         """Take in the options of a sequence whose prefill is about to be launched."""
-        row, options = seq.row, seq.options or PLAIN
+        options = seq.sampling_options or PLAIN
+        row = seq.row
         if options is self.options[row]:
-            return  # plain, as the one before it
-        params, min_length, _, prompt_ids, completion_ids = self.options[row] = options
-        self.min_lengths[row], self.numbers[row] = min_length, params.sampler_row
-        self._last = None, None
-        if params.has_penalties:
+            return  # plain, as the sequence before it in this row
+        self.options[row] = options
+        self.min_lengths[row] = options.min_length
+        self.numbers[row] = options.params.sampler_numbers
+        self._last_key = None
+        if options.params.has_penalties:
             if self.counts is None:
-                self.counts = torch.zeros(
-                    self.num_rows, self.vocab_size, dtype=torch.int16, device=self.device
-                )
-            set_counts(self.counts, row, prompt_ids, completion_ids)
+                shape = (self.num_rows, self.vocab_size)
+                self.counts = torch.zeros(shape, dtype=torch.int16, device=self.device)
+            set_counts(
+                self.counts, row, options.penalized_prompt_ids, options.penalized_completion_ids
+            )
 
-    def build(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
-        """The extras of a step; `[n]` each: the sequences' rows, and how many of their tokens are computed."""
-        min_lengths = self.min_lengths[rows]
+    def build(self, table_rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
+        """Return the extras of a step, or None if it needs none.
+
+        table_rows, lengths: `[n]`, the sequences' rows, and how many of their tokens are computed.
+        """
+        min_lengths = self.min_lengths[table_rows]
         if not min_lengths.any():
             return None
         may_not_end = lengths < min_lengths
-        key = rows.tobytes(), may_not_end.tobytes()
-        if key != self._last[0]:
-            self._last = key, self._build(rows, may_not_end)
-        return self._last[1]
+        key = StepKey(table_rows.tobytes(), may_not_end.tobytes())
+        if key != self._last_key:
+            self._last_key = key
+            self._last_extras = self._make_extras(table_rows, may_not_end)
+        return self._last_extras
 
-    def _build(self, rows: np.ndarray, may_not_end: np.ndarray) -> SamplingExtras | None:
-        wanted, biases = [], []
-        for index, (row, forbid) in enumerate(
-            zip(rows.tolist(), may_not_end.tolist(), strict=True)
-        ):
-            params, _, end_ids, *_ = self.options[row]
-            if params.logprobs is not None:
-                wanted.append((index, params.logprobs))
-            biases += [(index, *entry) for entry in (params.logit_bias or {}).items()]
-            biases += [(index, token_id, -inf) for token_id in end_ids if forbid]
-        extras: dict[str, Any] = {}
-        is_changed = (self.numbers[rows] != NEUTRAL_ROW).any(axis=0)
-        top_k, top_p, min_p, *penalties = self.to_device(self.numbers[rows].T.copy())
-        if is_changed[:3].any():
-            extras["filters"] = top_k.int(), top_p, min_p
-        if is_changed[3:].any():
-            extras.update(
-                penalties=tuple(penalties), counts=self.counts, rows=self.to_device(rows, np.int64)
-            )
-        if biases:
-            extras["bias"] = tuple(
-                map(self.to_device, zip(*biases, strict=True), (np.int64, np.int64, np.float32))
-            )
-        if wanted:
-            indices, numbers = zip(*wanted, strict=True)
-            extras["logprobs"] = self.to_device(indices, np.int64), max(numbers)
-        return SamplingExtras(**extras) if extras else None  # None: min_tokens, and they are there
+    def _make_extras(
+        self, table_rows: np.ndarray, may_not_end: np.ndarray
+    ) -> SamplingExtras | None:
+        bias = self._make_bias(table_rows, may_not_end)
+        logprobs = self._make_logprob_request(table_rows)
+        numbers = self.numbers[table_rows]
+        is_changed = SamplerNumbers(*(numbers != np.array(NEUTRAL)).any(axis=0))
+        has_filters = is_changed.top_k or is_changed.top_p or is_changed.min_p
+        has_penalties = (
+            is_changed.repetition_penalty
+            or is_changed.presence_penalty
+            or is_changed.frequency_penalty
+        )
+        if bias is None and logprobs is None and not has_filters and not has_penalties:
+            return None  # `min_tokens` alone, and they are there
+
+        top_k, top_p, min_p, repetition, presence, frequency = self.to_device(numbers.T.copy())
+        filters = None
+        if has_filters:
+            filters = Filters(top_k.int(), top_p, min_p)
+        if not has_penalties:
+            return SamplingExtras(filters=filters, bias=bias, logprobs=logprobs)
+        return SamplingExtras(
+            filters=filters,
+            penalties=Penalties(repetition, presence, frequency),
+            counts=self.counts,
+            count_rows=self.to_device(table_rows, np.int64),
+            bias=bias,
+            logprobs=logprobs,
+        )
+
+    def _make_bias(self, table_rows: np.ndarray, may_not_end: np.ndarray) -> LogitBias | None:
+        """The requests' own biases, and minus infinity for ends that would come too early."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        values: list[float] = []
+        for index, row in enumerate(table_rows.tolist()):
+            options = self.options[row]
+            bias = options.params.logit_bias or {}
+            rows += [index] * len(bias)
+            token_ids += bias.keys()
+            values += bias.values()
+            if may_not_end[index]:
+                rows += [index] * len(options.end_ids)
+                token_ids += options.end_ids
+                values += [-inf] * len(options.end_ids)
+        if not rows:
+            return None
+        return LogitBias(
+            rows=self.to_device(rows, np.int64),
+            token_ids=self.to_device(token_ids, np.int64),
+            values=self.to_device(values, np.float32),
+        )
+
+    def _make_logprob_request(self, table_rows: np.ndarray) -> LogprobRequest | None:
+        indices: list[int] = []
+        counts: list[int] = []
+        for index, row in enumerate(table_rows.tolist()):
+            num_top = self.options[row].params.logprobs
+            if num_top is not None:
+                indices.append(index)
+                counts.append(num_top)
+        if not indices:
+            return None
+        return LogprobRequest(self.to_device(indices, np.int64), max(counts))

@@ -10,67 +10,71 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
-if (
-    TYPE_CHECKING
-):  # Config imports torch; the scheduler can be read, tested and simulated without it
+# Config imports torch; the scheduler can be read, tested and simulated without it.
+if TYPE_CHECKING:
     from nanovllm.config import Config
+    from nanovllm.outputs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass."""
+    """What one forward pass computes: parts of prompts, or one token of each running sequence."""
 
-    seqs: list[Sequence]
-    yields: list[
-        bool
-    ]  # for each, whether the step computes its last token and so samples the next one
-    num_tokens: int  # that it computes
-    is_prefill: bool  # of prompts (or chunks of them), not one token of each sequence
+    seqs: list[Sequence]  # each knows which of its tokens: see Sequence.scheduled_token_ids
+    yields: list[bool]  # of each: whether its next token is sampled, for its last one is computed
+    num_tokens: int  # that are computed, of all sequences together
+    is_prefill: bool  # else it is a decode step
 
 
 class Scheduler:
     """Two queues and a block manager.
 
-    `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose prompt is computed
-    in chunks stays there, with its blocks, until its last chunk. `running` holds those that decode, oldest first.
+    `waiting` holds sequences in arrival order; a preempted one returns to its head, and one whose
+    prompt is computed in chunks stays there, with its blocks, until its last chunk. `running` holds
+    those that decode, oldest first.
 
-    A step may be scheduled before the tokens of the one before it are known: only their number matters here.
+    A step may be scheduled before the tokens of the one before it are known: only their number
+    matters here.
     """
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
-        self.max_num_seqs, self.max_num_batched_tokens = (
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-        )
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
         self.eos = (config.eos,) if isinstance(config.eos, int) else config.eos
-        num_blocks, block_size = config.num_kvcache_blocks, config.kvcache_block_size
-        self.block_manager = BlockManager(num_blocks, block_size, config.enable_prefix_caching)
+        self.block_manager = BlockManager(
+            config.num_kvcache_blocks, config.kvcache_block_size, config.enable_prefix_caching
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
+        # Rows of the model runner's arrays that no sequence has; row 0 is handed out first.
         self.free_rows = list(reversed(range(self.max_num_seqs)))
-        self.num_pending = self.num_preemptions = (
-            0  # pending: scheduled and not yet postprocessed steps
-        )
-        self.preempted: list[Sequence] = []  # by the last `schedule`
-        self.counters = (
-            Counter() if counters is None else counters
-        )  # the engine's outlive this scheduler
+        self.num_pending = 0  # steps that are scheduled and not postprocessed
+        self.num_preemptions = 0
+        self.preempted: list[Sequence] = []  # by the last `schedule`, for a Trace
+        # Statistics; those of the engine outlive this scheduler.
+        self.counters = Counter() if counters is None else counters
 
     def is_finished(self) -> bool:
+        """Whether no sequence is waiting or running."""
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        eos = () if seq.params.ignore_eos else self.eos
-        seq.end_ids = {
-            token_id: token_id for token_id in seq.params.stop_token_ids
-        } | dict.fromkeys(eos)
+        """Queue a new sequence."""
+        seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids or ()}
+        if not seq.params.ignore_eos:
+            seq.end_ids |= dict.fromkeys(self.eos)  # no stop_reason, even if it was asked for
         self.counters["requests"] += 1
         self.counters["prompt_tokens"] += seq.num_prompt_tokens
         self.waiting.append(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
-        """End those of `seqs` that have not finished. Their blocks are free; tokens under way will be dropped."""
-        for seq in (seq for seq in seqs if not seq.is_finished):
+        """End those of `seqs` that have not finished.
+
+        Their blocks are free at once; tokens of theirs that are under way will be dropped.
+        """
+        for seq in seqs:
+            if seq.is_finished:
+                continue
             if seq.block_table:
                 self._release(seq)
             seq.finish("abort")
@@ -78,101 +82,139 @@ class Scheduler:
         self.running = deque(seq for seq in self.running if not seq.is_finished)
 
     def schedule(self) -> Step | None:
-        """Pick the sequences of the next step and give them their blocks; None if a pending step must end first."""
+        """Pick the sequences of the next step and give them their blocks.
+
+        None if there is nothing to do before the tokens of a pending step are known.
+        """
         self.preempted = []
-        # Prefill goes first: it fills the batch that later decode steps share the cost of reading the weights over.
+        # Prefill goes first: it fills the batch of the decode steps that follow. They read all
+        # weights once, for however many sequences.
         step = self._schedule_prefill() or self._schedule_decode()
-        self.num_pending += step is not None
+        if step is not None:
+            self.num_pending += 1
         assert self.num_pending or self.is_finished(), "work is left and none can be scheduled"
         return step
 
     def _schedule_prefill(self) -> Step | None:
-        seqs, yields, budget = [], [], self.max_num_batched_tokens
+        seqs: list[Sequence] = []
+        yields: list[bool] = []
+        budget = self.max_num_batched_tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            if not seq.block_table:
-                if not self.block_manager.can_allocate(seq):
-                    break
-                self.block_manager.allocate(seq)
-                seq.row = self.free_rows.pop()
-                self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
-                if seq.num_cached_prompt_tokens is None:
-                    seq.num_cached_prompt_tokens = seq.num_cached_tokens
-            # Only after allocate is it known how many tokens the prefix cache leaves to compute.
+            is_admitted = bool(seq.block_table)  # already, where it has had a chunk
+            if not is_admitted and not self._admit(seq):
+                break
+            # Only now is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
+            seq.sampling_options = seq.make_sampling_options()
+            is_complete = seq.schedule(num_new)
             seqs.append(seq)
-            yields.append(seq.schedule(num_new, is_prefill=True))
-            # Its full blocks can be shared from now on, in this step too: a layer stores all K and V, then reads.
+            yields.append(is_complete)
+            # Its full blocks can be shared from now on, even by sequences of this step: each layer
+            # stores the K and V of all of them before it reads any.
             self.block_manager.register(seq)
-            if not yields[-1]:
+            if not is_complete:
                 break  # the budget is spent; the rest of this prompt comes first in the next step
             seq.status = SequenceStatus.RUNNING
             self.running.append(self.waiting.popleft())
-        return Step(seqs, yields, self.max_num_batched_tokens - budget, True) if seqs else None
+        if not seqs:
+            return None
+        num_tokens = self.max_num_batched_tokens - budget
+        return Step(seqs=seqs, yields=yields, num_tokens=num_tokens, is_prefill=True)
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give a waiting sequence its blocks and a row; False if there are not enough blocks."""
+        if not self.block_manager.can_allocate(seq):
+            return False
+        self.block_manager.allocate(seq)
+        seq.row = self.free_rows.pop()
+        self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
+        if seq.num_cached_prompt_tokens is None:  # else it was preempted
+            seq.num_cached_prompt_tokens = seq.num_cached_tokens
+        return True
 
     def _schedule_decode(self) -> Step | None:
-        block_manager, seqs, queue = self.block_manager, [], self.running.copy()
-        while queue:
-            seq = queue.popleft()
+        block_manager = self.block_manager
+        seqs: list[Sequence] = []
+        # A copy, because preemption takes sequences off the end of `running`.
+        for seq in list(self.running):
             if seq.is_exhausted:
                 continue  # its last token is under way
-            while not block_manager.can_append(seq):
+            if not seq.block_table:
+                break  # it was preempted for an older one, and so were all behind it
+            if not block_manager.can_append(seq):
+                # The pending steps may end a sequence and free its blocks. And a preempted one can
+                # only start again when all its tokens are known.
                 if self.num_pending:
-                    return None  # it may end a sequence; and one whose tokens are not all known cannot start again
-                # The newest has the least work to lose. The oldest is never chosen while another one runs, and
-                # alone it always fits (the engine checks the size of the cache), so there is always progress.
-                if self._preempt_newest() is seq:
+                    return None
+                if not self._make_room(seq):
                     break
-                queue.pop()
-            else:
-                block_manager.may_append(seq)
-                seqs.append(seq)
-        for seq in seqs:
+            block_manager.may_append(seq)
+            seqs.append(seq)
+        if not seqs:
+            return None
+        for seq in seqs:  # only now, since a step that is not scheduled may count nothing
             seq.schedule(1)
-        # Attention goes through them in this order: a long one among the last would be alone on the GPU at the end.
+            seq.sampling_options = None  # only a prefill step sends them
+        # Attention works through the sequences in this order. Long ones come first, because a long
+        # one among the last would leave most of the GPU idle at the end.
         seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
-        return Step(seqs, [True] * len(seqs), len(seqs), False) if seqs else None
+        return Step(seqs=seqs, yields=[True] * len(seqs), num_tokens=len(seqs), is_prefill=False)
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Preempt the newest sequences until `seq` can have a block; False if it was one of them.
+
+        The newest have the least work to lose. The oldest is never preempted while another one
+        runs, and alone it always fits (the engine checks the size of the cache), so there is always
+        progress.
+        """
+        while not self.block_manager.can_append(seq):
+            if self._preempt_newest() is seq:
+                return False
+        return True
 
     def _preempt_newest(self) -> Sequence:
+        """Take the blocks of the newest running sequence; it will be prefilled again, first."""
         seq = self.running.pop()
         self._release(seq)
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
-        self.num_preemptions += 1
         self.preempted.append(seq)
+        self.num_preemptions += 1
         self.counters["preemptions"] += 1
         return seq
 
     def _release(self, seq: Sequence) -> None:
+        """Take back the blocks and the row of a sequence."""
         self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 
     def postprocess(
-        self,
-        step: Step,
-        token_ids: list[int],
-        logprobs: list[tuple[list[int], list[float]]] | None = None,
+        self, step: Step, token_ids: list[int], logprobs: list[TokenLogprobs] | None = None
     ) -> list[Sequence]:
-        """Account for the oldest pending step, given a token of each sequence, and `logprobs` of each that asked.
+        """Account for the oldest pending step, whose tokens are now known.
 
-        An unfinished chunk's token is ignored. Returns the sequences that finished; their blocks are free again.
+        `token_ids` has one for each sequence of the step; after an unfinished chunk it is ignored.
+        `logprobs` has an entry for each sequence that asks for them, in the order of the step.
+        Returns the sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
-        self.counters["completion_tokens"] += len(token_ids)  # less those skipped below
-        finished, entries = [], iter(logprobs or ())
+        finished: list[Sequence] = []
+        num_ignored = 0
+        entries = iter(logprobs or ())
         for seq, yields, token_id in zip(step.seqs, step.yields, token_ids, strict=True):
             entry = None if seq.logprobs is None else next(entries)
-            if (
-                not yields or seq.is_finished
-            ):  # finished: the step was launched before its end was known
-                self.counters["completion_tokens"] -= 1
+            # Finished already: this step was launched before the end of the sequence was known.
+            if not yields or seq.is_finished:
+                num_ignored += 1
                 continue
             is_last = seq.append(token_id, entry)
             self.block_manager.register(seq)
             if is_last:
                 self._release(seq)
                 finished.append(seq)
-        if finished:  # one pass a step; deque.remove would be one pass a finished sequence
+        self.counters["completion_tokens"] += len(token_ids) - num_ignored
+        if finished:  # one pass for all of them; deque.remove would be one for each
             self.running = deque(seq for seq in self.running if not seq.is_finished)
         return finished

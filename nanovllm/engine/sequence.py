@@ -1,27 +1,50 @@
-"""The state of one request."""
+"""The state of one request (or of one completion, where a request has several)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.detokenizer import Detokenizer
+    from nanovllm.outputs import TokenLogprobs
 
 
 class SequenceStatus(Enum):
+    """Where a sequence stands in the scheduler."""
+
     WAITING = auto()  # queued, preempted, or part-way through a chunked prefill
     RUNNING = auto()  # its prompt is computed; each decode step adds a token
     FINISHED = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """What a sequence asks of the sampler beyond temperature and seed."""
+
+    params: SamplingParams
+    min_length: (
+        int  # while prompt and completion have fewer tokens, no id of `end_ids` may be drawn
+    )
+    end_ids: tuple[int, ...]
+    penalized_prompt_ids: list[int]  # the prompt; empty without penalties
+    penalized_completion_ids: list[int]  # the completion so far; empty without penalties
+
+
 class Sequence:
     """A prompt, its completion so far, and where its K and V lie in the cache.
 
-    A step is launched before the tokens of the step before it have been read back, so the counters run ahead of
-    `token_ids`, which holds the known ones. `num_tokens` counts those that launched steps will yield too;
-    `num_computed_tokens` have their K and V in the cache once these steps have run, `num_scheduled_tokens` of them by
-    the last one. A step yields a token for the sequence exactly when it computes the last one there is: that holds
-    for prompts, chunks, decoding and preempted sequences alike.
+    A step is launched before the tokens of the step before it have been read back, so the counters
+    run ahead of `token_ids`, which holds the known ones. `num_tokens` counts those that launched
+    steps will yield too; `num_computed_tokens` have their K and V in the cache once these steps
+    have run, `num_scheduled_tokens` of them by the last one. A step yields a token for the sequence
+    exactly when it computes the last one there is: that holds for prompts, chunks, decoding and
+    preempted sequences alike.
     """
 
     _ids = count()
@@ -30,47 +53,53 @@ class Sequence:
         self, token_ids: list[int], sampling_params: SamplingParams, seed: int = 0
     ) -> None:
         self.seq_id = next(Sequence._ids)
+        self.request_id = self.seq_id  # the first one's seq_id, where a request has several
         self.status = SequenceStatus.WAITING
+
+        # Tokens, and how far they are computed: see the class's docstring.
         self.token_ids = list(token_ids)
-        self.num_prompt_tokens = self.num_tokens = len(token_ids)
-        self.num_computed_tokens = self.num_scheduled_tokens = 0
-        self.num_cached_tokens = 0  # found in the prefix cache at the last admission
-        self.num_cached_prompt_tokens: int | None = None  # at the first one
-        self.row = -1  # in the model runner's arrays of admitted sequences
-        self.block_table: list[int] = []
-        self.block_keys: list[
-            int
-        ] = []  # prefix-cache keys of the full blocks; BlockManager fills it on demand
+        self.num_prompt_tokens = len(token_ids)
+        self.num_tokens = len(token_ids)
+        self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self._offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
+
+        # Its place in the cache and in the model runner: set by the scheduler and block manager.
+        self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
+        self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
+        self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
         self.num_registered_blocks = 0  # the leading blocks that others can share
-        self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = (
-            None  # the stop string, or the id of stop_token_ids, that ended it
-        )
-        self.request_id = self.seq_id  # the first one's id, where a request has several
-        self.params, self.max_tokens = sampling_params, sampling_params.max_tokens
+        self.num_cached_tokens = 0  # found in the prefix cache at the last admission
+        self.num_cached_prompt_tokens: int | None = None  # found at the first admission
+
+        # What the request asks for.
+        self.params = sampling_params
+        self.max_tokens = (
+            sampling_params.max_tokens
+        )  # the engine lowers it to what there is room for
         self.end_ids: dict[
             int, int | None
-        ] = {}  # ids that end it -> the stop_reason then; the scheduler fills it
-        self.detokenizer: Detokenizer | None = None  # for those whose text is needed while they run
-        self.logprobs: list[dict[int, float]] | None = (
-            None if sampling_params.logprobs is None else []
-        )
-        self.options: tuple | None = (
-            None  # see `_sampler_options`; in prefill steps, where the request is not plain
-        )
-        self.temperature, self.seed = (
-            0.0 if sampling_params.is_greedy else sampling_params.temperature,
-            seed,
-        )
-        self.queued_at, self.first_token_at, self.finished_at = (
-            perf_counter(),
-            None,
-            None,
-        )  # s; a Trace fills them in
-        self._offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
+        ] = {}  # id that ends it -> its stop_reason; see Scheduler
+        self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
+        self.seed = seed
+        self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+
+        # What it returns.
+        self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
+        self.logprobs: list[dict[int, float]] | None = None  # a dict for each token, if asked for
+        if sampling_params.logprobs is not None:
+            self.logprobs = []
+        self.finish_reason: str | None = None  # "stop", "length" or "abort"
+        self.stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+
+        # Seconds on the clock of perf_counter; a Trace fills in the others.
+        self.queued_at = perf_counter()
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
 
     @property
     def is_finished(self) -> bool:
+        """Whether it has all the tokens it will get."""
         return self.status is SequenceStatus.FINISHED
 
     @property
@@ -80,6 +109,7 @@ class Sequence:
 
     @property
     def completion_token_ids(self) -> list[int]:
+        """The known tokens after the prompt."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
@@ -88,53 +118,74 @@ class Sequence:
         start = self.num_computed_tokens - self.num_scheduled_tokens - self._offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
 
-    def schedule(self, num_tokens: int, is_prefill: bool = False) -> bool:
+    def schedule(self, num_tokens: int) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
-        self.options = self._sampler_options() if is_prefill and not self.params.is_plain else None
         self.num_scheduled_tokens = num_tokens
         self.num_computed_tokens += num_tokens
         yields = self.num_computed_tokens == self.num_tokens
-        self.num_tokens += yields
+        if yields:
+            self.num_tokens += 1
         return yields
 
-    def _sampler_options(self) -> tuple[SamplingParams, int, tuple[int, ...], list[int], list[int]]:
-        """Parameters; below which length which ids are forbidden; for penalties, prompt and completion."""
-        num_prompt, history = (
-            self.num_prompt_tokens,
-            self.token_ids if self.params.has_penalties else [],
+    def make_sampling_options(self) -> SamplingOptions | None:
+        """The options as they are before a prefill step; None where the sampler needs none."""
+        if self.params.is_plain:
+            return None
+        # After a preemption the prefill computes tokens of the completion again.
+        history = self.token_ids if self.params.has_penalties else []
+        return SamplingOptions(
+            params=self.params,
+            min_length=self.num_prompt_tokens + self.params.min_tokens,
+            end_ids=tuple(self.end_ids),
+            penalized_prompt_ids=history[: self.num_prompt_tokens],
+            penalized_completion_ids=history[self.num_prompt_tokens :],
         )
-        forbidden = num_prompt + self.params.min_tokens, tuple(self.end_ids)
-        return self.params, *forbidden, history[:num_prompt], history[num_prompt:]
 
-    def append(self, token_id: int, logprobs: tuple[list[int], list[float]] | None = None) -> bool:
-        """Add a sampled token (and log-probabilities of it and the likeliest); returns whether that ends it."""
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> bool:
+        """Add a sampled token; returns whether the sequence ends with it.
+
+        `logprobs`, of the token and of the likeliest ones, are given if the request asks for them.
+        """
         self.token_ids.append(token_id)
         if logprobs is not None:
-            self.logprobs.append(
-                dict(zip(*(part[: self.params.logprobs + 1] for part in logprobs), strict=True))
-            )
+            self._keep_logprobs(logprobs)
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
-        is_end, is_full = token_id in self.end_ids, num_tokens == self.max_tokens
-        if not is_end and not is_full and self.detokenizer is None:
-            return False  # nearly always
-        may_stop = num_tokens > self.params.min_tokens
-        is_end = is_end and may_stop
-        stop = self.end_ids[token_id] if is_end else None
+        is_end = token_id in self.end_ids and num_tokens > self.params.min_tokens
+        is_full = num_tokens == self.max_tokens
         if self.detokenizer is not None:
-            shown = token_id if not is_end or self.params.include_stop_str_in_output else None
-            stop = self.detokenizer.append(shown, is_end or is_full, may_stop) or stop
-        if is_end or stop is not None:
-            self.finish("stop", stop)
-        elif is_full:
+            is_hidden = is_end and not self.params.include_stop_str_in_output
+            stop = self.detokenizer.append(
+                token_id=None if is_hidden else token_id,
+                is_last=is_end or is_full,
+                may_stop=num_tokens > self.params.min_tokens,
+            )
+            if stop is not None:
+                self.finish("stop", stop)
+                return True
+        if is_end:
+            self.finish("stop", self.end_ids[token_id])
+            return True
+        if is_full:
             self.finish("length")
-        return self.is_finished
+            return True
+        return False
+
+    def _keep_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Keep as many as this request asks for; another one of the step may ask for more."""
+        assert self.logprobs is not None and self.params.logprobs is not None
+        num_kept = 1 + self.params.logprobs  # the sampled token, then the likeliest ones
+        pairs = zip(logprobs.token_ids[:num_kept], logprobs.values[:num_kept], strict=True)
+        self.logprobs.append(dict(pairs))
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
+        """End it; a token that is still under way will be dropped."""
         self.status = SequenceStatus.FINISHED
-        self.finish_reason, self.stop_reason = reason, stop_reason
-        self.num_tokens = len(self.token_ids)  # a token that is still under way will be dropped
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.num_tokens = len(self.token_ids)
 
-    # Other ranks get the tokens that a prefill step computes, and no more of them: a slice of a prompt, say.
+    # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get
+    # these attributes and the tokens that the step computes (of a long prompt a chunk), no others.
     _SENT = (
         "num_computed_tokens",
         "num_scheduled_tokens",
@@ -142,12 +193,15 @@ class Sequence:
         "block_table",
         "temperature",
         "seed",
-        "options",
+        "sampling_options",
     )
 
-    def __getstate__(self) -> tuple:
-        return *(getattr(self, name) for name in self._SENT), self.scheduled_token_ids
+    def __getstate__(self) -> tuple[object, ...]:
+        values = [getattr(self, name) for name in self._SENT]
+        return (*values, self.scheduled_token_ids)
 
     def __setstate__(self, state: tuple) -> None:
-        self.__dict__.update(zip((*self._SENT, "token_ids"), state, strict=True))
+        *values, self.token_ids = state
+        for name, value in zip(self._SENT, values, strict=True):
+            setattr(self, name, value)
         self._offset = self.num_computed_tokens - self.num_scheduled_tokens

@@ -1,14 +1,24 @@
-"""What the kernel files share: Triton itself, programmatic dependent launch, and the limits of the GPU."""
+"""What the kernel files share: Triton, overlapping launches, the GPU's limits, padded outputs.
+
+**Overlapping launches.** Normally a kernel starts when the one before it has ended. From Hopper on,
+programmatic dependent launch (PDL; CUDA C++ Programming Guide) lets it start earlier, beside the
+end of the one before it. Such a kernel calls `launch_next` where the kernel after it may start, and
+`wait_for_previous` where it needs the results of the kernels before it. Until then it loads what no
+kernel of this step writes, such as its weights.
+"""
 
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
-except ImportError:  # macOS, Windows: the kernels cannot be launched, the PyTorch references run
+except (
+    ImportError
+):  # macOS, Windows: the kernels cannot be launched, but the PyTorch references run
     from unittest.mock import Mock
 
     triton = tl = libdevice = Mock()
@@ -20,63 +30,107 @@ except ImportError:  # an older Triton, or none
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # likewise
+except ImportError:  # an older Triton, or none
     TensorDescriptor = None
 
 HAS_TRITON = hasattr(triton, "__version__")
+MAX_GEMM_TILE_ROWS = 128
+
+
+# --- overlapping launches ---
 
 
 @lru_cache
 def pdl_options() -> dict[str, bool]:
-    """Options for programmatic dependent launch, from Hopper on: a kernel may start while the one before it finishes.
+    """Return the options that launch a kernel with PDL, or without where the GPU or Triton has
+    none.
 
-    It must wait before it touches what an earlier kernel writes; until then, reading its weights, say, costs no time.
+    `PDL` is the kernel's own argument, `launch_pdl` is Triton's.
     """
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return (
-        {"PDL": True, "launch_pdl": True}
-        if gdc_launch_dependents is not None and is_hopper
-        else {"PDL": False}
-    )
-
-
-@lru_cache
-def has_tma() -> bool:
-    """Whether the hardware copies tiles to shared memory by itself (TMA): from Hopper on, and in the interpreter."""
-    is_older = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
-    return TensorDescriptor is not None and not is_older
+    if gdc_launch_dependents is None or not torch.cuda.is_available():
+        return {"PDL": False}
+    if torch.cuda.get_device_capability() < (9, 0):  # before Hopper
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 @triton.jit
 def launch_next(PDL: tl.constexpr):
-    """Let the next kernel start, as far as there is room beside this one."""
+    """Let the next kernel start on any multiprocessor that has room for it beside this kernel."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait until all that earlier kernels write can be read. Before, only what a copy or a plain kernel wrote may be,
-    or came before one: the kernel ahead may have let this one in while it still waits itself."""
-    if PDL:  # not gdc_wait: a loop with that in it Triton 3.9 does not pipeline
+    """Block until everything that earlier kernels wrote can be read.
+
+    Before this call a kernel may read only what was written by the last copy or plain kernel (one
+    launched without PDL), or earlier still: weights, and the tables uploaded at the start of a
+    step. Not even the output of the kernel *two* places ahead is safe: the kernel between them may
+    start this one before it has waited itself.
+    """
+    if PDL:
+        # Triton's own `gdc_wait` does the same, but Triton 3.9 does not pipeline a loop that
+        # contains it. The assembly must have an output ("=r"); the comment "// $0" mentions it, as
+        # no instruction does. "~{memory}" forbids the compiler to move a load or store across the
+        # wait.
         tl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
+# --- the limits of the GPU ---
+
+
+@lru_cache
+def has_tma() -> bool:
+    """Whether the hardware copies tiles to shared memory by itself (TMA): from Hopper on.
+
+    Triton's interpreter, which runs the kernels where there is no GPU, imitates it.
+    """
+    if TensorDescriptor is None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
 @lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """How many multiprocessors `device` has, and how many bytes of shared memory a program may use."""
+    """Return the number of multiprocessors, and the bytes of shared memory a program may use."""
     if device.type != "cuda":
-        return 1, 227 * 1024  # Triton's interpreter: anything will do
-    properties = torch.cuda.get_device_properties(
-        device
-    )  # torch before 2.6 may not tell; all cards have 99 KB
-    return properties.multi_processor_count, getattr(
-        properties, "shared_memory_per_block_optin", 99 * 1024
-    )
+        return 1, 227 * 1024  # Triton's interpreter: any numbers will do
+    properties = torch.cuda.get_device_properties(device)
+    # torch before 2.6 does not tell the shared memory; every GPU that Triton supports has 99 KB.
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return properties.multi_processor_count, shared_memory
+
+
+# --- sizes and outputs ---
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n`, for n >= 1."""
+    """Return the smallest power of two that is at least `n`, for n >= 1.
+
+    The sides of a tile in Triton are powers of two.
+    """
     return 1 << (n - 1).bit_length()
+
+
+def gemm_tile_rows(num_rows: int) -> int:
+    """Return the rows in a tile of `split_gemm`, a power of two, for an input of `num_rows`."""
+    return min(MAX_GEMM_TILE_ROWS, max(16, next_power_of_2(num_rows)))
+
+
+def padded_empty(num_rows: int, row_size: int, like: Tensor) -> Tensor:
+    """Return an uninitialised `[num_rows, row_size]` with memory for padding rows behind it.
+
+    The dtype and device are those of `like`.
+
+    `split_gemm` reads its input by TMA, which copies whole tiles. A tile that reaches past the end
+    of the allocated memory takes up to twice as long. Therefore every kernel whose output
+    `split_gemm` may read allocates memory for a whole tile and returns its first rows. The contents
+    of the padding rows do not matter.
+    """
+    allocated_rows = max(num_rows, gemm_tile_rows(num_rows))
+    memory = torch.empty(allocated_rows, row_size, dtype=like.dtype, device=like.device)
+    return memory[:num_rows]

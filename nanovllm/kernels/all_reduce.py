@@ -20,13 +20,13 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from nanovllm.kernels._triton import (
     launch_next,
     next_power_of_2,
+    padded_empty,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
 from nanovllm.kernels.host_words import HostWords
-from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_BYTES = 2 << 20  # of a tensor; most of prefills are larger
 MAX_WORDS = MAX_BYTES // 4
@@ -223,7 +223,7 @@ class SmallAllReduce:
             and x.nbytes % out.nbytes == 0
         )
         assert norm_weight is None or norm_weight.nbytes == out[0].nbytes == 4 * self.slice
-        normed = None if norm_weight is None else empty_rows(*out.shape, out)
+        normed = None if norm_weight is None else padded_empty(*out.shape, out)
         words = (
             y if y is None else y.view(-1).view(torch.int32)
             for y in (x, residual, out, norm_weight, normed)

@@ -1,7 +1,9 @@
-"""A linear layer for one token: what is left of the matrix product is reading the weight.
+"""A linear layer for one token, where nearly all the time goes into reading the weight.
 
-cuBLAS reaches a quarter of the memory's speed here. One program takes a few whole rows of the weight, so that all
-together read it in one sweep. The norm before and the addition after cost a few registers instead of a kernel each.
+cuBLAS reaches a quarter of the memory's bandwidth here. In this kernel each program takes a few
+whole rows of the weight, so that all programs together read it once from end to end. The RMSNorm
+before the product and the addition after it are computed in the same kernel, where they cost a few
+registers instead of a launch each.
 """
 
 import torch
@@ -16,7 +18,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 
-TILE = 32768  # elements of the weight that a program takes
+ELEMENTS_PER_PROGRAM = 32768  # of the weight
 
 
 @triton.jit
@@ -31,32 +33,35 @@ def _gemv_kernel(
     out_size,
     IN_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # [ROWS, PARTS, 256]: the 32 threads of a warp share a row, 8 elements each at a time. So its sum never leaves the
-    # warp, and each warp loads all of x for itself: no shared memory, no barrier between x and the result.
+    """A program computes ROWS outputs.
+
+    Its tile is `[ROWS, CHUNKS, 256]`, because the 32 threads of a warp then share a row and take 8
+    of its elements at a time. The sum over a row so never leaves its warp, and each warp loads all
+    of x for itself: there is no shared memory, and no barrier between loading x and the result.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, PARTS)[None, :, None] * 256 + tl.arange(0, 256)[None, None, :]
-    column = tl.broadcast_to(column, (ROWS, PARTS, 256))
-    in_row, in_column = row < out_size, column < IN_SIZE
-    offsets, mask = (
-        row.to(tl.int64)[:, None, None] * IN_SIZE + column,
-        in_row[:, None, None] & in_column,
-    )
+    column = tl.arange(0, CHUNKS)[None, :, None] * 256 + tl.arange(0, 256)[None, None, :]
+    column = tl.broadcast_to(column, (ROWS, CHUNKS, 256))
+    in_row = row < out_size
+    in_column = column < IN_SIZE
+    offsets = row.to(tl.int64)[:, None, None] * IN_SIZE + column
+    mask = in_row[:, None, None] & in_column
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
     if GATED:
-        up_weight = tl.load(
-            weight_ptr + out_size.to(tl.int64) * IN_SIZE + offsets, mask=mask, other=0.0
-        )
+        up_weight_ptr = weight_ptr + out_size.to(tl.int64) * IN_SIZE
+        up_weight = tl.load(up_weight_ptr + offsets, mask=mask, other=0.0)
     if norm_ptr is not None:
         norm = tl.load(norm_ptr + column, mask=in_column, other=0.0)
     launch_next(PDL)
-    wait_for_previous(PDL)  # the weights above do not depend on the kernel before; x does
+    wait_for_previous(PDL)  # no earlier kernel writes the weights above, but one writes x
     x = tl.load(x_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    # The norm divides all of x by the same number, so it is enough to scale the result.
     scale = 1.0
-    if norm_ptr is not None:  # the scale is common to all products
+    if norm_ptr is not None:
         scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / IN_SIZE + eps)
         x *= norm.to(tl.float32)
     out = tl.sum(tl.sum(weight.to(tl.float32) * x, axis=1), axis=1) * scale
@@ -64,7 +69,7 @@ def _gemv_kernel(
         out += tl.load(bias_ptr + row, mask=in_row, other=0.0).to(tl.float32)
     if GATED:
         up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
-        out = out / (1.0 + tl.exp(-out)) * up
+        out = out / (1.0 + tl.exp(-out)) * up  # silu(gate) * up
     if residual_ptr is not None:
         out += tl.load(residual_ptr + row, mask=in_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=in_row)
@@ -79,22 +84,29 @@ def gemv(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`residual + rms_norm(x) W^T + bias`, each part but the product optional.
+    """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`; all but the product is optional.
 
-    x `[1, in]`, weight `[out, in]`, bias `[out]`, norm_weight `[in]`, residual `[1, out]`, which is overwritten with
-    the result; all contiguous. gated, and no bias: weight is `[2 * out, in]`, a gate above an up projection, and
-    `silu(gate) * up` takes the place of the product.
+    The reference is `F.linear` with `rms_norm_torch` before it and the addition, or
+    `silu_mul_torch`, after it.
+
+    x: `[1, in]`. weight: `[out, in]`. bias: `[out]`. All tensors are contiguous and of one dtype.
+    norm_weight, eps: `[in]` and the epsilon of the RMSNorm; None: x is taken as it is.
+    residual: `[1, out]`; it is overwritten with the result, and returned.
+    gated: the weight is `[2 * out, in]`, the gate projection above the up projection, and
+        `silu(gate) * up` takes the place of the product; without bias.
     """
-    in_size, out_size = x.shape[1], weight.shape[0] // (2 if gated else 1)
+    in_size = x.shape[1]
+    out_size = weight.shape[0] // 2 if gated else weight.shape[0]
     assert x.shape[0] == 1 and not (gated and bias is not None)
     assert all(tensor is None or tensor.is_contiguous() for tensor in (x, weight, residual))
-    out = (
-        residual
-        if residual is not None
-        else torch.empty(1, out_size, dtype=x.dtype, device=x.device)
-    )
-    parts = max(1, next_power_of_2(in_size) // 256)
-    rows = max(1, TILE // (256 * parts) // (2 if gated else 1))
+    out = residual
+    if out is None:
+        out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
+    chunks = max(1, next_power_of_2(in_size) // 256)
+    rows = ELEMENTS_PER_PROGRAM // (256 * chunks)
+    if gated:
+        rows //= 2  # each output needs two rows of the weight
+    rows = max(1, rows)
     _gemv_kernel[(triton.cdiv(out_size, rows),)](
         x,
         weight,
@@ -106,7 +118,7 @@ def gemv(
         out_size,
         IN_SIZE=in_size,
         ROWS=rows,
-        PARTS=parts,
+        CHUNKS=chunks,
         GATED=gated,
         num_warps=8,
         **pdl_options(),

@@ -17,12 +17,12 @@ from nanovllm.kernels._triton import (
     device_limits,
     launch_next,
     next_power_of_2,
+    padded_empty,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.split_gemm import empty_rows
 
 MAX_SPLITS = 32
 
@@ -233,7 +233,7 @@ def paged_decode(
         heads // kv_heads,
         max(16, next_power_of_2(head_dim)),
     )
-    partial = out = empty_rows(num_seqs, heads * head_dim, q).view(q.shape)
+    partial = out = padded_empty(num_seqs, heads * head_dim, q).view(q.shape)
     lse = None  # without splits, the one share is the result
     if splits > 1:
         partial = torch.empty(

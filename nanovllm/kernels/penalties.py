@@ -1,5 +1,7 @@
 """Repetition, presence and frequency penalties, in one pass over the logits and the counts of tokens."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,17 @@ from nanovllm.kernels._triton import tl, triton
 PROMPT_FLAG = (
     1 << 14
 )  # in a count: the token is in the prompt; the bits below say how often in the completion
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The three penalties of each of n sequences, `[n]` float32 tensors on the device of the logits."""
+
+    repetition: (
+        Tensor  # divides a positive logit, multiplies a negative one, of all tokens seen; 1: off
+    )
+    presence: Tensor  # is subtracted from the logit of a token that the completion contains; 0: off
+    frequency: Tensor  # is subtracted once for each time the completion contains the token; 0: off
 
 
 # They are rows of one table, aligned or not: no reason to compile anew.
@@ -39,10 +52,8 @@ def _penalize_kernel(
     tl.store(out_ptr + row * vocab_size + column, x, mask=mask)
 
 
-def penalize(
-    logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """Logits `[n, vocab]`, rows contiguous -> float32, penalised. Each has a row of counts `[m, vocab]` int16: rows
+def penalize(logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Penalties) -> Tensor:
+    """Logits `[n, vocab]`, rows contiguous -> float32, penalised. Each has a row of counts `[m, vocab]` int16: count_rows
     `[n]` int64; penalties are repetition (of prompt and completion), presence, frequency, `[n]` float32 each."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and counts.is_contiguous() and counts.shape[1] == vocab_size
@@ -51,8 +62,10 @@ def penalize(
         logits,
         logits.stride(0),
         counts,
-        rows,
-        *penalties,
+        count_rows,
+        penalties.repetition,
+        penalties.presence,
+        penalties.frequency,
         out,
         vocab_size,
         FLAG=PROMPT_FLAG,
@@ -63,11 +76,13 @@ def penalize(
 
 
 def penalize_torch(
-    logits: Tensor, counts: Tensor, rows: Tensor, penalties: tuple[Tensor, Tensor, Tensor]
+    logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Penalties
 ) -> Tensor:
     """The same in PyTorch: the reference, and the CPU's path."""
-    repetition, presence, frequency = (penalty.unsqueeze(1) for penalty in penalties)
-    x, counts = logits.float(), counts[rows]
+    repetition = penalties.repetition.unsqueeze(1)
+    presence = penalties.presence.unsqueeze(1)
+    frequency = penalties.frequency.unsqueeze(1)
+    x, counts = logits.float(), counts[count_rows]
     x = torch.where(counts != 0, torch.where(x > 0, x / repetition, x * repetition), x)
     times = counts & (PROMPT_FLAG - 1)
     return x - (times * frequency + (times > 0) * presence)

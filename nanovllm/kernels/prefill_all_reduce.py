@@ -21,7 +21,7 @@ from torch import Tensor
 from nanovllm.kernels._triton import next_power_of_2
 from nanovllm.kernels.all_reduce import share_memory
 from nanovllm.kernels.host_words import HostWords
-from nanovllm.kernels.rms_norm import _rms_norm_kernel
+from nanovllm.kernels.rms_norm import launch_add_rms_norm
 
 MIN_ROWS = 2048  # of a piece: launching one takes the host 0.1 ms
 MIN_TOKENS = 2 * MIN_ROWS  # of a prefill: one piece would be summed beside nothing
@@ -45,20 +45,16 @@ def add_norm(
     num_rows, columns = part.shape
     if num_rows:
         block = next_power_of_2(columns)
-        _rms_norm_kernel[(num_rows,)](
+        launch_add_rms_norm(
             residual,
             inbox,
-            part,
             norm_weight,
-            out,
             eps,
-            inbox.stride(0),
-            SIZE=columns,
-            PARTS=len(inbox),
-            OWN=rank,
-            BLOCK=block,
-            PDL=False,
+            out,
             num_warps=min(8, max(1, block // 512)),
+            pdl={"PDL": False},
+            own=part,
+            own_index=rank,
         )
 
 
@@ -236,6 +232,14 @@ class PrefillAllReduce:
         yield slice(last.start)
         self.wait_for_all()
         yield last
+
+    def owns(self, rows: Tensor, num_rows: int) -> Tensor:
+        """Whether this rank sums, and so keeps, each of these rows of `num_rows`: `[m]` bool."""
+        piece_length = pieces(num_rows, self.size)[0].stop
+        start = rows // piece_length * piece_length
+        length = (num_rows - start).clamp(max=piece_length)  # the last piece may be shorter
+        share = (length + self.size - 1) // self.size
+        return (rows - start) // share == self.rank
 
     def release(self) -> None:
         """Let the streams that wait for a dead rank go on."""

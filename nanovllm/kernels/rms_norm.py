@@ -1,4 +1,10 @@
-"""RMSNorm in one pass over the row, instead of five."""
+"""RMSNorm (Zhang & Sennrich 2019) in one pass over a row, alone or after an addition to the
+residual.
+
+PyTorch would launch a kernel for each of square, mean, rsqrt and two products. Here one program
+keeps its row in registers, so that the row is read and written once. The kernel that adds to the
+residual has the row there as well and can go on with the norm that follows the addition.
+"""
 
 import torch
 from torch import Tensor
@@ -6,44 +12,46 @@ from torch import Tensor
 from nanovllm.kernels._triton import (
     launch_next,
     next_power_of_2,
+    padded_empty,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.split_gemm import empty_rows
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
-    parts_ptr,
+    addends_ptr,
     own_ptr,
     weight_ptr,
     out_ptr,
     eps,
-    parts_stride,
+    addend_stride,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
+    ADDENDS: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program takes one row. With addends, x is the residual, and is updated."""
     launch_next(PDL)
     column = tl.arange(0, BLOCK)
-    offsets, mask = tl.program_id(0).to(tl.int64) * SIZE + column, column < SIZE
+    offsets = tl.program_id(0).to(tl.int64) * SIZE + column
+    mask = column < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:  # x is the residual
-        for part in tl.static_range(PARTS):  # in this order, wherever number OWN lies
-            if part == OWN:
+    if ADDENDS > 0:
+        for i in tl.static_range(ADDENDS):
+            if i == OWN:
                 x += tl.load(own_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             else:
-                part_ptr = parts_ptr + parts_stride.to(tl.int64) * part
-                x += tl.load(part_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+                addend_ptr = addends_ptr + addend_stride.to(tl.int64) * i
+                x += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the rounded residual
         tl.store(x_ptr + offsets, x, mask=mask)
     if weight_ptr is not None:
         x = x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps) * weight
@@ -52,11 +60,14 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 inside, of x `[n, size]`, contiguous, and weight `[size]`."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight`, a new tensor like x, computed in float32.
+
+    x: `[n, size]`, contiguous. weight: `[size]`.
+    """
     num_rows, size = x.shape
     assert x.is_contiguous()
-    out, block = empty_rows(num_rows, size, x), next_power_of_2(size)
-    num_warps = min(8, max(1, block // 1024))  # few: a sum inside one warp needs no barrier
+    out = padded_empty(num_rows, size, x)
+    block = next_power_of_2(size)
     _rms_norm_kernel[(num_rows,)](
         x,
         None,
@@ -66,40 +77,80 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps,
         0,
         SIZE=size,
-        PARTS=0,
+        ADDENDS=0,
         OWN=-1,
         BLOCK=block,
-        num_warps=num_warps,
+        num_warps=min(8, max(1, block // 1024)),  # few: a sum inside one warp needs no barrier
         **pdl_options(),
     )
     return out
 
 
 def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
-    """Add the sum of parts `[num_parts, n, size]` to x, in place, and return `rms_norm` of that (no weight: None)."""
-    num_parts, num_rows, size = parts.shape
+    """Add the partial sums of a GEMM to the residual x, in place, and return the RMSNorm of x.
+
+    x: `[n, size]`, contiguous.
+    parts: `[splits, n, size]`, contiguous: what `split_gemm` returns.
+    weight: `[size]`; None: no norm is computed, and None is returned.
+    """
+    _, num_rows, size = parts.shape
     assert x.is_contiguous() and parts.is_contiguous()
-    out, block = None if weight is None else empty_rows(num_rows, size, x), next_power_of_2(size)
-    num_warps = min(16, max(1, block // 64))  # many: there is more to read
-    _rms_norm_kernel[(num_rows,)](
-        x,
-        parts,
-        None,
-        weight,
-        out,
-        eps,
-        parts.stride(0),
-        SIZE=size,
-        PARTS=num_parts,
-        OWN=-1,
-        BLOCK=block,
-        num_warps=num_warps,
-        **pdl_options(),
+    out = None if weight is None else padded_empty(num_rows, size, x)
+    launch_add_rms_norm(
+        residual=x,
+        addends=parts,
+        weight=weight,
+        eps=eps,
+        out=out,
+        num_warps=min(16, max(1, next_power_of_2(size) // 64)),  # many: there is more to read
+        pdl=pdl_options(),
     )
     return out
 
 
+def launch_add_rms_norm(
+    residual: Tensor,
+    addends: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    num_warps: int,
+    pdl: dict[str, bool],
+    own: Tensor | None = None,
+    own_index: int = -1,
+) -> None:
+    """Add all addends to the residual, in place, and write the RMSNorm of that to `out`.
+
+    The addends are added in float32, in the order of their numbers. With `own`, that tensor takes
+    the place of `addends[own_index]`, which is not read. So each rank of an all-reduce can receive
+    the other ranks' addends in one buffer, keep its own where it is, and still add in the order of
+    the ranks, which gives the same bits everywhere.
+
+    residual: `[n, size]`, contiguous, as are own and out.
+    addends: `[num_addends, n, size]`; each of them is contiguous.
+    weight: `[size]`; None: the sum itself is written to `out`.
+    out: `[n, size]`; None: only the residual is updated.
+    pdl: `pdl_options()`, or `{"PDL": False}` to launch a plain kernel.
+    """
+    num_rows, size = residual.shape
+    _rms_norm_kernel[(num_rows,)](
+        residual,
+        addends,
+        own,
+        weight,
+        out,
+        eps,
+        addends.stride(0),
+        SIZE=size,
+        ADDENDS=len(addends),
+        OWN=own_index,
+        BLOCK=next_power_of_2(size),
+        num_warps=num_warps,
+        **pdl,
+    )
+
+
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in PyTorch: the reference, and the CPU's path."""
+    """`rms_norm` in PyTorch, for x `[..., size]`: the reference, and the CPU's path."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

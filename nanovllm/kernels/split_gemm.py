@@ -1,140 +1,148 @@
-"""`x W^T` for the few tokens of a decode step, in parts: the sum is left to the kernel that reads it.
+"""`x W^T` for the few tokens of a decode step, as partial sums that the next kernel adds (split-K).
 
-So few tokens make few tiles of a narrow weight, and most of the card would have none. Therefore the inner dimension
-is split until every multiprocessor has a part. cuBLAS splits it less, adds the parts up itself, and starts late.
+So few tokens and a narrow weight make few output tiles, and most multiprocessors would have none.
+Therefore the inner dimension is split, too, until every multiprocessor has some of the work. cuBLAS
+splits it less, adds the partial sums in a kernel of its own, and starts late. Here the kernel that
+reads the product, and has to read it anyway, adds them. The reference is `F.linear`.
 """
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import (
+    MAX_GEMM_TILE_ROWS,
     TensorDescriptor,
     device_limits,
+    gemm_tile_rows,
     has_tma,
     launch_next,
-    next_power_of_2,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
 
-MAX_TOKENS = 256  # with more, a wide tile has enough to do, and cuBLAS is faster
-MAX_UNSPLIT_TOKENS = 64  # likewise in one part
-ROWS = 64  # of the weight, a tile: what a tensor-core instruction takes
-MAX_TILE = 128  # tokens a tile
-SHARED_BYTES = 200 << 10  # that a program may take; cards for desktops have half as much
+MAX_TOKENS = 256  # above, output tiles are enough work, and cuBLAS is faster
+MAX_UNSPLIT_TOKENS = 64  # the same where the inner dimension would not be split
+ROWS = 64  # of the weight in a tile: what one tensor-core instruction takes
+SHARED_BYTES = 200 << 10  # of shared memory for a program; GPUs for desktops have half as much
 
 
-@triton.jit(do_not_specialize=["num_tokens", "part_size"])
+@triton.jit(do_not_specialize=["num_tokens", "split_size"])
 def _split_gemm_kernel(
     x_desc,
     weight_desc,
     weight_ptr,
     bias_ptr,
-    parts_ptr,
+    partial_sums_ptr,
     num_tokens,
     out_size,
     in_size,
-    part_size,
+    split_size,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program computes ROWS outputs of TOKENS tokens over one split of the inner dimension."""
     launch_next(PDL)
-    first_row, part, first_token = (
-        tl.program_id(0) * ROWS,
-        tl.program_id(1),
-        tl.program_id(2) * TOKENS,
-    )
-    first_token = tl.maximum(
-        tl.minimum(first_token, num_tokens - TOKENS), 0
-    )  # the last tile overlaps the one before
-    first, row = part * part_size, first_row + tl.arange(0, ROWS)
-    # While it waits, each row that it will read is looked up: measured, that saves 1% of a step.
-    tl.load(weight_ptr + row.to(tl.int64) * in_size + first, mask=row < out_size, volatile=True)
+    first_row = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    first_token = tl.program_id(2) * TOKENS
+    # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
+    # and both write the same numbers there.
+    first_token = tl.maximum(tl.minimum(first_token, num_tokens - TOKENS), 0)
+    first_column = split * split_size
+    row = first_row + tl.arange(0, ROWS)
+    # This load has the address of each weight row translated, so that the loop need not wait for
+    # that. The result is not used ("volatile" keeps the load). Measured: 1% of a decode step.
+    is_weight_row = row < out_size
+    row_start = weight_ptr + row.to(tl.int64) * in_size + first_column
+    tl.load(row_start, mask=is_weight_row, volatile=True)
     wait_for_previous(PDL)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    for column in range(first, tl.minimum(first + part_size, in_size), CHUNK):
-        weight, x = weight_desc.load([first_row, column]), x_desc.load([first_token, column])
+    for column in range(first_column, tl.minimum(first_column + split_size, in_size), CHUNK):
+        weight = weight_desc.load([first_row, column])
+        x = x_desc.load([first_token, column])
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    token, row = first_token + tl.arange(0, TOKENS)[:, None], row[None, :]
+    token = first_token + tl.arange(0, TOKENS)[:, None]
+    row = row[None, :]
     out = tl.trans(acc)
-    if bias_ptr is not None:
-        if part == 0:
+    if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+        if split == 0:  # the bias is added once
             out += tl.load(bias_ptr + row, mask=row < out_size, other=0.0).to(tl.float32)
-    offsets = (part * num_tokens + token) * out_size + row
+    offsets = (split * num_tokens + token) * out_size + row
     tl.store(
-        parts_ptr + offsets,
-        out.to(parts_ptr.dtype.element_ty),
+        partial_sums_ptr + offsets,
+        out.to(partial_sums_ptr.dtype.element_ty),
         mask=(token < num_tokens) & (row < out_size),
     )
 
 
-def gemm_parts(x: Tensor, weight: Tensor) -> int:
-    """In how many parts `split_gemm` is fastest; 0: cuBLAS is faster, or the kernel cannot take these."""
-    (num_tokens, in_size), out_size = x.shape, weight.shape[0]
-    num_sms, shared_memory = device_limits(x.device)
-    is_able = x.is_cuda and has_tma() and shared_memory >= SHARED_BYTES
-    if not (
-        is_able
-        and x.dtype.itemsize == 2
-        and in_size % 8 == 0
-        and out_size
-        and 2 <= num_tokens <= MAX_TOKENS
-    ):
-        return 0
-    tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_TILE)
-    parts = min(num_sms // tiles, max(1, in_size // 256))
-    return parts if parts > 1 or num_tokens <= MAX_UNSPLIT_TOKENS else 0
+def num_splits(x: Tensor, weight: Tensor) -> int:
+    """Return the number of splits with which `split_gemm` is fastest, or 0 if cuBLAS is to be used.
 
+    0 means that cuBLAS is faster for these sizes, or that the kernel cannot take them.
 
-def tile_tokens(num_tokens: int) -> int:
-    """Tokens of a tile, a power of two."""
-    return min(MAX_TILE, max(16, next_power_of_2(num_tokens)))
-
-
-def empty_rows(num_rows: int, row_size: int, like: Tensor) -> Tensor:
-    """`[num_rows, row_size]`, uninitialised, for `split_gemm` to read: there is memory for its whole tile. With rows
-    that lie in no memory a tile takes it up to twice as long; whatever numbers they hold cost nothing."""
-    rows = max(num_rows, tile_tokens(num_rows))
-    return torch.empty(rows, row_size, dtype=like.dtype, device=like.device)[:num_rows]
-
-
-def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -> Tensor:
-    """`[parts, n, out]`, at most num_parts, whose sum is `x W^T + bias`; in x's dtype, so that less has to be read.
-
-    x `[n, in]`, better in `empty_rows`, weight `[out, in]`, bias `[out]`, contiguous; a row of x or weight is a
-    multiple of 16 bytes.
+    x: `[n, in]`. weight: `[out, in]`.
     """
-    (num_tokens, in_size), out_size = x.shape, weight.shape[0]
+    num_tokens, in_size = x.shape
+    out_size = weight.shape[0]
+    num_multiprocessors, shared_memory = device_limits(x.device)
+    if not (x.is_cuda and has_tma() and shared_memory >= SHARED_BYTES):
+        return 0
+    rows_are_aligned = x.dtype.itemsize == 2 and in_size % 8 == 0  # to 16 bytes, as TMA needs
+    if not (rows_are_aligned and out_size and 2 <= num_tokens <= MAX_TOKENS):
+        return 0
+    num_tiles = triton.cdiv(out_size, ROWS) * triton.cdiv(num_tokens, MAX_GEMM_TILE_ROWS)
+    splits = min(num_multiprocessors // num_tiles, max(1, in_size // 256))
+    if splits > 1 or num_tokens <= MAX_UNSPLIT_TOKENS:
+        return splits
+    return 0
+
+
+def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> Tensor:
+    """Return partial sums `[splits or fewer, n, out]` whose sum is `x W^T + bias`.
+
+    They are rounded to x's dtype, so that the next kernel has less to read. There are fewer than
+    `splits` where the inner dimension has too few chunks: no split is empty.
+
+    x: `[n, in]`, contiguous; fastest in memory from `padded_empty`.
+    weight: `[out, in]`, contiguous. A row of x or weight is a multiple of 16 bytes.
+    bias: `[out]`, or None.
+    splits: at least 1, usually from `num_splits`.
+    """
+    num_tokens, in_size = x.shape
+    out_size = weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
-    tokens = tile_tokens(num_tokens)
-    chunk_bytes = (
-        512 if tokens <= 32 and in_size >= 512 * num_parts else 256
-    )  # measured, like the stages
+    tile_tokens = gemm_tile_rows(num_tokens)
+    # Measured, like the number of stages.
+    has_wide_chunks = tile_tokens <= 32 and in_size >= 512 * splits
+    chunk_bytes = 512 if has_wide_chunks else 256
     chunk = chunk_bytes // x.dtype.itemsize
-    part_size = triton.cdiv(triton.cdiv(in_size, chunk), num_parts) * chunk
-    num_parts = triton.cdiv(in_size, part_size)
-    # A tile may reach past x's rows where there is memory.
-    has_tile = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() >= tokens * in_size
-    x_shape = [max(num_tokens, tokens) if has_tile else num_tokens, in_size]
-    parts = torch.empty(num_parts, num_tokens, out_size, dtype=x.dtype, device=x.device)
-    _split_gemm_kernel[(triton.cdiv(out_size, ROWS), num_parts, triton.cdiv(num_tokens, tokens))](
-        TensorDescriptor(x, x_shape, [in_size, 1], [tokens, chunk]),
+    split_size = triton.cdiv(triton.cdiv(in_size, chunk), splits) * chunk
+    splits = triton.cdiv(in_size, split_size)
+    # Let TMA copy a whole tile where x has memory behind its rows, see `padded_empty`.
+    elements_from_x = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+    readable_rows = num_tokens
+    if elements_from_x >= tile_tokens * in_size:
+        readable_rows = max(num_tokens, tile_tokens)
+    partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(out_size, ROWS), splits, triton.cdiv(num_tokens, tile_tokens))
+    _split_gemm_kernel[grid](
+        TensorDescriptor(x, [readable_rows, in_size], [in_size, 1], [tile_tokens, chunk]),
         TensorDescriptor.from_tensor(weight, [ROWS, chunk]),
         weight,
         bias,
-        parts,
+        partial_sums,
         num_tokens,
         out_size,
         in_size,
-        part_size,
-        TOKENS=tokens,
+        split_size,
+        TOKENS=tile_tokens,
         ROWS=ROWS,
         CHUNK=chunk,
         num_stages=4,
         **pdl_options(),
     )
-    return parts
+    return partial_sums

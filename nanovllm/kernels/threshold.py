@@ -4,10 +4,21 @@ A pass weighs what lies at or above three pivots, by number for top-k and by pro
 the interval that the border lies in. Groups of logits that lie all below it are left out: with a small k, nearly all.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import next_power_of_2, tl, triton
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """The three filters of each of n sequences, `[n]` tensors, contiguous, on the device of the logits."""
+
+    top_k: Tensor  # int32; keep this many logits; 0: all
+    top_p: Tensor  # float32; keep the likeliest tokens until they have this probability; 1: all
+    min_p: Tensor  # float32; keep tokens with at least this part of the likeliest one's probability; 0: all
 
 
 # They are rows of one table, aligned or not: no reason to compile anew.
@@ -128,9 +139,7 @@ def _threshold_kernel(
     tl.store(out_ptr + row, threshold)
 
 
-def filter_thresholds(
-    logits: Tensor, temperatures: Tensor, filters: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+def filter_thresholds(logits: Tensor, temperatures: Tensor, filters: Filters) -> Tensor:
     """The least logit of each row that top-k, then top-p, then min-p keep; equal ones are all kept.
 
     logits `[n, vocab]` bf16, fp16 or fp32, rows contiguous, not yet divided by temperatures `[n]` float32; filters:
@@ -138,7 +147,8 @@ def filter_thresholds(
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and all(
-        column.is_contiguous() for column in (temperatures, *filters)
+        column.is_contiguous()
+        for column in (temperatures, filters.top_k, filters.top_p, filters.min_p)
     )
     num_groups = max(next_power_of_2(-(-vocab_size // 128)), 128)
     maxima = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
@@ -147,7 +157,9 @@ def filter_thresholds(
         logits,
         logits.stride(0),
         temperatures,
-        *filters,
+        filters.top_k,
+        filters.top_p,
+        filters.min_p,
         maxima,
         lists,
         out,
@@ -161,11 +173,10 @@ def filter_thresholds(
     return out
 
 
-def filter_thresholds_torch(
-    logits: Tensor, temperatures: Tensor, filters: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+def filter_thresholds_torch(logits: Tensor, temperatures: Tensor, filters: Filters) -> Tensor:
     """The same in PyTorch: the reference, and the CPU's path."""
-    values, (top_k, top_p, min_p) = logits.double().sort(dim=1, descending=True).values, filters
+    values = logits.double().sort(dim=1, descending=True).values
+    top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
     vocab_size, best = values.shape[1], values[:, 0]
     last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size).long() - 1
     values = values.masked_fill(values < values.gather(1, last.unsqueeze(1)), -float("inf"))

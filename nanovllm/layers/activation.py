@@ -1,22 +1,18 @@
 """The gated half of a SwiGLU MLP (Shazeer, GLU Variants Improve Transformer, 2020)."""
 
-from torch import Tensor
-
-from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, takes_gemv
+from nanovllm.layers.linear import MergedColumnParallelLinear
+from nanovllm.quantization.weight_format import GATED
 
 
 class SiluGateUpLinear(MergedColumnParallelLinear):
-    """`silu(x W_gate^T) * (x W_up^T)`; the two matrices are one, for one GEMM."""
+    """`silu(x W_gate^T) * (x W_up^T)`, of x `[n, in]`: `[n, out / tp]`.
+
+    The two matrices are stacked, for one GEMM. For a single token the activation is a part of it.
+    """
+
+    packed_modules_mapping = {"gate_proj": 0, "up_proj": 1}
+    epilogue = GATED
 
     def __init__(self, input_size: int, output_size: int) -> None:
+        """Make a layer of two matrices `[output_size, input_size]`, over all ranks."""
         super().__init__(input_size, [output_size, output_size])
-
-    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """x `[n, in]` -> `[n, out / tp]`; with a norm, x is normalised first."""
-        if takes_gemv(x) and norm is not None:
-            return gemv(x, self.weight, None, norm.weight, norm.eps, gated=True)
-        gate_up = super().forward(x, norm)
-        return (silu_mul if x.is_cuda else silu_mul_torch)(gate_up)

@@ -6,19 +6,21 @@ from transformers import PretrainedConfig
 
 
 def rope_theta(hf_config: PretrainedConfig) -> float:
-    """The base of the rotation frequencies; ValueError for a scaled or partial RoPE, which is not implemented."""
+    """Return the base of the rotation frequencies.
+
+    Raises:
+        ValueError: the RoPE is scaled or partial, which is not implemented, or has no base.
+    """
     # transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling.
-    parameters = (
-        getattr(hf_config, "rope_parameters", None)
-        or getattr(hf_config, "rope_scaling", None)
-        or {}
-    )
+    parameters = getattr(hf_config, "rope_parameters", None)
+    if not parameters:
+        parameters = getattr(hf_config, "rope_scaling", None) or {}
     theta = parameters.get("rope_theta", getattr(hf_config, "rope_theta", None))
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    part = parameters.get("partial_rotary_factor", 1.0)
-    if rope_type != "default" or part != 1.0:
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if rope_type != "default" or factor != 1.0:
         raise ValueError(
-            f"RoPE with partial_rotary_factor {part} and type {rope_type!r} is not supported"
+            f"RoPE with partial_rotary_factor {factor} and type {rope_type!r} is not supported"
         )
     if not theta or theta <= 0:
         raise ValueError(f"the model's config.json must give a positive rope_theta, not {theta}")
@@ -26,14 +28,20 @@ def rope_theta(hf_config: PretrainedConfig) -> float:
 
 
 class RotaryEmbedding(nn.Module):
-    """`cos` and `sin`, `[max_position, head_dim / 2]` float32, of the angle `position * theta^(-2 i / head_dim)`, by
-    which `norm_rope_store` rotates the pair (i, i + head_dim / 2)."""
+    """Tables of the cosines and sines by which `norm_rope_store` rotates q and k.
+
+    `cos` and `sin` are `[max_position, head_dim / 2]` float32. At position p, the pair of elements
+    (i, i + head_dim / 2) of a head is rotated by the angle `p * theta^(-2 i / head_dim)`.
+    """
 
     def __init__(self, head_dim: int, max_position: int, theta: float) -> None:
+        """Compute the tables for positions below max_position."""
         super().__init__()
-        # Computed on the CPU, in float32, whatever the model's device and dtype: the same table everywhere.
-        options, device = dict(dtype=torch.float32, device="cpu"), torch.get_default_device()
-        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, **options) / head_dim)
-        angles = torch.outer(torch.arange(max_position, **options), frequencies)
+        device = torch.get_default_device()
+        # On the CPU, in float32, whatever the model's device and dtype: the same table everywhere.
+        indices = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        frequencies = 1.0 / theta ** (indices / head_dim)
+        positions = torch.arange(max_position, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, frequencies)
         self.register_buffer("cos", angles.cos().to(device), persistent=False)
         self.register_buffer("sin", angles.sin().to(device), persistent=False)

@@ -1,6 +1,13 @@
-"""From logits to the next token of each sequence."""
+"""From logits to the next token of each sequence, in named stages.
+
+    logits -> bias -> penalties -> filters -> draw
+
+Most requests ask for a temperature only, and most steps consist of the last stage. A request's
+log-probabilities are those of the model: of the logits as they come in, before all stages.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,45 +15,70 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
-from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
-MAX_COUNT = PROMPT_FLAG - 1
+MAX_COUNT = PROMPT_FLAG - 1  # the largest count of a token; PROMPT_FLAG is the bit above
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBias:
+    """Numbers to add to single logits, `[m]` each; minus infinity forbids a token."""
+
+    rows: Tensor  # int64: which of the step's sequences
+    token_ids: Tensor  # int64
+    values: Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRequest:
+    """Whose log-probabilities are wanted."""
+
+    rows: Tensor  # [r] int64: which of the step's sequences
+    num_top: int  # how many of the likeliest tokens, beside the sampled one
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingExtras:
-    """What the n sequences of a step ask for beyond temperature, on the device; None: none of them asks for it."""
+    """What the n sequences of a step ask for beyond temperature. None: none of them asks for it."""
 
-    filters: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # top_k, top_p, min_p, as `filter_thresholds` takes them
-    )
-    penalties: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # repetition, presence, frequency, as `penalize` does
-    )
-    counts: Tensor | None = (
-        None  # with penalties: `[max_num_seqs + 1, vocab]` int16, see `set_counts`
-    )
-    rows: Tensor | None = None  # with penalties: `[n]` int64, rows of counts
-    bias: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # `[m]` each: of the n int64, token id int64, value float32
-    )
-    logprobs: tuple[Tensor, int] | None = (
-        None  # which of the n want them `[r]` int64, and how many top ones (k)
-    )
+    filters: Filters | None = None  # top-k, top-p, min-p
+    penalties: Penalties | None = None  # repetition, presence, frequency
+    counts: Tensor | None = None  # with penalties: [max_num_seqs + 1, vocab] int16, see set_counts
+    count_rows: Tensor | None = None  # with penalties: [n] int64, each sequence's row of `counts`
+    bias: LogitBias | None = None
+    logprobs: LogprobRequest | None = None
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of r sequences: of the sampled token first, then of the k likeliest."""
+
+    token_ids: Tensor  # [r, 1 + k] int64
+    values: Tensor  # [r, 1 + k] float32
+
+
+class Sampled(NamedTuple):
+    """What a step samples."""
+
+    token_ids: Tensor  # [n] int64
+    logprobs: Logprobs | None  # of the sequences that asked
 
 
 class Sampler(nn.Module):
     """Samples by the Gumbel-max trick, on the device.
 
-    Under tensor parallelism each rank draws the winner of its own part of the vocabulary, and only those (score,
-    token id) pairs travel; every rank then knows the token. With extras the logits do, and all ranks do the same.
+    Under tensor parallelism each rank draws the winner of its own part of the vocabulary. Only
+    these (score, token id) pairs travel, and every rank then knows the token. A step with extras
+    needs whole rows: the ranks exchange their logits, and all of them do the same.
     """
 
     def __init__(self, vocab_start: int, vocab_size: int) -> None:
+        """Make a sampler for a rank whose logits are those of the token ids from vocab_start on."""
         super().__init__()
-        self.tp, self.vocab_start, self.vocab_size = get_tensor_parallel(), vocab_start, vocab_size
+        self.tp = get_tensor_parallel()
+        self.vocab_start = vocab_start
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -55,64 +87,117 @@ class Sampler(nn.Module):
         seeds: Tensor,
         positions: Tensor,
         extras: SamplingExtras | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """logits `[n, vocab / tp]`, temperatures `[n]` float32, seeds and positions (of the token before) `[n]` int64
-        -> ids `[n]` int64, and if asked for (ids int64, logprobs float32), `[r, 1 + k]`: the drawn one, the top k."""
-        draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
-        if extras is None:
-            scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
-            if self.tp.size > 1:  # a float32 holds any token id below 2^24 exactly
-                scores, ids = self.tp.all_gather(torch.stack((scores, token_ids.float()))).unbind(
-                    1
-                )  # [tp, n] each
-                token_ids = ids.gather(0, scores.argmax(dim=0, keepdim=True)).squeeze(0).long()
-            return token_ids, None
-        logits = logits if self.tp.size == 1 else self._gather(logits)
-        changed, thresholds = self._apply(extras, logits, temperatures)
-        _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
-        if (
-            extras.penalties is not None
-        ):  # the next step counts this token, long before the host knows it
-            counts = extras.counts[extras.rows, token_ids]
-            extras.counts[extras.rows, token_ids] = counts + (counts & MAX_COUNT < MAX_COUNT)
-        if extras.logprobs is None:
-            return token_ids, None
-        wanted, num_top = extras.logprobs
-        logits = logits[wanted].float()
-        ids = torch.cat((token_ids[wanted, None], logits.topk(num_top, dim=1).indices), dim=1)
-        return token_ids, (ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True))
+    ) -> Sampled:
+        """Draw one token for each sequence.
 
-    def _gather(self, logits: Tensor) -> Tensor:
-        """`[n, part of the vocabulary]` of each rank -> `[n, vocab]` on every rank."""
-        rows = -(-self.vocab_size // self.tp.size)  # the last parts may be smaller
-        parts = self.tp.all_gather(F.pad(logits, (0, rows - logits.shape[1])))
+        logits: `[n, vocab / tp]`, not yet divided by the temperature.
+        temperatures: `[n]` float32; 0 takes the likeliest token.
+        seeds, positions: `[n]` int64; the position is that of the token before the drawn one.
+        """
+        if extras is None:
+            return Sampled(self._draw(logits, temperatures, seeds, positions), None)
+
+        if self.tp.size > 1:
+            logits = self._gather_vocabulary(logits)
+        changed = self._bias_and_penalize(logits, extras)
+        thresholds = self._find_thresholds(changed, temperatures, extras)
+        draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
+        _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
+
+        if extras.penalties is not None:
+            self._count(token_ids, extras)
+        if extras.logprobs is None:
+            return Sampled(token_ids, None)
+        return Sampled(token_ids, self._logprobs(logits, token_ids, extras.logprobs))
+
+    def _draw(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Draw from the logits as they are, which each rank has a part of: `[n]` int64."""
+        draw = gumbel_argmax if logits.is_cuda else gumbel_argmax_torch
+        scores, token_ids = draw(logits, temperatures, seeds, positions, self.vocab_start)
+        if self.tp.size == 1:
+            return token_ids
+        # A float32 holds any token id below 2^24 exactly.
+        pairs = self.tp.all_gather(torch.stack((scores, token_ids.float())))  # [tp, 2, n]
+        all_scores, all_ids = pairs.unbind(1)
+        best_rank = all_scores.argmax(dim=0, keepdim=True)
+        return all_ids.gather(0, best_rank).squeeze(0).long()
+
+    def _gather_vocabulary(self, logits: Tensor) -> Tensor:
+        """Exchange the logits `[n, vocab / tp]` of all ranks: `[n, vocab]` on every rank."""
+        rows = -(-self.vocab_size // self.tp.size)  # the last ranks may have fewer
+        padded = F.pad(logits, (0, rows - logits.shape[1]))
+        parts = self.tp.all_gather(padded)  # [tp, n, rows]
         return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
-    def _apply(
-        self, extras: SamplingExtras, logits: Tensor, temperatures: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits `[n, vocab]` -> a copy with bias, then penalties, as vLLM orders them, and its thresholds `[n]`."""
+    def _bias_and_penalize(self, logits: Tensor, extras: SamplingExtras) -> Tensor:
+        """Apply the first two stages, in vLLM's order, to a float32 copy of `[n, vocab]` logits."""
         if extras.bias is not None:
-            index, token_ids, values = extras.bias
-            logits = logits.to(torch.float32, copy=True)
-            logits.view(-1).index_add_(0, index * self.vocab_size + token_ids, values)
+            logits = self._add_bias(logits, extras.bias)
         if extras.penalties is not None:
-            apply = penalize if logits.is_cuda else penalize_torch
-            logits = apply(logits, extras.counts, extras.rows, extras.penalties)
+            logits = self._penalize(logits, extras)
+        return logits
+
+    def _add_bias(self, logits: Tensor, bias: LogitBias) -> Tensor:
+        """Add to single logits of a float32 copy."""
+        changed = logits.to(torch.float32, copy=True)
+        changed.view(-1).index_add_(0, bias.rows * self.vocab_size + bias.token_ids, bias.values)
+        return changed
+
+    @staticmethod
+    def _penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
+        """Apply the penalties to a float32 copy."""
+        assert extras.counts is not None
+        assert extras.count_rows is not None
+        assert extras.penalties is not None
+        apply = penalize if logits.is_cuda else penalize_torch
+        return apply(logits, extras.counts, extras.count_rows, extras.penalties)
+
+    @staticmethod
+    def _find_thresholds(
+        logits: Tensor, temperatures: Tensor, extras: SamplingExtras
+    ) -> Tensor | None:
+        """Find the least logit of each row that the filters keep: `[n]` float32."""
+        if extras.filters is None:
+            return None
         find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
-        return logits, None if extras.filters is None else find(
-            logits, temperatures, extras.filters
-        )
+        return find(logits, temperatures, extras.filters)
+
+    @staticmethod
+    def _count(token_ids: Tensor, extras: SamplingExtras) -> None:
+        """Count the drawn tokens: the next step needs that long before the host knows them."""
+        assert extras.counts is not None
+        counts = extras.counts[extras.count_rows, token_ids]
+        may_grow = (counts & MAX_COUNT) < MAX_COUNT
+        extras.counts[extras.count_rows, token_ids] = counts + may_grow
+
+    @staticmethod
+    def _logprobs(logits: Tensor, token_ids: Tensor, request: LogprobRequest) -> Logprobs:
+        """Compute the log-probabilities of the drawn and of the likeliest tokens."""
+        wanted = logits[request.rows].float()
+        drawn = token_ids[request.rows].unsqueeze(1)
+        ids = torch.cat((drawn, wanted.topk(request.num_top, dim=1).indices), dim=1)
+        return Logprobs(ids, wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True))
 
 
 def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:
-    """Fill a row of `SamplingExtras.counts`: PROMPT_FLAG, and how often a token occurs in the completion."""
-    ids, times = np.unique(np.array(completion_ids, dtype=np.int64), return_counts=True)
-    arrays = ids, times.clip(max=MAX_COUNT).astype(np.int16), np.array(prompt_ids, dtype=np.int64)
-    tensors = (torch.from_numpy(array) for array in arrays)
-    if counts.is_cuda:
-        tensors = (tensor.pin_memory().to(counts.device, non_blocking=True) for tensor in tensors)
-    completion, times, prompt = tensors
+    """Fill a row of `SamplingExtras.counts`, for a sequence that is admitted.
+
+    Each number holds how often the token occurs in the completion, at most MAX_COUNT, and the bit
+    PROMPT_FLAG if it occurs in the prompt.
+    """
+    completion, times = np.unique(np.array(completion_ids, dtype=np.int64), return_counts=True)
+    times = times.clip(max=MAX_COUNT).astype(np.int16)
+    prompt = np.array(prompt_ids, dtype=np.int64)
+
+    def to_device(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if not counts.is_cuda:
+            return tensor
+        return tensor.pin_memory().to(counts.device, non_blocking=True)
+
     known = counts[row].zero_()
-    known[completion] = times
-    known[prompt] = known[prompt] | PROMPT_FLAG
+    known[to_device(completion)] = to_device(times)
+    prompt_index = to_device(prompt)
+    known[prompt_index] = known[prompt_index] | PROMPT_FLAG

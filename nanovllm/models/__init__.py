@@ -1,6 +1,40 @@
-"""The models, by the architecture name in their config.json."""
+"""The registry: models by the architecture name in their config.json, and how one is built."""
 
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.config import Config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.utils.loader import fill_dummy, load_model
 
-# Qwen2 is Qwen3 with a QKV bias and without the norms on q and k: one class reads which from the configuration.
+# Qwen2 is Qwen3 with a QKV bias and without the norms on q and k: one class reads from the
+# configuration which of them it is.
 MODELS = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Qwen2ForCausalLM": Qwen3ForCausalLM}
+
+
+def model_class(hf_config: PretrainedConfig) -> type[Qwen3ForCausalLM]:
+    """Return the class that runs the architecture which a configuration names."""
+    assert hf_config.architectures, "Config checks that there is one"
+    return MODELS[hf_config.architectures[0]]
+
+
+def build_model(config: Config, device: torch.device) -> nn.Module:
+    """Build this rank's part of the model on `device`, in the engine's dtype, and load its weights.
+
+    Raises:
+        ValueError: the checkpoint does not match the configuration.
+    """
+    hf_config = config.hf_config
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        with device:
+            model = model_class(hf_config)(hf_config, config.max_model_len)
+    finally:
+        torch.set_default_dtype(before)
+    if config.load_format == "dummy":
+        fill_dummy(model, getattr(hf_config, "initializer_range", 0.02), config.seed)
+    else:
+        load_model(model, config.model)
+    return model

@@ -1,0 +1,1 @@
+"""What all parts share. Nothing here imports another part of the package."""

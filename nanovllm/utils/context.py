@@ -1,45 +1,67 @@
-"""Attention metadata of the step that is running: the same for all layers, so it is not handed through every call."""
+"""The step that is running: one object holds its inputs, made once and the same for all layers.
+
+A model's `forward` is called with input ids and positions only, as in the papers. What else a layer
+has to know about the step (attention: where K and V go) it fetches by `get_context`.
+"""
+
+from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+if TYPE_CHECKING:  # utils import nothing of the package when they run
+    from nanovllm.layers.attention_backend import DecodePlan, PrefillPlan
+
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """All tensors are int32 on the model's device."""
+class StepInputs:
+    """The inputs of one step, on the model's device.
 
-    is_prefill: bool = False  # prompts (or chunks of them), not one token for each sequence
-    slot_mapping: Tensor | None = (
-        None  # [num_tokens], where new K and V go; -1: nowhere. None: no cache yet
+    The new tokens of all n sequences lie one after the other, without padding. Example: sequence A
+    computes 3 tokens of its prompt, of which 2 were found in the cache; sequence B computes 2.
+    Blocks hold 4 tokens; A has the blocks 7 and 1, B has block 5.
+
+        positions     [2, 3, 4,  0, 1]         input_ids alike
+        slot_mapping  [30, 31, 4,  20, 21]     block * 4 + position % 4
+        last_token_rows       [2,     4]
+    """
+
+    is_prefill: bool = False  # prompts, or chunks of them; else one token of each sequence
+    input_ids: Tensor | None = (
+        None  # [num_tokens] int64; None in decode: what the last step sampled
     )
-    cu_seqlens_q: Tensor | None = (
-        None  # [num_seqs + 1], prefill: prefix sums of the numbers of new tokens
-    )
-    cu_seqlens_k: Tensor | None = (
-        None  # [num_seqs + 1], prefill: the same of the tokens to attend to
-    )
-    max_seqlen_q: int = 0  # prefill: the largest of those numbers
-    max_seqlen_k: int = 0
-    context_lens: Tensor | None = (
-        None  # [num_seqs], decode: tokens to attend to, the new one included
-    )
-    block_tables: Tensor | None = (
-        None  # [num_seqs, max_blocks], -1 pads; None: prefill with nothing cached
+    positions: Tensor | None = None  # [num_tokens] int64, of each token in its sequence
+    slot_mapping: Tensor | None = None  # [num_tokens] int32: where the K and V of each token go;
+    # -1: nowhere. None before there is a cache.
+    attention: PrefillPlan | DecodePlan | None = None  # what the attention backend has prepared
+    last_token_rows: Tensor | None = (
+        None  # [n] int32, prefill: the row of each sequence's last token
     )
 
+    # Sampling: [n] each. A sequence has a row in the model runner's tables while it is admitted.
+    table_rows: Tensor | None = None  # int64
+    temperatures: Tensor | None = None  # float32
+    seeds: Tensor | None = None  # int64
+    last_positions: Tensor | None = None  # int64, of the last token; in decode, `positions`
 
-_local = threading.local()  # engines of two threads do not meet
+
+_local = threading.local()  # each thread has its own: engines of two threads do not meet
+_NONE = StepInputs()
 
 
-def get_context() -> Context:
-    return getattr(_local, "context", Context())
+def get_context() -> StepInputs:
+    """Return the inputs of the step that this thread is running; empty ones when it runs none."""
+    return getattr(_local, "inputs", _NONE)
 
 
-def set_context(context: Context) -> None:
-    _local.context = context
+def set_context(inputs: StepInputs) -> None:
+    """Make `inputs` those of the running step."""
+    _local.inputs = inputs
 
 
 def reset_context() -> None:
-    set_context(Context())
+    """Say that no step is running."""
+    _local.inputs = _NONE

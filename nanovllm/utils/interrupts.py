@@ -4,24 +4,28 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the `with`."""
-    # It only ever comes to the main thread; None: its handler is not Python's.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is None
-    ):
+    """Hold Ctrl-C back until the end of the `with` block, and raise it there."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    # Only the main thread is ever interrupted, and only it may set a handler. A handler that is not
+    # Python's reads as None, and could not be put back.
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    caught: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    was_pressed = False
+
+    def remember(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal was_pressed
+        was_pressed = True
+
+    handler = signal.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
+        signal.signal(signal.SIGINT, handler)
+        if was_pressed:
             signal.raise_signal(signal.SIGINT)

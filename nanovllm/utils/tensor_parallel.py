@@ -1,67 +1,101 @@
-"""Which rank of how many this process is, and what several exchange.
+"""Which tensor-parallel rank this process is, of how many, and the sums over all of them.
 
-Layers ask once, when they are built. torch.distributed's global state may be somebody else's: one rank uses none.
+A layer asks for its `TensorParallel` once, when it is built. With one rank nothing here uses
+torch.distributed, whose global state may belong to somebody else.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:  # utils import nothing of the package when they run
+    from nanovllm.kernels.all_reduce import SmallAllReduce
+    from nanovllm.kernels.prefill_all_reduce import PrefillAllReduce
+    from nanovllm.quantization.weight_format import Norm, PartialSums
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
+    """One rank's place among the others. The two kernels are there if the GPUs share memory."""
+
     rank: int = 0
     size: int = 1
-    small_all_reduce: Any = (
-        None  # kernels.all_reduce.SmallAllReduce, on GPUs that can read each other's memory
-    )
-    prefill_all_reduce: Any = None  # kernels.prefill_all_reduce.PrefillAllReduce, likewise
+    small_all_reduce: SmallAllReduce | None = None  # for up to 2 MiB
+    prefill_all_reduce: PrefillAllReduce | None = None  # for prefills of at least 4,096 tokens
 
-    def all_reduce(
-        self, x: Tensor, residual: Tensor | None = None, norm: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`residual` + the sum of x over the ranks, in place of residual, or else of x; and `norm` (an RMSNorm) of
-        it, where it is to be had on the way. With a residual, x may be in parts, `[parts, n, hidden]`."""
-        if self.small_all_reduce is not None and self.small_all_reduce.takes(
-            x if residual is None else residual
-        ):
-            return self.small_all_reduce(
-                x, residual, *((norm.weight, norm.eps) if norm is not None else ())
-            )
-        if residual is not None and x.dim() > residual.dim():
-            x = x.sum(0)
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum x, of any shape, over the ranks, in place."""
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(x):
+            return self.small_all_reduce(x)[0]
         dist.all_reduce(x)
-        return x if residual is None else residual.add_(x), None
+        return x
+
+    def all_reduce_product(self, product: Tensor | PartialSums) -> Tensor:
+        """Sum a product `[n, out]`, which may still be in parts, over the ranks."""
+        return self.all_reduce(product if isinstance(product, Tensor) else product.sum())
+
+    def add_all_reduced(
+        self, residual: Tensor, product: Tensor | PartialSums, norm: Norm | None
+    ) -> Tensor | None:
+        """Add the sum of the ranks' products to `residual` `[n, out]`, in place.
+
+        Returns `norm` of the result where the kernel that adds computes it on the way, else None.
+        """
+        if self.small_all_reduce is not None and self.small_all_reduce.takes(residual):
+            x = product if isinstance(product, Tensor) else product.values
+            if norm is None:
+                return self.small_all_reduce(x, residual)[1]
+            return self.small_all_reduce(x, residual, norm.weight, norm.eps)[1]
+        residual.add_(self.all_reduce_product(product))
+        return None
 
     def sums_in_pieces(self, num_tokens: int) -> bool:
+        """Whether products of so many tokens are to be summed by `add_in_pieces`."""
         return self.prefill_all_reduce is not None and self.prefill_all_reduce.takes(num_tokens)
 
-    def all_reduce_in_pieces(
-        self, compute: Callable[[slice], Tensor], residual: Tensor, norm: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`all_reduce` of what `compute` yields for pieces of the rows, one being summed while the next is computed.
+    def add_in_pieces(
+        self, compute: Callable[[slice], Tensor], residual: Tensor, norm: Norm
+    ) -> Tensor:
+        """Sum what `compute` returns for pieces of the rows, one piece while the next is computed.
 
-        The result must be waited for, and is valid until the next such sum. With a norm that is the norm, and a rank
-        has only its own part of the rows of `residual`; without, it is the sum, and `residual` is left half done.
+        Each rank owns a share of the rows of every piece. It adds the sum to its own rows of
+        `residual` `[n, out]`, and sends `norm` of them to the other ranks.
+
+        Returns the norm of all rows, `[n, out]`. It is valid until the next sum in pieces, and
+        must be waited for, by `arriving` or `wait_for_pieces`; `compute` may read a piece of it
+        that the next sum in pieces has got to.
         """
-        if norm is None:
-            return self.prefill_all_reduce(compute, residual, None, 0.0), None
-        return residual, self.prefill_all_reduce(compute, residual, norm.weight, norm.eps)
+        assert self.prefill_all_reduce is not None
+        return self.prefill_all_reduce(compute, residual, norm.weight, norm.eps)
 
     def arriving(self, num_tokens: int) -> Iterator[slice]:
-        """Rows of the last such sum, as they arrive."""
+        """Yield the rows of the last sum in pieces, as they arrive."""
+        assert self.prefill_all_reduce is not None
         return self.prefill_all_reduce.arriving(num_tokens)
 
     def wait_for_pieces(self) -> None:
+        """Let the GPU wait until all of the last sum in pieces is there."""
         if self.prefill_all_reduce is not None:
             self.prefill_all_reduce.wait_for_all()
 
+    def collect_rows(self, values: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
+        """Bring rows up to date that a sum in pieces has changed on one rank each.
+
+        values: `[m, out]`, the rows number `rows` `[m]` of `num_tokens`, as this rank has them.
+        """
+        assert self.prefill_all_reduce is not None
+        self.wait_for_pieces()
+        is_owner = self.prefill_all_reduce.owns(rows, num_tokens)
+        return self.all_reduce(values.masked_fill(~is_owner.unsqueeze(1), 0.0))
+
     def all_gather(self, x: Tensor) -> Tensor:
-        """Floats `[...]` of each rank -> `[size, ...]` on every rank."""
+        """Gather floats `[...]` of each rank: `[size, ...]` on every rank."""
         out = x.new_zeros(self.size, *x.shape)
         if self.small_all_reduce is not None and self.small_all_reduce.takes(out):
             out[self.rank] = x
@@ -74,14 +108,21 @@ _current = TensorParallel()
 
 
 def get_tensor_parallel() -> TensorParallel:
+    """Return the place that layers which are built now belong to."""
     return _current
 
 
 @contextmanager
-def tensor_parallel(rank: int, size: int, *all_reduces: Any) -> Iterator[TensorParallel]:
-    """Layers built inside the `with` belong to this rank."""
+def tensor_parallel(
+    rank: int,
+    size: int,
+    small_all_reduce: SmallAllReduce | None = None,
+    prefill_all_reduce: PrefillAllReduce | None = None,
+) -> Iterator[TensorParallel]:
+    """Have the layers that are built inside the `with` belong to this rank."""
     global _current
-    before, _current = _current, TensorParallel(rank, size, *all_reduces)
+    before = _current
+    _current = TensorParallel(rank, size, small_all_reduce, prefill_all_reduce)
     try:
         yield _current
     finally:

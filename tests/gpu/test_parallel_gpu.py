@@ -73,7 +73,9 @@ def test_ranks_give_the_tokens_of_transformers(
         num_kvcache_blocks=24,
     )
     try:
-        assert len(llm.model_runner.all_reduces) == 1  # type: ignore[union-attr]  # no step is long enough for pieces
+        group = llm.model_runner.group  # type: ignore[union-attr]
+        assert group.small_all_reduce is not None
+        assert group.prefill_all_reduce is None  # no step is long enough for pieces
         for count in (12, 1, 3):  # as many tokens as each kernel takes
             tokens = generate_ids(llm, prompts[:count], greedy(NUM_TOKENS))
             if dtype == "float32":
@@ -158,7 +160,7 @@ def test_prefills_summed_in_pieces(
     expected = deep.complete(prompts, 8, min_margin=2e-5)
     llm = make(deep, dtype=dtype, tensor_parallel_size=size, max_num_batched_tokens=5003)
     try:
-        _, prefill_all_reduce = llm.model_runner.all_reduces  # type: ignore[union-attr]
+        prefill_all_reduce = llm.model_runner.group.prefill_all_reduce  # type: ignore[union-attr]
         count = prefill_all_reduce.count
         for again in range(4):
             tokens = generate_ids(llm, prompts[again:] + prompts[:again], greedy(8))

@@ -18,7 +18,7 @@ from conftest import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.model_runner import alias
+from nanovllm.engine.graphs import unowned_view
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,7 +83,7 @@ def make(checkpoint: Checkpoint, **options: Any) -> LLM:
 def test_an_alias_is_the_same_memory_and_does_not_hold_it() -> None:
     tensor = torch.arange(24, dtype=torch.bfloat16, device="cuda").view(4, 6)
     held = torch.cuda.memory_allocated()
-    other = alias(tensor)
+    other = unowned_view(tensor)
     assert torch.cuda.memory_allocated() == held and other.data_ptr() == tensor.data_ptr()
     assert other.dtype == tensor.dtype and torch.equal(other, tensor)
     tensor[2, 3] = 99

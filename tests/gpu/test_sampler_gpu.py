@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, penalize, penalize_torch
-from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import Sampler, SamplingExtras, set_counts
+from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras, set_counts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,11 +50,15 @@ def test_frequencies_follow_the_softmax() -> None:
 
 
 def settings(
-    rows: int, top_k: list[int], top_p: list[float], min_p: list[float]
-) -> tuple[torch.Tensor, ...]:
-    columns = (top_k, torch.int32), (top_p, torch.float32), (min_p, torch.float32)
-    return tuple(
-        torch.tensor((x * rows)[:rows], dtype=dtype, device="cuda") for x, dtype in columns
+    rows: int, top_k: list[int], top_p: list[float], min_p: list[float], device: str = "cuda"
+) -> Filters:
+    def column(values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor((values * rows)[:rows], dtype=dtype, device=device)
+
+    return Filters(
+        top_k=column(top_k, torch.int32),
+        top_p=column(top_p, torch.float32),
+        min_p=column(min_p, torch.float32),
     )
 
 
@@ -94,7 +98,7 @@ def test_thresholds_keep_what_the_reference_keeps(
         assert differ.max() <= 4 and (differ == 0).sum() >= rows * 3 // 4, differ.tolist()
     else:  # a step is many equal logits: a sum within rounding of top_p turns them all, which is rare
         assert (differ == 0).sum() >= rows - 1, differ.tolist()
-    only_top_k = (filters[1] == 1) & (filters[2] == 0)
+    only_top_k = (filters.top_p == 1) & (filters.min_p == 0)
     assert only_top_k.any() and (differ[only_top_k] == 0).all()
     assert torch.equal(
         thresholds, filter_thresholds(logits, temperatures, filters)
@@ -108,7 +112,8 @@ def test_penalties_equal_the_references(dtype: torch.dtype) -> None:
     logits = torch.randn(rows, vocab_size, device="cuda").to(dtype)
     counts = torch.randint(-5, 4, (40, vocab_size), device="cuda").clamp_(min=0).to(torch.int16)
     counts[:, ::9] |= PROMPT_FLAG
-    strengths = tuple(torch.rand(rows, device="cuda") + offset for offset in (0.5, -0.5, -0.5))
+    offsets = (0.5, -0.5, -0.5)
+    strengths = Penalties(*(torch.rand(rows, device="cuda") + offset for offset in offsets))
     arguments = logits, counts, torch.randperm(40, device="cuda")[:rows], strengths
     torch.testing.assert_close(
         penalize(*arguments), penalize_torch(*arguments), atol=1e-5, rtol=1e-5
@@ -124,12 +129,12 @@ def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_th
         counts = torch.zeros(rows + 1, vocab_size, dtype=torch.int16, device=device)
         numbers = torch.arange(rows, device=device)
         extras = SamplingExtras(
-            filters=tuple(x.to(device) for x in settings(rows, [0, 20, 5], [0.9, 1.0], [0.0])),
-            penalties=tuple(torch.full((rows,), x, device=device) for x in (1.2, 0.3, 0.1)),
+            filters=settings(rows, [0, 20, 5], [0.9, 1.0], [0.0], device),
+            penalties=Penalties(*(torch.full((rows,), x, device=device) for x in (1.2, 0.3, 0.1))),
             counts=counts,
-            rows=numbers.flip(0),
-            bias=(numbers, numbers * 7, torch.full((rows,), 2.0, device=device)),
-            logprobs=(numbers[::2], 4),
+            count_rows=numbers.flip(0),
+            bias=LogitBias(numbers, numbers * 7, torch.full((rows,), 2.0, device=device)),
+            logprobs=LogprobRequest(numbers[::2], 4),
         )
         sampler = Sampler(0, vocab_size)
         inputs = logits.to(device), temperatures.to(device), numbers, numbers + 5, extras
@@ -190,12 +195,12 @@ def test_times() -> None:
             lambda: filter_thresholds(logits, ones * 0.6, filters)
         )
         times[name] = microseconds(lambda: sampler(*arguments, SamplingExtras(filters=filters)))
-    penalties = tuple(ones * x for x in (1.2, 0.3, 0.1))
+    penalties = Penalties(*(ones * x for x in (1.2, 0.3, 0.1)))
     times["penalties pass"] = microseconds(lambda: penalize(logits, counts, numbers, penalties))
-    extras = SamplingExtras(penalties=penalties, counts=counts, rows=numbers)
+    extras = SamplingExtras(penalties=penalties, counts=counts, count_rows=numbers)
     times["penalties"] = microseconds(lambda: sampler(*arguments, extras))
     times["logprobs=5"] = microseconds(
-        lambda: sampler(*arguments, SamplingExtras(logprobs=(numbers, 5)))
+        lambda: sampler(*arguments, SamplingExtras(logprobs=LogprobRequest(numbers, 5)))
     )
     print(*(f"{name:24s} {time:7.1f} us" for name, time in times.items()), sep="\n")
     assert times["top_k=20 top_p=0.95"] < 350 and times["penalties pass"] < 150

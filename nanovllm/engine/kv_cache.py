@@ -1,0 +1,72 @@
+"""The paged KV cache: how much memory there is for it, and the tensor.
+
+On a GPU it takes what `gpu_memory_utilization` leaves beside the weights and the activations of the
+largest step, which a warm-up prefill shows. On a CPU the size is a stated default.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanovllm.config import Config
+from nanovllm.layers.attention import Attention
+
+CPU_KVCACHE_BYTES = 2 << 30  # without a GPU; the system commits pages as they are first used
+
+
+def allocate_kv_cache(
+    config: Config, attention_layers: list[Attention], device: torch.device
+) -> Tensor:
+    """Allocate the cache, and give each layer its part.
+
+    Returns `[2, layers, num_blocks, block_size, kv_heads / tp, head_dim]`, keys then values, and
+    sets `config.num_kvcache_blocks` if it was to be worked out.
+
+    Raises:
+        ValueError: it would not hold one sequence of max_model_len.
+    """
+    first = attention_layers[0]
+    block_shape = (config.kvcache_block_size, first.num_kv_heads, first.head_dim)
+    if config.num_kvcache_blocks == -1:
+        numbers_per_block = 2 * len(attention_layers) * math.prod(block_shape)
+        block_bytes = numbers_per_block * config.dtype.itemsize
+        config.num_kvcache_blocks = num_blocks_that_fit(config, block_bytes, device)
+    config.check_kvcache(config.num_kvcache_blocks)
+
+    shape = (2, len(attention_layers), config.num_kvcache_blocks, *block_shape)
+    # On a CPU zeros would touch, and so commit, every page. On a GPU they keep the cache finite, as
+    # flash-attn-4 needs it.
+    allocate = torch.zeros if device.type == "cuda" else torch.empty
+    kv_cache = allocate(shape, dtype=config.dtype, device=device)
+    for index, layer in enumerate(attention_layers):
+        layer.k_cache = kv_cache[0, index]
+        layer.v_cache = kv_cache[1, index]
+    return kv_cache
+
+
+def num_blocks_that_fit(config: Config, block_bytes: int, device: torch.device) -> int:
+    """Work out how many blocks of the cache the memory has room for."""
+    blocks_per_seq = -(-config.max_model_len // config.kvcache_block_size)
+    most_in_use = config.max_num_seqs * blocks_per_seq
+    if device.type == "cpu":
+        return max(blocks_per_seq, min(CPU_KVCACHE_BYTES // block_bytes, most_in_use))
+
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free  # by this process and by others
+    peak = torch.cuda.max_memory_allocated(device)
+    activations = peak - torch.cuda.memory_allocated(device)
+    # CUDA graphs have a memory pool of their own, which takes at most what a prefill of as many
+    # sequences does.
+    reserved = activations if config.enforce_eager else 2 * activations
+    num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
+    # As much again as can be in use, for cached prefixes; more would only cost time to keep.
+    num_blocks = min(num_blocks, 2 * most_in_use)
+    if config.tensor_parallel_size == 1:
+        return num_blocks
+    # The scheduler counts the same blocks for all ranks.
+    fewest = torch.tensor(num_blocks, device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    return int(fewest)

@@ -1,0 +1,226 @@
+"""From what the user passes to Sequences: checks, tokenizer, defaults, seeds.
+
+All prompts of a call are checked before a sequence is made of the first, so a call with one wrong
+prompt raises before it has queued anything.
+"""
+
+import random
+from array import array
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanovllm.config import Config, read_json
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+Prompts = str | SequenceOf[Prompt]
+Params = SamplingParams | SequenceOf[SamplingParams] | None
+
+# Iterating over these may give integers, and yet they are no token ids: bytes are text, and sets
+# and dicts are not meant to have an order.
+NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
+
+# Keys of generation_config.json, and the fields of SamplingParams that they recommend a value for.
+RECOMMENDED = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and its parameters, both checked."""
+
+    token_ids: list[int]  # of the prompt
+    params: SamplingParams
+
+
+class InputProcessor:
+    """Turns prompts and sampling parameters into sequences.
+
+    It holds what of the model that takes: tokenizer, vocabulary and recommended parameters.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.hf_config is not None  # Config has read it
+        self.config = config
+        self.hf_config = config.hf_config
+        self.vocab_size: int = config.hf_config.vocab_size
+        self.tokenizer = load_tokenizer(config.model)
+        self.generation_config = read_json(Path(config.model) / "generation_config.json")
+        self.seeds = random.Random(config.seed)  # for the requests that bring none
+
+    def find_eos(self) -> tuple[int, ...]:
+        """Collect the token ids that end a sequence.
+
+        generation_config.json, tokenizer and config.json each may name one, or a list of them, as
+        `eos_token_id`; all of them count.
+        """
+        named = [
+            self.generation_config.get("eos_token_id"),
+            getattr(self.tokenizer, "eos_token_id", None),
+            getattr(self.hf_config, "eos_token_id", None),
+        ]
+        found: dict[int, None] = {}  # a set that keeps the order
+        for eos in named:
+            for token_id in eos if isinstance(eos, list) else [eos]:
+                # Some files name ids outside the vocabulary, or no integer (type: a bool is none).
+                if type(token_id) is int and 0 <= token_id < self.vocab_size:
+                    found[token_id] = None
+        return tuple(found)
+
+    def default_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends; a ValueError if that is invalid."""
+        options: dict[str, Any] = {}
+        for key, name in RECOMMENDED.items():
+            if self.generation_config.get(key) is not None:
+                options[name] = self.generation_config[key]
+        if self.generation_config.get("do_sample") is False:
+            options["temperature"] = 0
+        try:
+            return SamplingParams(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.config.model}/generation_config.json: {error}; pass sampling_params"
+            ) from error
+
+    def check(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
+        """Check and encode all prompts, and check their parameters.
+
+        Raises a TypeError or ValueError that names the first wrong prompt by its index.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
+        if sampling_params is None:
+            sampling_params = self.default_params()
+        if not isinstance(sampling_params, (list, tuple)):
+            sampling_params = [sampling_params] * len(prompts)  # type: ignore[list-item]
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
+                "pass one for each"
+            )
+        requests = []
+        for index, prompt in enumerate(prompts):
+            requests.append(self._check_one(index, prompt, sampling_params[index]))
+        return requests
+
+    def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(
+                f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
+            )
+        if params.stop and self.tokenizer is None and not isinstance(prompt, str):
+            raise self._no_tokenizer(index, "has stop strings")
+        token_ids = self._token_ids_of(index, prompt)
+        self._check_token_ids(index, token_ids, params)
+        return Request(token_ids.tolist(), params)
+
+    def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
+        """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise self._no_tokenizer(index, "is text")
+            try:
+                return array("q", self.tokenizer.encode(prompt))
+            except Exception as error:  # the text has a lone surrogate, for example
+                raise ValueError(
+                    f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
+                ) from error
+        if isinstance(prompt, NEVER_A_PROMPT):
+            raise not_a_prompt(index, prompt)
+        try:
+            return array("q", prompt)
+        except OverflowError as error:  # more than 64 bits
+            raise ValueError(
+                f"prompt {index} has a token id far outside the vocabulary: {error}"
+            ) from None
+        except Exception as error:  # no iterable, or not of integers
+            raise not_a_prompt(index, prompt) from error
+
+    def _check_token_ids(self, index: int, token_ids: "array[int]", params: SamplingParams) -> None:
+        """Check the prompt's length and token ids, and the token ids that its parameters name."""
+        if not token_ids:
+            raise ValueError(f"prompt {index} is empty; it must have at least one token")
+        ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(outside) > 0:
+            raise self._unknown_token(index, int(outside[0]))
+        for token_id in (*(params.stop_token_ids or ()), *(params.logit_bias or ())):
+            if not 0 <= token_id < self.vocab_size:
+                raise self._unknown_token(index, token_id)
+        max_model_len = self.config.max_model_len
+        if len(token_ids) >= max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(token_ids)} tokens, and max_model_len {max_model_len} "
+                "must hold them and one more; shorten it or raise the limit"
+            )
+
+    def _no_tokenizer(self, index: int, what: str) -> ValueError:
+        return ValueError(
+            f"prompt {index} {what}, and {self.config.model} has no tokenizer; "
+            "pass ids (stop_token_ids)"
+        )
+
+    def _unknown_token(self, index: int, token_id: int) -> ValueError:
+        return ValueError(
+            f"prompt {index} has the token id {token_id}; "
+            f"the vocabulary is 0 to {self.vocab_size - 1}"
+        )
+
+    def make_sequences(self, request: Request, is_streamed: bool) -> list[Sequence]:
+        """Make a sequence for each of a request's n completions.
+
+        They have one `request_id`: the `seq_id` of the first.
+        """
+        params = request.params
+        room = self.config.max_model_len - len(request.token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        needs_text = is_streamed or bool(params.stop)  # while it grows, not only at its end
+        seqs = [Sequence(request.token_ids, params, seed) for seed in self._seeds_of(params)]
+        for seq in seqs:
+            seq.request_id = seqs[0].seq_id
+            seq.max_tokens = max_tokens
+            if needs_text and self.tokenizer is not None:
+                seq.detokenizer = Detokenizer(self.tokenizer, params)
+        return seqs
+
+    def _seeds_of(self, params: SamplingParams) -> list[int]:
+        """A seed for each completion: the request's own, and others that follow from it."""
+        seed = self.seeds.getrandbits(63) if params.seed is None else params.seed
+        if params.n == 1:
+            return [seed]
+        others = random.Random(seed)
+        return [seed, *(others.getrandbits(63) for _ in range(params.n - 1))]
+
+
+def not_a_prompt(index: int, prompt: object) -> TypeError:
+    """The error for a prompt of the wrong type."""
+    return TypeError(
+        f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
+        f"passed as a list of one list), not {prompt!r:.60}"
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if not any((Path(path) / file).is_file() for file in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error

@@ -1,0 +1,162 @@
+"""The attention backends: interchangeable implementations with the same results.
+
+A backend prepares its plan once a step, on the host; every attention layer of the step then uses
+it. What a kernel needs to know about the batch goes into the plan and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.flash_attention import (
+    check_flash_attention,
+    flash_attention_version,
+    flash_decode,
+    flash_prefill,
+)
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Many new tokens of each of n sequences. Tensors are int32."""
+
+    cu_seqlens_q: Tensor  # [n + 1]: where each sequence's queries begin, and the last one's end
+    cu_seqlens_k: Tensor  # [n + 1]: the same of the keys: new tokens and those in the cache
+    max_seqlen_q: int  # the most queries of one sequence
+    max_seqlen_k: int  # the most keys of one sequence
+    block_tables: Tensor | None = None  # [n, max_blocks], padded with -1; None: nothing is cached
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """One new token of each of n sequences. Tensors are int32, and padding rows have no context."""
+
+    context_lens: Tensor  # [n]: keys of each sequence, the new one included
+    block_tables: Tensor  # [n, max_blocks], padded with -1
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """How to store K and V, and how to attend in the two kinds of step."""
+
+    name: str
+    norm_rope_store: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
+
+    def plan_prefill(
+        self,
+        num_queries: list[int],
+        num_keys: list[int],
+        block_tables: np.ndarray | None,
+        to_device: Callable[[np.ndarray], Tensor],
+    ) -> PrefillPlan:
+        """Prepare a prefill step.
+
+        num_queries, num_keys: of each sequence; keys include those of tokens in the cache.
+        block_tables: `[n, max_blocks]` int32 on the host; None if nothing is cached.
+        to_device: copies an array to the model's device, without waiting.
+        """
+        cu_seqlens_q = np.cumsum([0, *num_queries], dtype=np.int32)
+        cu_seqlens_k = np.cumsum([0, *num_keys], dtype=np.int32)
+        return PrefillPlan(
+            cu_seqlens_q=to_device(cu_seqlens_q),
+            cu_seqlens_k=to_device(cu_seqlens_k),
+            max_seqlen_q=max(num_queries),
+            max_seqlen_k=max(num_keys),
+            block_tables=None if block_tables is None else to_device(block_tables),
+        )
+
+    def plan_decode(self, context_lens: Tensor, block_tables: Tensor) -> DecodePlan:
+        """Prepare a decode step, given the device's buffers, which a CUDA graph may read again."""
+        return DecodePlan(context_lens, block_tables)
+
+    def last_tokens_plan(self, plan: PrefillPlan) -> PrefillPlan:
+        """The plan for each sequence's last query only; keys and values are those of `plan`."""
+        num_seqs = len(plan.cu_seqlens_q) - 1
+        one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)
+        return PrefillPlan(one_each, plan.cu_seqlens_k, 1, plan.max_seqlen_k, plan.block_tables)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: PrefillPlan | DecodePlan | None,
+        scale: float,
+    ) -> Tensor:
+        """Compute causal attention: a tensor like q `[n, heads, head_dim]`.
+
+        k, v: `[n, kv_heads, head_dim]`, of the new tokens, which the cache holds already.
+        k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
+        scale: the scores' factor.
+        """
+        if isinstance(plan, DecodePlan):
+            return self.decode(q, k_cache, v_cache, plan.context_lens, plan.block_tables, scale)
+        assert plan is not None
+        return self.prefill(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.max_seqlen_q,
+            plan.max_seqlen_k,
+            scale,
+            plan.block_tables,
+        )
+
+
+TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
+TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
+FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
+FLASH_PREFILL = AttentionBackend("flash_attn+triton", norm_rope_store, flash_prefill, paged_decode)
+
+
+def select_backend(
+    name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype
+) -> AttentionBackend:
+    """Choose the backend that `name` asks for; "auto" is the fastest that is there.
+
+    Raises:
+        ValueError: it cannot serve this device, cache or model.
+    """
+    if device == "cpu" and name not in ("auto", "torch"):
+        raise ValueError(
+            f"attention_backend {name!r} needs a GPU and the device is 'cpu'; use 'torch' or 'auto'"
+        )
+    if device == "cuda" and not HAS_TRITON:
+        raise ValueError(
+            "device 'cuda' needs Triton, which is not installed: pip install triton, or "
+            "device='cpu'"
+        )
+    if name.startswith("flash_attn"):
+        check_flash_attention(block_size, head_dim, dtype)
+        return FLASH_ATTN if name == "flash_attn" else FLASH_PREFILL
+    if name == "torch" or device == "cpu":
+        return TORCH
+    if name == "auto" and flash_attention_version() == "4" and is_hopper():
+        # As measured: faster than our kernel on this card, for prefill only.
+        with suppress(ValueError):
+            check_flash_attention(block_size, head_dim, dtype)
+            return FLASH_PREFILL
+    return TRITON
+
+
+def is_hopper() -> bool:
+    """Whether the GPU is an H100, an H200 or a relative of them."""
+    return torch.cuda.get_device_capability()[0] == 9

@@ -1,0 +1,112 @@
+"""What a request returns: plain dicts. Here are their keys, and the functions that build them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nanovllm.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probabilities that one step reports for one sequence, the sampled token first."""
+
+    token_ids: list[int]  # the sampled token, then the likeliest ones
+    values: list[float]  # the log-probability of each
+
+
+class Completion(TypedDict):
+    """One completion of a prompt."""
+
+    text: str  # "" without a tokenizer
+    token_ids: list[int]  # of the completion only; the token that ended it is the last
+    finish_reason: str | None  # "stop", "length" or "abort"; None: a stream is not at its end yet
+    stop_reason: str | int | None  # the stop string or stop token id that ended it, if one did
+    logprobs: list[dict[int, float]] | None  # for each token: token id -> log-probability, if asked
+
+
+class Result(Completion, total=False):
+    """What a request returns: its first completion, and what belongs to all of them."""
+
+    prompt_token_ids: list[int]
+    num_cached_tokens: int  # tokens of the prompt that were found in the prefix cache
+    completions: list[Completion]  # all n, the first one too; this key is there for n > 1 only
+
+
+class StreamPart(Completion):
+    """What `LLM.stream` yields: what is new of one completion, in the fields of Completion."""
+
+    index: int  # of the prompt in the list that was passed
+    completion: int  # which of the prompt's n completions, from 0
+
+
+def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """Build the result of a request from the sequences of its n completions."""
+    completions = [build_completion(seq, completion_text(seq, tokenizer)) for seq in seqs]
+    first = seqs[0]
+    result: Result = {
+        **completions[0],
+        "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
+        "num_cached_tokens": first.num_cached_prompt_tokens or 0,  # None: it was never admitted
+    }
+    if len(seqs) > 1:
+        result["completions"] = completions
+    return result
+
+
+def build_completion(seq: Sequence, text: str, start: int = 0) -> Completion:
+    """Build a completion, or what there is of it from token number `start` on; `text` is given."""
+    return {
+        "text": text,
+        "token_ids": seq.token_ids[seq.num_prompt_tokens + start :],
+        "finish_reason": seq.finish_reason,
+        "stop_reason": seq.stop_reason,
+        "logprobs": None if seq.logprobs is None else seq.logprobs[start:],
+    }
+
+
+def completion_text(seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the text of a completion that has ended; "" without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    if seq.detokenizer is not None:  # it has followed the completion, and cut it at a stop string
+        return seq.detokenizer.text
+    token_ids = seq.completion_token_ids
+    if seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output:
+        token_ids = token_ids[:-1]  # the token that ended it is not part of the text
+    text = tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
+    assert isinstance(text, str)  # (it would be a list if we had passed several completions)
+    return text
+
+
+@dataclass(slots=True)
+class StreamedCompletion:
+    """A completion that is handed out while it grows."""
+
+    seq: Sequence
+    index: int  # of its prompt in the list that was passed
+    number: int  # which of the prompt's completions
+    num_taken: int = 0  # tokens that `take` has returned
+    is_done: bool = False  # whether `take` has returned the last one
+
+    def take(self) -> StreamPart | None:
+        """Return what is new since the last call; None if no token is."""
+        seq = self.seq
+        start = self.num_taken
+        num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+        if num_tokens == start:
+            return None
+        text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
+        self.num_taken = num_tokens
+        # Asked now, with the tokens: until the next call others may step the engine, and the
+        # sequence may end with tokens that have not been taken.
+        self.is_done = seq.is_finished
+        return {
+            "index": self.index,
+            "completion": self.number,
+            **build_completion(seq, text, start),
+        }

@@ -1,0 +1,121 @@
+"""The format of an ordinary checkpoint: the weight as it is, in 16 or 32 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanovllm.kernels.gemv import gemv
+from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
+from nanovllm.kernels.split_gemm import num_splits, split_gemm
+from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard, WeightFormat
+from nanovllm.utils.context import get_context
+from nanovllm.utils.loader import check_shape
+
+
+class MatmulKernel(Enum):
+    """The kernels that can compute `x W^T`."""
+
+    GEMV = auto()  # one token: reading the weight is all the time it takes
+    SPLIT_K = auto()  # few tokens: the inner dimension is split until the whole card has work
+    CUBLAS = auto()  # PyTorch's own; on a CPU too
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulChoice:
+    """A kernel, and how it is to be used."""
+
+    kernel: MatmulKernel
+    splits: int = 1  # of the inner dimension, for SPLIT_K
+
+
+GEMV = MatmulChoice(MatmulKernel.GEMV)
+CUBLAS = MatmulChoice(MatmulKernel.CUBLAS)
+
+
+def choose_matmul(x: Tensor, weight: Tensor, reader_sums: bool) -> MatmulChoice:
+    """Choose the fastest kernel for `x W^T`. This is decided here and nowhere else.
+
+    reader_sums: whether the kernel that reads the product adds up the partial sums of split-K.
+        Where it does not, an addition of its own would cost what splitting gains.
+    """
+    if x.is_cuda and x.shape[0] == 1:
+        return GEMV
+    if get_context().is_prefill:
+        # A prefill is launched kernel by kernel, and launching split_gemm takes the host 26 us more
+        # than launching cuBLAS. In a decode step a CUDA graph hides that.
+        return CUBLAS
+    splits = num_splits(x, weight)
+    if splits == 1 or (splits > 1 and reader_sums):
+        return MatmulChoice(MatmulKernel.SPLIT_K, splits)
+    return CUBLAS
+
+
+class Unquantized(WeightFormat):
+    """One parameter, `weight` `[out, in]`, of the model's dtype."""
+
+    def create(self, layer: nn.Module, output_size: int, input_size: int) -> None:
+        """Register `weight`, uninitialised."""
+        layer.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
+
+    def load(self, param: nn.Parameter, loaded: Any, shard: Shard) -> None:
+        """Copy the shard; only its part of the file is read."""
+        check_shape(loaded, shard.full_shape)
+        param[shard.target_rows].copy_(loaded[shard.source_rows, shard.source_columns])
+
+    def matmul(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        norm: Norm | None,
+        bias: Tensor | None,
+        epilogue: Epilogue,
+    ) -> Tensor | PartialSums:
+        """Multiply by the kernel that `choose_matmul` names; see `WeightFormat.matmul`."""
+        return self.multiply(cast(Tensor, layer.weight), x, norm, bias, epilogue)
+
+    @staticmethod
+    def multiply(
+        weight: Tensor, x: Tensor, norm: Norm | None, bias: Tensor | None, epilogue: Epilogue
+    ) -> Tensor | PartialSums:
+        """`matmul`, given the weight `[out, in]` itself."""
+        residual = epilogue.add_to
+        reader_sums = epilogue.reader_sums or residual is not None
+        if epilogue.out is not None:  # a part of a large prefill
+            torch.mm(x, weight.t(), out=epilogue.out)
+            return epilogue.out if bias is None else epilogue.out.add_(bias)
+
+        choice = choose_matmul(x, weight, reader_sums)
+        if choice.kernel is MatmulKernel.GEMV:
+            return gemv(
+                x,
+                weight,
+                bias,
+                norm_weight=None if norm is None else norm.weight,
+                eps=0.0 if norm is None else norm.eps,
+                residual=residual,
+                gated=epilogue.is_gated,
+            )
+        assert norm is None, "only the GEMV normalises its input"
+        if choice.kernel is MatmulKernel.SPLIT_K:
+            sums = PartialSums(split_gemm(x, weight, bias, choice.splits))
+            if reader_sums:
+                return sums
+            product = sums.sum()  # of one split: nothing is added
+        elif residual is not None:
+            residual.addmm_(x, weight.t())  # the GEMM adds as it writes
+            return residual if bias is None else residual.add_(bias)
+        else:
+            product = F.linear(x, weight, bias)
+
+        if epilogue.is_gated:
+            return silu_mul(product) if product.is_cuda else silu_mul_torch(product)
+        return product
+
+
+UNQUANTIZED = Unquantized()
