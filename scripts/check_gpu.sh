@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
-# Every GPU test and every figure that README and docs/PERFORMANCE.md state, in one run, from the checkout:
-#   scripts/check_gpu.sh DIRECTORY [tests|figures|ranks]
-# writes its logs there. One GPU: two minutes of tests (side by side: what counts is that they pass) and three of
-# figures. `ranks`: on several GPUs, as many as there are.
+# Every GPU test, every figure that README and docs/PERFORMANCE.md state, and a comparison with another
+# commit. Run it from anywhere:
+#
+#   scripts/check_gpu.sh DIRECTORY [tests|figures]           # without a second word: both
+#   scripts/check_gpu.sh DIRECTORY ranks
+#   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY
+#   scripts/check_gpu.sh DIRECTORY compare-ranks BASE_DIRECTORY
+#
+# Logs and results go to DIRECTORY. Each part takes less than ten minutes.
+#   tests          on one GPU, two minutes; side by side, as what counts is that they pass
+#   figures        on one GPU, three minutes
+#   ranks          tests and figures of tensor parallelism, on as many GPUs as there are
+#   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU: all
+#                  workloads, six runs each; prints the medians and their ratio; seven minutes
+#   compare-ranks  the same on two GPUs: `prefill` and `mixed` of Qwen3-8B's shape
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 what=${2:-all}
+base=${3:+$(cd "$3" && pwd)}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120)
 alone='memory or of_use or do_not_hold or test_times'  # what measures time or memory has the GPU to itself
@@ -16,6 +28,27 @@ bench() {  # NAME OPTIONS...
     timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
 }
 
+# Runs bench.py of the base tree and of this one in turn, in the order base, new, new, base, so that a
+# machine that gets slower or faster meanwhile favours neither. Each tree runs its own bench.py with its
+# own package. The table is printed after each pair, so that it is there if time runs out.
+compare() {  # NAME OPTIONS...
+    local tree
+    for tree in base-1 new-1 new-2 base-2; do
+        if [[ $tree == base-* ]]; then
+            (cd "$base" && PYTHONPATH=$base bench "$1-$tree" "${@:2}")
+        else
+            bench "$1-$tree" "${@:2}"
+        fi
+        if [[ $tree == new-1 || $tree == base-2 ]]; then
+            python scripts/compare_json.py --base "$out/$1"-base-*.json --new "$out/$1"-new-*.json | tee "$out/$1.md"
+        fi
+    done
+}
+
+if [[ $what == compare* ]] && [[ ! -f $base/bench.py ]]; then
+    echo "check_gpu.sh: $what needs the directory of a checkout to compare with, not '${3:-}'" >&2
+    exit 2
+fi
 if [[ $what == all || $what == tests ]]; then
     i=0
     for selection in 'test_engine_gpu.py -k transformers' 'test_engine_gpu.py -k work_is_cut' \
@@ -56,4 +89,13 @@ if [[ $what == ranks ]]; then
     "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k transformers > "$out/tests1.log" 2>&1
     tail -n 4 "$out"/tests*.log
     timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
+fi
+if [[ $what == compare ]]; then
+    compare compare --workload all --repeats 3
+fi
+if [[ $what == compare-ranks ]]; then
+    export CUDA_VISIBLE_DEVICES=0,1
+    for workload in prefill mixed; do
+        compare "compare-8b-$workload" --workload "$workload" --shape qwen3-8b --repeats 3 --tensor-parallel-size 2
+    done
 fi

@@ -1,8 +1,9 @@
 """Compile the Triton kernels for a Hopper GPU, which need not be there, and print the name of each.
 
-The interpreter, in which the other tests run them, allows what the compiler does not: a variable that is a tensor in
-one branch and a constant before it, say. Run in a process of its own, without TRITON_INTERPRET. The shapes are those
-of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden numbers.
+The interpreter, in which the other tests run them, allows what the compiler does not: a variable
+that is a tensor in one branch and a constant before it, say. Run in a process of its own, without
+TRITON_INTERPRET. The shapes are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden
+numbers.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,6 @@
-"""Shared by all tests: small random checkpoints, their `transformers` results, and checks of an engine."""
+"""Shared by all tests: small random checkpoints, their `transformers` results, and checks of an
+engine.
+"""
 
 import json
 import os
@@ -37,16 +39,20 @@ QWEN3, QWEN2 = "Qwen3ForCausalLM", "Qwen2ForCausalLM"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """These models are so small that a second thread costs more than it brings, far more on busy cores."""
+    """These models are so small that a second thread costs more than it brings, far more on busy
+    cores.
+    """
     torch.set_num_threads(1)
 
 
-# --- checkpoints and their reference ------------------------------------------------------------------------
+# --- checkpoints and their reference --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory in Hugging Face format and the `transformers` model that was saved to it, in float32."""
+    """A directory in Hugging Face format and the `transformers` model that was saved to it, in
+    float32.
+    """
 
     path: str
     model: PreTrainedModel
@@ -66,8 +72,9 @@ class Checkpoint:
         """Greedy completions by `transformers.generate`.
 
         Raises:
-            AssertionError: when they prove nothing: a choice is so close that rounding could turn it, or the
-                completions are all alike. Another seed for the weights or prompts then helps.
+            AssertionError: when they prove nothing: a choice is so close that rounding could turn
+                it, or the completions are all alike. Another seed for the weights or prompts then
+                helps.
         """
         width = max(map(len, prompts))
         device = self.model.device
@@ -167,11 +174,12 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(kept), encoding="utf-8")
 
 
-# --- engines ------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
-    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing else.
+    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing
+    else.
 
     `depth` is how many steps are launched before the tokens of the oldest are read; None leaves
     the device's own.
@@ -218,12 +226,15 @@ def assert_idle(engine: LLM | Scheduler) -> None:
 def check_step_loop(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]], max_tokens: list[int]
 ) -> None:
-    """Drive an idle engine with add_request and step: right tokens, and num_tokens with the right signs.
+    """Drive an idle engine with add_request and step: right tokens, and num_tokens with the right
+    signs.
 
     All prompts fit one prefill step; `max_tokens` ascends.
     """
     assert llm.is_finished() and llm.step() == ([], 0)
-    ids = [llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens)]
+    ids = [
+        llm.add_request(prompt, greedy(n)) for prompt, n in zip(prompts, max_tokens, strict=True)
+    ]
     assert len(set(ids)) == len(ids) and not llm.is_finished()
     results: dict[int, dict[str, Any]] = {}
     counts: list[int] = []
@@ -231,9 +242,11 @@ def check_step_loop(
         outputs, num_tokens = llm.step()
         results.update(outputs)
         counts.append(num_tokens)
-    assert [results[i]["token_ids"] for i in ids] == [t[:n] for t, n in zip(expected, max_tokens)]
-    # One prefill step, then a decode step for each token after the first of those that still run: ends by
-    # max_tokens are foreseen, so steps launched ahead make no difference.
+    assert [results[i]["token_ids"] for i in ids] == [
+        t[:n] for t, n in zip(expected, max_tokens, strict=True)
+    ]
+    # One prefill step, then a decode step for each token after the first of those that still run:
+    # ends by max_tokens are foreseen, so steps launched ahead make no difference.
     decode = [-sum(n > step for n in max_tokens) for step in range(1, max_tokens[-1])]
     assert counts == [sum(map(len, prompts[: len(max_tokens)]))] + decode
     assert llm.step() == ([], 0)
@@ -242,7 +255,7 @@ def check_step_loop(
 
 @pytest.fixture
 def record_hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
-    """A function that returns, and forgets, the cached tokens of each admission so far, in order."""
+    """A function that returns, and forgets, the cached tokens of each admission, in order."""
     hits: list[int] = []
     allocate = BlockManager.allocate
 
@@ -258,7 +271,7 @@ def record_hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[i
     yield take
 
 
-# --- scheduling without a model -----------------------------------------------------------------------------
+# --- scheduling without a model -------------------------------------------------------------------
 
 
 def make_scheduler(num_blocks: int, block_size: int, **options: Any) -> Scheduler:

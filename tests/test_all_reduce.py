@@ -61,7 +61,8 @@ def test_sums_and_what_is_sent(
     for peer in range(ranks):
         if peer != rank:
             came = encode(parts[peer])
-            if two_shot:  # a peer sends its part to the owner of a slice, and the sum of its own slices to all
+            # A peer sends its part to the owner of a slice, and the sum of its own slices to all.
+            if two_shot:
                 came = torch.where(
                     owner == rank, came, torch.where(owner == peer, encode(total), EMPTY)
                 )

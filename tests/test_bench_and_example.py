@@ -1,4 +1,4 @@
-"""bench.py asks for exactly the published loads; it, example.py and the scheduler benchmark run."""
+"""bench.py asks for exactly the published loads; it, example.py and two of the scripts run."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 
 import bench
 import example
+from scripts import compare_json
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 151_936
@@ -24,8 +25,8 @@ TOTAL_LINE = re.compile(
 
 def run_script(*command: str) -> str:
     """Run a script as a user does; its output."""
-    # PYTHONPATH: so that it runs uninstalled too. One thread: on a busy machine, threads that wait for one
-    # another by spinning take many times as long.
+    # PYTHONPATH: so that it runs uninstalled too. One thread: on a busy machine, threads that wait
+    # for one another by spinning take many times as long.
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, *command]
     done = subprocess.run(
@@ -35,7 +36,7 @@ def run_script(*command: str) -> str:
     return done.stdout
 
 
-# --- the loads ----------------------------------------------------------------------------------------------
+# --- the loads ----------------------------------------------------------------------------------
 
 
 def test_mixed_is_the_published_load_draw_by_draw() -> None:
@@ -90,7 +91,7 @@ def test_sizes_of_every_load(
     assert shortest_in <= min(lengths) and max(lengths) <= longest_in
     assert set(load.output_lens) <= set(outputs)
     assert all(0 <= token <= 10_000 for prompt in load.prompts for token in prompt)
-    longest = max(map(sum, zip(lengths, load.output_lens)))
+    longest = max(map(sum, zip(lengths, load.output_lens, strict=True)))
     assert longest <= bench.WORKLOADS[name].longest <= bench.MAX_MODEL_LEN
     assert bench.WORKLOADS[name].counts_input == (name == "prefill")
 
@@ -127,7 +128,7 @@ def test_the_small_load_keeps_what_the_workload_is_about() -> None:
     "shape, parameters", [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360)]
 )
 def test_shapes_are_those_of_the_real_models(shape: str, parameters: int, tmp_path: Path) -> None:
-    """The number of parameters that the published checkpoints hold, from the shapes of all their tensors."""
+    """As many parameters as the published checkpoints hold, from the shapes of all tensors."""
     bench.write_shape(shape, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     hidden, inter, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -138,7 +139,7 @@ def test_shapes_are_those_of_the_real_models(shape: str, parameters: int, tmp_pa
     assert embeddings + config["num_hidden_layers"] * layer + hidden == parameters
 
 
-# --- the scripts --------------------------------------------------------------------------------------------
+# --- the scripts --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_bench_writes_a_trace_of_the_last_run(tmp_path: Path) -> None:
 
 
 def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workloads' token ids come from the same generator: one's prompts may begin like another's."""
+    """All token ids come from the same generator: prompts of two workloads may begin alike."""
     tiny = [bench.Workload(name, "tiny", 3, (300, 300), (2, 2)) for name in ("first", "second")]
     monkeypatch.setattr(bench, "WORKLOADS", {workload.name: workload for workload in tiny})
     measure, num_cached = bench.measure, []
@@ -270,3 +271,33 @@ def test_scheduling_does_not_cost_more_over_a_larger_cache() -> None:
     printed = run_script("scripts/bench_scheduler.py", "--rounds", "10")
     ratio = re.search(r"^Ratio: (\d+\.\d+)", printed, re.MULTILINE)
     assert ratio is not None and float(ratio[1]) < 1.5
+
+
+def write_rates(file: Path, rates: list[float], output_tokens: int = 4) -> str:
+    """What bench.py would write of one workload, as far as it is compared; returns the file."""
+    runs = [
+        {"tokens_per_second": r, "input_tokens": 3, "output_tokens": output_tokens} for r in rates
+    ]
+    ours = {"engine": "nanovllm", "workload": {"name": "mixed"}, "runs": runs}
+    other = {"engine": "transformers", "workload": {"name": "mixed"}, "runs": []}
+    facts = {"model": "m", "options": {"tensor_parallel_size": 2}, "results": [ours, other]}
+    file.write_text(json.dumps(facts))
+    return str(file)
+
+
+def test_two_trees_are_compared_by_the_medians_of_all_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [write_rates(tmp_path / "1", [100, 300]), write_rates(tmp_path / "2", [200])]
+    for rate, expected in ((199, "0.995 |"), (197, "0.985 **slower** |")):
+        compare_json.main(["--base", *base, "--new", write_rates(tmp_path / "3", [rate])])
+        row = capsys.readouterr().out.splitlines()[2]
+        assert row.startswith("| mixed, m, 2 rank(s) | 200 (100 to 300) | ")
+        assert row.endswith(expected)
+
+
+def test_different_loads_are_not_compared(tmp_path: Path) -> None:
+    base = write_rates(tmp_path / "base", [100])
+    new = write_rates(tmp_path / "new", [100], output_tokens=5)
+    with pytest.raises(SystemExit, match=r"mixed, m, 2 rank\(s\): .* tokens in and out"):
+        compare_json.main(["--base", base, "--new", new])

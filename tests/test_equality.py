@@ -1,4 +1,6 @@
-"""The same tokens as `transformers`, however the work is cut: float32 on the CPU, greedy, token for token."""
+"""The same tokens as `transformers`, however the work is cut: float32 on the CPU, greedy, token for
+token.
+"""
 
 import json
 import shutil
@@ -74,7 +76,7 @@ CUTS: dict[str, dict[str, Any]] = {
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
-    """A checkpoint, prompts of many lengths, some with a common beginning, and their completions."""
+    """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
     checkpoint = make_checkpoint(
         tmp_path_factory.mktemp(name), seed=1 + list(SHAPES).index(name), **SHAPES[name]
@@ -98,26 +100,27 @@ def test_same_tokens_however_the_work_is_cut(
         assert llm.scheduler.num_preemptions == 0
     # Again: now most of it is in the prefix cache, and the order must not matter.
     params = [greedy(1 + 5 * i % NUM_TOKENS) for i in range(len(prompts))]
-    expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params)]
+    expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params, strict=True)]
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
     llm.exit()
 
 
-# --- shared prefixes ----------------------------------------------------------------------------------------
+# --- shared prefixes ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[5, 16, 256])
 def prefix_reference(
     request: pytest.FixtureRequest, checkpoint: Checkpoint
 ) -> tuple[int, list[list[int]], list[list[int]], list[int]]:
-    """For a block size: prompts that share with the first one prefixes of every length around a block
-    boundary, their completions, and how many cached tokens each should find."""
+    """For a block size: prompts that share with the first one prefixes of every length around a
+    block boundary, their completions, and how many cached tokens each should find.
+    """
     block_size = request.param
     (base,) = random_prompts(2, [2 * block_size + 2])
     shared = [n * block_size + d for n in (1, 2) for d in (-1, 0, 1)]
     tails = random_prompts(3, [2] * len(shared))
     prompts, hits = [base], [0]
-    for n, tail in zip(shared, tails):
+    for n, tail in zip(shared, tails, strict=True):
         tail[0] = (
             base[n] + 1
         ) % 127  # it must differ at once, or more than n tokens would be shared
@@ -155,10 +158,11 @@ def test_shared_prefixes_in_successive_calls(
         max_model_len=600,
         max_num_batched_tokens=200,
     )
-    for prompt, tokens in zip(prompts, expected):
+    for prompt, tokens in zip(prompts, expected, strict=True):
         assert generate_ids(llm, [prompt], greedy(8)) == [tokens]
     assert record_hits() == hits
-    # All at once and with all in the cache: hits reach to the last full block that leaves a token to compute.
+    # All at once and with all in the cache: hits reach to the last full block that leaves a token
+    # to compute.
     assert generate_ids(llm, prompts, greedy(8)) == expected
     assert record_hits() == [(len(prompt) - 1) // block_size * block_size for prompt in prompts]
     llm.exit()
@@ -174,7 +178,9 @@ def test_prefix_caching_off_finds_nothing(checkpoint: Checkpoint, record_hits: A
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_completions_are_shared_too(checkpoint: Checkpoint, record_hits: Any, depth: int) -> None:
-    """A second turn of a chat: the prompt holds the first turn's completion, computed while decoding."""
+    """A second turn of a chat: the prompt holds the first turn's completion, computed while
+    decoding.
+    """
     (prompt,) = random_prompts(5, [20])
     (expected,) = checkpoint.complete([prompt], 50)
     llm = make_llm(checkpoint.path, depth)
@@ -185,7 +191,7 @@ def test_completions_are_shared_too(checkpoint: Checkpoint, record_hits: Any, de
     llm.exit()
 
 
-# --- how a completion ends ----------------------------------------------------------------------------------
+# --- how a completion ends ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +224,8 @@ def test_eos_stops_and_ignore_eos_does_not(
     assert llm.scheduler.num_preemptions > 0
     mixed = [greedy(40, ignore_eos=i % 2 == 0) for i in range(len(prompts))]
     assert generate_ids(llm, prompts, mixed) == [
-        full if i % 2 == 0 else short for i, (full, short) in enumerate(zip(expected, stopped))
+        full if i % 2 == 0 else short
+        for i, (full, short) in enumerate(zip(expected, stopped, strict=True))
     ]
     llm.exit()
 
@@ -250,7 +257,9 @@ def test_a_completion_is_cut_at_max_model_len(
     outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
     lengths = [min(40, 65 - len(prompt)) for prompt in prompts]
     assert 1 in lengths
-    assert [output["token_ids"] for output in outputs] == [t[:n] for t, n in zip(expected, lengths)]
+    assert [output["token_ids"] for output in outputs] == [
+        t[:n] for t, n in zip(expected, lengths, strict=True)
+    ]
     assert {output["finish_reason"] for output in outputs} == {"length"}
     assert_idle(llm)
     llm.exit()
@@ -267,7 +276,7 @@ def test_one_token_each(
     llm.exit()
 
 
-# --- driving the loop oneself -------------------------------------------------------------------------------
+# --- driving the loop oneself ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -283,7 +292,9 @@ def test_step_loop_and_the_sign_of_num_tokens(
 def test_steps_launched_before_an_eos_was_known(
     checkpoint: Checkpoint, many: tuple[list[list[int]], list[list[int]]]
 ) -> None:
-    """At depth 1 an EOS is found after one more step is launched. It counts as a step, its token does not."""
+    """At depth 1 an EOS is found after one more step is launched. It counts as a step, its token
+    does not.
+    """
     prompts, expected = many
     prompt, tokens = prompts[0], expected[0]
     end = next(n for n in range(5, 40) if tokens[n] not in tokens[:n])
@@ -337,7 +348,7 @@ def test_requests_may_arrive_while_others_run(
     llm.exit()
 
 
-# --- the demo checkpoint ------------------------------------------------------------------------------------
+# --- the demo checkpoint --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Each Triton kernel, and each PyTorch reference, against plain float64 attention written out below.
+"""Each Triton kernel, and each PyTorch reference, against plain float64 attention written out
+below.
 
 Without a GPU the Triton kernels run in Triton's interpreter (tests/conftest.py turns it on).
 """
@@ -31,6 +32,7 @@ from nanovllm.kernels.varlen_prefill import (
     varlen_prefill,
     varlen_prefill_torch,
 )
+from nanovllm.layers import attention_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -64,7 +66,9 @@ def prefix_sums(lengths):
 
 
 def naive_attention(q, k, v, scale):
-    """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in float64."""
+    """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in
+    float64.
+    """
     q_len, heads, _ = q.shape
     k_len, kv_heads, _ = k.shape
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -79,7 +83,9 @@ def naive_attention(q, k, v, scale):
 
 
 def paged(sequences, block_size, unused=-1):
-    """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or `unused`."""
+    """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or
+    `unused`.
+    """
     _, kv_heads, dim = sequences[0].shape
     counts = [-(-len(x) // block_size) for x in sequences]
     cache = torch.full((sum(counts) + 3, block_size, kv_heads, dim), float("nan"))
@@ -87,7 +93,7 @@ def paged(sequences, block_size, unused=-1):
     shuffled = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))
     free = shuffled + 1  # block 0 stays NaN
     tables = torch.full((len(sequences), max(counts) + 2), unused, dtype=torch.int32)
-    for i, (x, count) in enumerate(zip(sequences, counts)):
+    for i, (x, count) in enumerate(zip(sequences, counts, strict=True)):
         blocks, free = free[:count], free[count:]
         tables[i, :count] = blocks
         slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[: len(x)]
@@ -264,7 +270,7 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, 
     qkv = randn(max(1, num_parts), len(slots), heads + 2 * kv_heads, head_dim, dtype=dtype)
     q, k, v = qkv.double().sum(0).split([heads, kv_heads, kv_heads], dim=1)
     if has_norm:
-        q, k = (norm64(x, weight, 1e-6) for x, weight in zip((q, k), weights))
+        q, k = (norm64(x, weight, 1e-6) for x, weight in zip((q, k), weights, strict=True))
     q, k = (rotated64(x, positions, cos, sin) for x in (q, k))
     caches = [randn(3, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
     expected = [cache.double() for cache in caches]
@@ -285,7 +291,7 @@ def test_norm_rope_store(fused, heads, kv_heads, head_dim, has_norm, num_parts, 
     )
     assert num_parts > 0 or out.data_ptr() == qkv.data_ptr()  # in place
     assert_near(out, torch.cat((q, k, v), dim=1), dtype)
-    for cache, want in zip(caches, expected):
+    for cache, want in zip(caches, expected, strict=True):
         assert_near(cache, want, dtype)
 
 
@@ -436,9 +442,11 @@ PREFILLS = [
 
 
 def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size=None, unused=-1):
-    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the cache."""
+    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the
+    cache.
+    """
     scale = head_dim**-0.5
-    q_lens, k_lens = zip(*lengths)
+    q_lens, k_lens = zip(*lengths, strict=True)
     cu_q, cu_k = prefix_sums(q_lens), prefix_sums(k_lens)
     qkv = randn(sum(q_lens), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q, k, v = qkv.view(-1, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
@@ -455,7 +463,9 @@ def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size
         k, v = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))  # not to be read
     out = prefill(q, k, v, k_cache, v_cache, cu_q, cu_k, max(q_lens), max(k_lens), scale, tables)
     assert out.shape == q.shape and out.is_contiguous()
-    expected = [naive_attention(*args, scale) for args in zip(q.split(q_lens), keys, values)]
+    expected = [
+        naive_attention(*args, scale) for args in zip(q.split(q_lens), keys, values, strict=True)
+    ]
     assert_near(out, torch.cat(expected), dtype)
 
 
@@ -523,7 +533,8 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
         assert decode.num_stages >= 3
     for block_size in (1, 256):
         prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
-        # One stage less than asked for is what a kernel that reads through the block table takes at the least.
+        # One stage less than asked for is what a kernel that reads through the block table takes at
+        # the least.
         assert (
             prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)
         ) * row <= shared_memory
@@ -665,8 +676,8 @@ sys.modules["triton"] = None
 package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
-from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
-from nanovllm.kernels import penalties, silu_mul, split_gemm, threshold
+from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode
+from nanovllm.kernels import penalties, rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.layers.attention_backend import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)

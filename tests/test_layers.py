@@ -1,4 +1,6 @@
-"""The layers: against `transformers`' modules, and cut over tensor-parallel ranks without any process."""
+"""The layers: against `transformers`' modules, and cut over tensor-parallel ranks without any
+process.
+"""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -70,7 +72,7 @@ def make_norm(size: int) -> tuple[RMSNorm, Callable[[torch.Tensor], torch.Tensor
     return ours, theirs.requires_grad_(False)
 
 
-# --- linear layers over ranks -------------------------------------------------------------------------------
+# --- linear layers over ranks ---------------------------------------------------------------------
 
 
 @all_sizes
@@ -105,7 +107,7 @@ def test_merged_columns(size: int) -> None:
 
 @all_sizes
 def test_silu_gate_up(size: int) -> None:
-    """Each rank has the same columns of the gate and of the up projection, and normalises all of x."""
+    """Each rank has the same columns of gate and up projection, and normalises all of x."""
     gate, up, x = torch.randn(16, 10), torch.randn(16, 10), torch.randn(3, 10)
     norm, normed = make_norm(10)
     layers = on_ranks(size, lambda: empty(SiluGateUpLinear(10, 16)))
@@ -205,7 +207,7 @@ def test_what_does_not_divide_is_refused(make: Any, numbers: str) -> None:
 @all_sizes
 @pytest.mark.parametrize("vocab", [16, 13, 5, 3])
 def test_vocabulary(size: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded to a multiple of the ranks; a padding row wins no token. With 3 ids, a rank has none."""
+    """Padded to a multiple of the ranks; no padding row wins. With 3 ids, a rank has none."""
     weight, ids = torch.randn(vocab, 6), torch.randint(vocab, (20,))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: None)
     embeddings = on_ranks(size, lambda: empty(VocabParallelEmbedding(vocab, 6)))
@@ -257,7 +259,7 @@ def test_all_ranks_together_hold_the_checkpoint(architecture: str, tmp_path: Any
     )
 
 
-# --- against transformers -----------------------------------------------------------------------------------
+# --- against transformers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -294,7 +296,8 @@ def test_rope(theta: float, head_dim: int) -> None:
     qkv = torch.cat((q, k, v), dim=1)
     none = torch.empty(0)
     norm_rope_store_torch(qkv, positions, ours.cos, ours.sin, None, None, 0.0, none, none, None, 4)
-    for rotated, wanted in zip(qkv.split((4, 2, 2), dim=1), expected):
+    rotated_q_and_k = qkv.split((4, 2, 2), dim=1)[:2]  # v is not rotated
+    for rotated, wanted in zip(rotated_q_and_k, expected, strict=True):
         torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=1e-5, atol=2e-5)
     assert torch.equal(qkv[:, 6:], v)
 
@@ -384,7 +387,9 @@ def test_silu_and_mul() -> None:
 
 @pytest.mark.parametrize("only_last_tokens", [True, False])
 def test_logits_of_a_whole_model(checkpoint: Checkpoint, only_last_tokens: bool) -> None:
-    """One prefill of two sequences, with nothing but the model: the numbers, not only which is largest."""
+    """One prefill of two sequences, with nothing but the model: the numbers, not only which is
+    largest.
+    """
     model = Qwen3ForCausalLM(checkpoint.model.config, 64)
     with torch.no_grad():
         load_model(model, checkpoint.path)

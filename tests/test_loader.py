@@ -61,7 +61,7 @@ def split(path: Path, num_files: int) -> dict[str, str]:
     return weight_map
 
 
-# --- layouts ------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 def test_one_file(copy: Path, expected: list[list[int]]) -> None:
@@ -89,7 +89,7 @@ def test_a_consolidated_copy_beside_the_file_is_not_read(
     assert outputs_of(copy) == expected
 
 
-# --- spoilt checkpoints -------------------------------------------------------------------------------------
+# --- spoilt checkpoints ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_an_index_that_cannot_be_read(copy: Path, contents: str) -> None:
         make_llm(str(copy))
 
 
-# --- tied, other dtypes, none ------------------------------------------------------------------------------
+# --- tied, other dtypes, none ---------------------------------------------------------------------
 
 
 def test_a_tied_checkpoint_may_also_carry_the_head(tmp_path: Path) -> None:
@@ -200,7 +200,9 @@ def test_a_tied_checkpoint_may_also_carry_the_head(tmp_path: Path) -> None:
 def test_a_half_precision_checkpoint_is_read_into_float32(
     copy: Path, dtype: torch.dtype, expected: list[list[int]]
 ) -> None:
-    """conftest's weights can all be written in bfloat16; in float16, they are rounded on both sides."""
+    """conftest's weights can all be written in bfloat16; in float16, they are rounded on both
+    sides.
+    """
 
     def convert(tensors: Tensors) -> None:
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
@@ -209,7 +211,7 @@ def test_a_half_precision_checkpoint_is_read_into_float32(
     llm = make_llm(str(copy))
     loaded = {name: tensor.float() for name, tensor in load_file(copy / WEIGHTS).items()}
     norm = llm.model_runner.model.model.norm.weight  # type: ignore[union-attr]
-    assert norm.dtype == llm.model_runner.kv_cache.dtype == torch.float32  # type: ignore[union-attr]
+    assert norm.dtype == llm.model_runner.kv_cache.dtype == torch.float32
     assert torch.equal(norm, loaded["model.norm.weight"])
     if dtype == torch.bfloat16:
         assert generate_ids(llm, PROMPTS, greedy(8)) == expected
@@ -225,7 +227,7 @@ def test_the_engine_runs_in_the_dtype_that_is_asked_for(
     model = llm.model_runner.model  # type: ignore[union-attr]
     assert {param.dtype for param in model.parameters()} == {wanted}
     assert llm.model_runner.kv_cache.dtype == wanted  # type: ignore[union-attr]
-    for prompt, tokens in zip(PROMPTS, generate_ids(llm, PROMPTS, greedy(8))):
+    for prompt, tokens in zip(PROMPTS, generate_ids(llm, PROMPTS, greedy(8)), strict=True):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         # Rounding each of some ten results in a row to 8 bits: a few percent of the logits' spread.

@@ -1,4 +1,6 @@
-"""Every notebook runs from a clean kernel, its folded solutions too, and together they meet every class by name."""
+"""Every notebook runs from a clean kernel, its folded solutions too, and together they meet every
+class by name.
+"""
 
 import ast
 import re

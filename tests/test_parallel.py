@@ -27,7 +27,7 @@ from nanovllm.engine.channel import Channel
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 
-# --- sequences on their way to other ranks ------------------------------------------------------------------
+# --- sequences on their way to other ranks --------------------------------------------------------
 
 
 def check_equal_for_a_worker(seq: Sequence) -> None:
@@ -52,7 +52,9 @@ def check_equal_for_a_worker(seq: Sequence) -> None:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_is_pickled_of_a_sequence(lag: int) -> None:
-    """Chunks of a prompt, and the chunks of the prefill after a preemption. Of decode steps, arrays are sent."""
+    """Chunks of a prompt, and the chunks of the prefill after a preemption. Of decode steps, arrays
+    are sent.
+    """
     # 10 blocks of 4: both prompts fit, and one of them must give way while they decode.
     scheduler = make_scheduler(10, 4, max_num_batched_tokens=6)
     seqs = [make_sequence(list(range(start, start + 15)), max_tokens=20) for start in (100, 200)]
@@ -63,7 +65,7 @@ def test_what_is_pickled_of_a_sequence(lag: int) -> None:
     while not scheduler.is_finished():
         while len(pending) <= lag and (step := scheduler.schedule()) is not None:
             pending.append(step)
-            for seq, yields in zip(step.seqs, step.yields) if step.is_prefill else ():
+            for seq, yields in zip(step.seqs, step.yields, strict=True) if step.is_prefill else ():
                 check_equal_for_a_worker(seq)
                 kinds.add((bool(seq.completion_token_ids), yields))
         step = pending.popleft()
@@ -72,12 +74,14 @@ def test_what_is_pickled_of_a_sequence(lag: int) -> None:
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 
 
-# --- the channel --------------------------------------------------------------------------------------------
+# --- the channel ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_messages_of_every_size_arrive_whole_and_in_order(num_workers: int) -> None:
-    """Workers are threads here: events and memory are the same. The largest takes hundreds of frames."""
+    """Workers are threads here: events and memory are the same. The largest takes hundreds of
+    frames.
+    """
     messages = [
         ("launch", (bytes(range(256)) * (n // 256) + b"x" * (n % 256), n))
         for n in (0, 1, 150, 5000, 70_000, 3)
@@ -130,38 +134,40 @@ def test_a_worker_that_raised_or_died_makes_the_call_raise(raised: bool) -> None
     channel.close()
 
 
-def test_two_threads_that_find_a_dead_worker_say_the_same() -> None:
-    """A call and `watch` kill at once: both know the worker's traceback, and the GPU is let go once, at the end."""
-    for _ in range(5):
-        channel, events, failures = Channel(2, size=4096), [], []
-        for rank in (1, 2):
-            channel.processes.append(  # type: ignore[arg-type]
-                SimpleNamespace(
-                    is_alive=lambda: False,
-                    exitcode=1,
-                    join=lambda timeout=None: None,
-                    kill=lambda rank=rank: events.append(rank),
-                )
+@pytest.mark.parametrize("repeat", range(5))
+def test_two_threads_that_find_a_dead_worker_say_the_same(repeat: int) -> None:
+    """A call and `watch` kill at once: both know the worker's traceback, and the GPU is let go
+    once, at the end.
+    """
+    channel = Channel(2, size=4096)
+    events: list[object] = []
+    failures: list[BaseException] = []
+    for rank in (1, 2):
+        channel.processes.append(  # type: ignore[arg-type]
+            SimpleNamespace(
+                is_alive=lambda: False,
+                exitcode=1,
+                join=lambda timeout=None: None,
+                kill=lambda rank=rank: events.append(rank),
             )
-        channel.on_death, channel.on_close = (
-            lambda: events.append("let go"),
-            lambda: events.append("closed"),
         )
-        channel.errors.put((2, "Traceback: the worker's own words"))
-        threads = [
-            threading.Thread(target=lambda: failures.append(channel.kill()), daemon=True)
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=30)
-        assert len(failures) == 2 and all("own words" in str(failure) for failure in failures)
-        channel.close()
-        assert events == [1, 2, "let go", "closed"]
+    channel.on_death = lambda: events.append("let go")
+    channel.on_close = lambda: events.append("closed")
+    channel.errors.put((2, "Traceback: the worker's own words"))
+    threads = [
+        threading.Thread(target=lambda: failures.append(channel.kill()), daemon=True)
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(failures) == 2 and all("own words" in str(failure) for failure in failures)
+    channel.close()
+    assert events == [1, 2, "let go", "closed"]
 
 
-# --- two ranks ----------------------------------------------------------------------------------------------
+# --- two ranks ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""However an engine over several ranks ends, its workers and its shared memory end with it; and 4 ranks agree.
+"""However an engine over several ranks ends, its workers and its shared memory end with it; and 4
+ranks agree.
 
-On the CPU, over gloo. Every start of a worker costs seconds, so a test asks several things of one engine.
+On the CPU, over gloo. Every start of a worker costs seconds, so a test asks several things of one
+engine.
 """
 
 import gc
@@ -169,8 +171,9 @@ def test_a_command_that_was_cut_short_does_not_keep_the_engine_from_ending(
 def test_nccl_is_ended_while_graphs_hold_kernels_of_it(
     holds_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL is played here: told to end, it stops its kernels, before which a graph that runs cannot be destroyed, and
-    then waits for all graphs that hold some."""
+    """NCCL is played here: told to end, it stops its kernels, before which a graph that runs cannot
+    be destroyed, and then waits for all graphs that hold some.
+    """
     stopped, graphs = threading.Event(), {8: "a graph"}
 
     class Graphs(dict):
@@ -212,9 +215,11 @@ SCRIPT = f"""
 import multiprocessing
 from nanovllm import LLM, SamplingParams
 if GUARD:
-    llm = LLM({DEMO_MODEL!r}, tensor_parallel_size=2, device="cpu", max_num_seqs=4, num_kvcache_blocks=64)
+    options = dict(device="cpu", max_num_seqs=4, num_kvcache_blocks=64)
+    llm = LLM({DEMO_MODEL!r}, tensor_parallel_size=2, **options)
     print("workers", *(process.pid for process in multiprocessing.active_children()), flush=True)
-    print(llm.generate("The capital of", SamplingParams(temperature=0), use_tqdm=False)[0]["token_ids"], flush=True)
+    outputs = llm.generate("The capital of", SamplingParams(temperature=0), use_tqdm=False)
+    print(outputs[0]["token_ids"], flush=True)
     THEN
 """
 
@@ -255,7 +260,8 @@ def test_two_scripts_at_once_one_fails_and_one_is_killed(tmp_path: Path) -> None
     assert fails.returncode == 1 and "the script is wrong" in errors
     killed.communicate(timeout=60)
     assert wait_until(lambda: all(gone(pid) for pids in workers for pid in pids), 10)
-    # The shared memory of a killed process is freed by Python's resource tracker, which outlives it.
+    # The shared memory of a killed process is freed by Python's resource tracker, which outlives
+    # it.
     assert wait_until(lambda: not ours(), 10)
 
 

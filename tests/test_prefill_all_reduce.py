@@ -1,4 +1,6 @@
-"""The sums of a prefill over several GPUs: how rows are cut, the kernel that sums them, and the ranks' protocol."""
+"""The sums of a prefill over several GPUs: how rows are cut, the kernel that sums them, and the
+ranks' protocol.
+"""
 
 import ctypes
 import random
@@ -69,11 +71,11 @@ def test_sum_and_norm(
     )
 
 
-# --- the protocol, on simulated GPUs ------------------------------------------------------------------------
+# --- the protocol, on simulated GPUs --------------------------------------------------------------
 
 
 class Stream:
-    """A queue of (whether it can run now, what it does). `Machine.run` runs the first of any queue."""
+    """A queue of (can it run now, what it does). `Machine.run` runs the first of any queue."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.queue: list[tuple[Callable[[], bool], Callable[[], object]]] = []
@@ -125,7 +127,9 @@ def word_at(address: int) -> ctypes.c_uint32:
 
 
 def sum_later(part, inbox, residual, out, norm_weight, eps, rank) -> None:  # noqa: ANN001
-    """For add_norm; the "norm" doubles. `part` and `residual` are rows of tensors that outlive this."""
+    """For add_norm; the "norm" doubles. `part` and `residual` are rows of tensors that outlive
+    this.
+    """
 
     def act() -> None:
         total = sum(
@@ -168,7 +172,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Ranks:
-    """What `size` ranks do in a few prefills: a generator for each, that yields between the calls."""
+    """What `size` ranks do in a few prefills: a generator for each yields between the calls."""
 
     def __init__(self, rng: random.Random, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rng, self.size, self.wrong = rng, size, 0
@@ -191,11 +195,12 @@ class Ranks:
         for rank in range(size):
             before = len(Machine.streams)
             self.mains.append(Stream())
-            sums = PrefillAllReduce(rank, size, device, shared, shape, torch.float32)  # type: ignore[arg-type]
+            sums = PrefillAllReduce(rank, size, device, shared, shape, torch.float32)
             self.sums.append(sums)
             self.sums[-1].count = count
             self.streams.append(Machine.streams[before:])
-        self.prefills = []  # rows, the residual, and for each sum the ranks' parts, the kind, and the result
+        # Rows, the residual, and for each sum the ranks' parts, the kind, and the result.
+        self.prefills = []
         for _ in range(rng.randrange(1, 4)):
             rows = rng.choice([most, rng.randrange(256, most + 1)])
             hidden, calls = torch.ones(rows, 1), []
@@ -236,7 +241,7 @@ class Ranks:
                     all_reduce.wait_for_all()
                     self.check(main, out, last)
 
-                def compute(rows: slice) -> torch.Tensor:
+                def compute(rows: slice, out=out, last=last, parts=parts) -> torch.Tensor:
                     if out is not None:
                         self.check(main, out[rows], last[rows])
                     held = [piece.addends.data_ptr() for piece in all_reduce.pending.values()]

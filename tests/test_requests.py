@@ -1,4 +1,6 @@
-"""What a request can ask for beyond temperature: how it ends, what is returned, how it is handed over."""
+"""What a request can ask for beyond temperature: how it ends, what is returned, how it is handed
+over.
+"""
 
 import dataclasses
 import json
@@ -61,7 +63,7 @@ def deep(request: pytest.FixtureRequest, llm: LLM, monkeypatch: pytest.MonkeyPat
     return llm
 
 
-# --- from tokens to text ------------------------------------------------------------------------------------
+# --- from tokens to text --------------------------------------------------------------------------
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
@@ -80,7 +82,9 @@ def bytes_of(token_ids: list[int]) -> list[bytes]:
 
 
 def run_sequence(token_ids: list[int], params: SamplingParams) -> tuple[Sequence, list[str]]:
-    """A sequence that is given these tokens until one ends it, and the pieces of text that a reader gets."""
+    """A sequence that is given these tokens until one ends it, and the pieces of text that a reader
+    gets.
+    """
     seq = Sequence([1], params)
     seq.detokenizer = Detokenizer(TOKENIZER, params)
     seq.max_tokens = len(token_ids)
@@ -118,7 +122,9 @@ def expected_end(token_ids: list[int], params: SamplingParams) -> tuple[str, int
 
 @st.composite
 def texts_and_stops(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
-    """Text of few characters, of one to four bytes, in tokens of parts of a character to several characters."""
+    """Text of few characters, of one to four bytes, in tokens of parts of a character to several
+    characters.
+    """
     text = draw(st.text("ab é€😀", min_size=1, max_size=12))
     data, token_ids = text.encode(), []
     while data:
@@ -226,7 +232,7 @@ def test_stop_strings_through_the_engine(
     assert parts[-1]["stop_reason"] == found
 
 
-# --- end of sequence, min_tokens, stop_token_ids ------------------------------------------------------------
+# --- end of sequence, min_tokens, stop_token_ids --------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +348,7 @@ def test_every_end_of_sequence_counts(
     llm = make_llm(path)
     assert llm.config.eos == tuple(dict.fromkeys((a, b, c)))
     outputs = llm.generate(PROMPTS, greedy(20, ignore_eos=False), use_tqdm=False)
-    for output, tokens in zip(outputs, plain):
+    for output, tokens in zip(outputs, plain, strict=True):
         ends = [i for i, token in enumerate(tokens) if token in (a, b, c)]
         assert output["token_ids"] == (tokens[: ends[0] + 1] if ends else tokens)
         assert (
@@ -371,7 +377,7 @@ def test_the_models_own_sampling_is_the_default(
     seeded = [dataclasses.replace(expected, seed=i) for i in range(6)]
     numbers = iter(range(6))
     llm._inputs.seeds.getrandbits = lambda bits: next(numbers)  # type: ignore[method-assign]
-    assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)  # type: ignore[arg-type]
+    assert generate_ids(llm, PROMPTS, None) == generate_ids(llm, PROMPTS, seeded)
     llm.exit()
     llm = make_llm(
         with_files(checkpoint.path, tmp_path, do_sample=False, temperature=0.7, max_new_tokens=20)
@@ -389,7 +395,7 @@ def test_the_models_own_sampling_is_the_default(
         make_llm(str(tmp_path))
 
 
-# --- results ------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
@@ -410,14 +416,14 @@ def test_logprobs_are_those_of_the_model(
         for k in asked
     ]
     outputs = deep.generate(PROMPTS, params, use_tqdm=False)
-    for prompt, k, output in zip(PROMPTS, asked, outputs):
+    for prompt, k, output in zip(PROMPTS, asked, outputs, strict=True):
         if k is None:
             assert output["logprobs"] is None
             continue
         tokens = output["token_ids"]
         reference = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1].log_softmax(1)
         assert len(output["logprobs"]) == len(tokens)
-        for entry, token, row in zip(output["logprobs"], tokens, reference):
+        for entry, token, row in zip(output["logprobs"], tokens, reference, strict=True):
             assert next(iter(entry)) == token and k <= len(entry) <= k + 1
             assert set(entry) == {token, *row.topk(k).indices.tolist()}
             expected = row[list(entry)]
@@ -448,7 +454,7 @@ def test_max_tokens_none_goes_to_the_end(llm: LLM) -> None:
     assert len(output["token_ids"]) == 256 - len(PROMPTS[0]) and output["finish_reason"] == "length"
 
 
-# --- n ------------------------------------------------------------------------------------------------------
+# --- n --------------------------------------------------------------------------------------------
 
 
 def test_n_completions_of_a_prompt(
@@ -480,7 +486,8 @@ def test_n_completions_of_a_prompt(
         assert completions[0] == {key: output[key] for key in completions[0]}
         assert all(len(completion["logprobs"]) == 10 for completion in completions)
         assert output["prompt_token_ids"] == prompt
-    # The first is what n=1 gives; more do not change those before; the engine's seed serves as well.
+    # The first is what n=1 gives; more do not change those before; the engine's seed serves as
+    # well.
     fewer, single = (dataclasses.replace(params, n=n) for n in (3, 1))
     again = llm.generate([PROMPTS[4], PROMPTS[4]], [fewer, single], use_tqdm=False)
     assert summary(again[0]) == summary(one)[:3]
@@ -498,7 +505,9 @@ def test_n_completions_of_a_prompt(
 
 
 def test_n_with_fewer_seats_than_completions(checkpoint: Checkpoint) -> None:
-    """They are ordinary sequences: they wait, are preempted, end one by one, and are reported once all have."""
+    """They are ordinary sequences: they wait, are preempted, end one by one, and are reported once
+    all have.
+    """
     params = SamplingParams(temperature=0.9, seed=5, max_tokens=20, ignore_eos=True, n=5)
     wide = make_llm(checkpoint.path)
     expected = wide.generate(PROMPTS[:3], params, use_tqdm=False)
@@ -527,7 +536,7 @@ def test_greedy_completions_would_all_be_the_same() -> None:
         SamplingParams(temperature=0, n=2)
 
 
-# --- chat ---------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 
 def test_chat(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,13 +568,15 @@ def test_chat_without_a_template(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "x"}])
 
 
-# --- stream and abort ---------------------------------------------------------------------------------------
+# --- stream and abort -----------------------------------------------------------------------------
 
 
 def join(
     parts: list[dict[str, Any]],
 ) -> dict[tuple[int, int], tuple[str, list[int], Any, list[Any]]]:
-    """(prompt, completion) -> all the text and tokens that a stream yielded for it, and how it ended."""
+    """(prompt, completion) -> all the text and tokens that a stream yielded for it, and how it
+    ended.
+    """
     joined: dict[tuple[int, int], tuple[str, list[int], Any, list[Any]]] = {}
     for part in parts:
         key = part["index"], part["completion"]
@@ -737,7 +748,7 @@ def test_abort_of_one_that_has_several_completions(deep: LLM) -> None:
     assert_idle(deep)
 
 
-# --- all at once --------------------------------------------------------------------------------------------
+# --- all at once ----------------------------------------------------------------------------------
 
 
 def everything(seed: int, **changes: Any) -> SamplingParams:
@@ -780,7 +791,7 @@ def summaries(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
 
 
 def summary(output: dict[str, Any]) -> list[Any]:
-    """A result without what may differ: the cached tokens, and the last bits of a log-probability."""
+    """A result without what may differ: cached tokens, and the last bits of log-probabilities."""
     return [
         (
             c["token_ids"],
@@ -793,10 +804,12 @@ def summary(output: dict[str, Any]) -> list[Any]:
 
 
 def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> None:
-    """Alone, among others, in chunks, preempted, read late, and on two ranks; with everything on."""
+    """Alone, among others, in chunks, preempted, read late, on two ranks; with everything on."""
     checkpoint = make_checkpoint(tmp_path, num_key_value_heads=1, seed=1)
     llm = make_llm(checkpoint.path)
-    alone = [summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)]
+    alone = [
+        summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY, strict=True)
+    ]
     assert summaries(llm, PROMPTS, MANY) == alone
     llm.exit()
     small: dict[str, Any] = dict(kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18)
@@ -849,7 +862,8 @@ def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
     step = scheduler.schedule()
     assert step is not None and not step.is_prefill
     assert len(pickle.dumps(seq)) < 200
-    # What changes nothing costs nothing: no options are sent, and the graph's own samples are taken.
+    # What changes nothing costs nothing: no options are sent, and the graph's own samples are
+    # taken.
     for params in (
         SamplingParams(temperature=0, top_k=5, top_p=0.5),
         SamplingParams(top_k=-1, n=3, stop="x"),
@@ -858,7 +872,9 @@ def test_options_travel_to_other_ranks_with_the_prefill_only() -> None:
 
 
 class Replay:
-    """What a CUDA graph does, on the CPU: a decode step of a fixed size that leaves its results in fixed places."""
+    """What a CUDA graph does, on the CPU: a decode step of a fixed size that leaves its results in
+    fixed places.
+    """
 
     def __init__(self, llm: LLM, size: int) -> None:
         self.decode, self.size = llm.model_runner._decode, size  # type: ignore[union-attr]
@@ -878,10 +894,10 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     runner.graphs.sizes = list(replays)  # type: ignore[union-attr]
     for size, replay in replays.items():
         output = DecodeOutput(replay.tokens, replay.logits)
-        runner.graphs.graphs[size] = DecodeGraph(replay, output)  # type: ignore[union-attr, arg-type]
+        runner.graphs.graphs[size] = DecodeGraph(replay, output)
     assert summaries(llm, PROMPTS, MANY) == expected
     assert [
-        summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY)
+        summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY, strict=True)
     ] == expected
     llm.exit()
 
@@ -954,7 +970,9 @@ def test_random_requests_keep_every_invariant(
             if number == leave_after:
                 break
         assert_idle(llm)
-    for output, (prompt, param) in zip(llm.generate(prompts, params, use_tqdm=False), requests):
+    for output, (prompt, param) in zip(
+        llm.generate(prompts, params, use_tqdm=False), requests, strict=True
+    ):
         assert output["prompt_token_ids"] == prompt
         completions = output.get("completions", [output])
         assert len(completions) == param.n
@@ -962,7 +980,7 @@ def test_random_requests_keep_every_invariant(
             tokens = c["token_ids"]
             room = 56 - len(prompt)
             assert 1 <= len(tokens) <= min(param.max_tokens or room, room)
-            ends = {*param.stop_token_ids, *(() if param.ignore_eos else llm.config.eos)}  # type: ignore[misc]
+            ends = {*param.stop_token_ids, *(() if param.ignore_eos else llm.config.eos)}
             early = tokens[: max(param.min_tokens, len(tokens) - 1)]
             assert not ends & set(early[: param.min_tokens]) and not ends & set(
                 tokens[param.min_tokens : -1]
@@ -973,7 +991,7 @@ def test_random_requests_keep_every_invariant(
                 )
             else:
                 assert c["finish_reason"] == "stop" and len(tokens) > param.min_tokens
-                assert c["stop_reason"] in (None, *param.stop, *param.stop_token_ids)  # type: ignore[misc]
+                assert c["stop_reason"] in (None, *param.stop, *param.stop_token_ids)
             if param.logprobs is None:
                 assert c["logprobs"] is None
             else:
@@ -989,7 +1007,7 @@ def test_random_requests_keep_every_invariant(
     assert_idle(llm)
 
 
-# --- moving here --------------------------------------------------------------------------------------------
+# --- moving here ----------------------------------------------------------------------------------
 
 
 def test_a_script_for_vllm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1023,7 +1041,7 @@ def test_a_script_for_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     llm.exit()
 
 
-# --- found by review ----------------------------------------------------------------------------------------
+# --- found by review ------------------------------------------------------------------------------
 
 
 def test_a_stream_misses_nothing_when_others_step_the_engine(deep: LLM) -> None:
@@ -1033,7 +1051,7 @@ def test_a_stream_misses_nothing_when_others_step_the_engine(deep: LLM) -> None:
     parts = [[next(stream)] for stream in streams]
     while not deep.is_finished():
         deep.step()
-    for stream, part in zip(streams, parts):
+    for stream, part in zip(streams, parts, strict=True):
         part += stream
     assert [
         [token for part in parts_ for token in part["token_ids"]] for parts_ in parts

@@ -41,7 +41,7 @@ def make_norm() -> RMSNorm:
     return random_layer(RMSNorm(HIDDEN, 1e-5))
 
 
-# --- one rank ---------------------------------------------------------------------------------------------
+# --- one rank -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
@@ -143,7 +143,7 @@ def test_partial_sums_are_added_up_with_the_norm(
     torch.testing.assert_close(stream.hidden, hidden + partial.sum(0))
 
 
-# --- several ranks, as threads of this process --------------------------------------------------------------
+# --- several ranks, as threads of this process ----------------------------------------------------
 
 
 class Exchange:
@@ -163,10 +163,11 @@ class Exchange:
 
 
 class Rank:
-    """A TensorParallel whose sums are the exchange's. Sums in pieces come as their kernels leave them.
+    """A TensorParallel whose sums are the exchange's. Sums in pieces come as their kernels leave
+    them.
 
-    Poisoned with NaN are the rows of the residual that a rank does not own, and those of a norm until
-    somebody waits for them.
+    Poisoned with NaN are the rows of the residual that a rank does not own, and those of a norm
+    until somebody waits for them.
     """
 
     def __init__(self, exchange: Exchange, rank: int, in_pieces: bool) -> None:
@@ -316,7 +317,7 @@ def test_all_rows_are_completed_before_a_sum_that_needs_them() -> None:
         torch.testing.assert_close(result, norm(hidden + 3 * product))
 
 
-# --- the choice of the matmul -------------------------------------------------------------------------------
+# --- the choice of the matmul ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

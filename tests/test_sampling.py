@@ -22,7 +22,7 @@ BACKENDS = [
 ]
 
 
-# --- Philox -------------------------------------------------------------------------------------------------
+# --- Philox ---------------------------------------------------------------------------------------
 
 
 def philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
@@ -85,20 +85,22 @@ def test_philox_torch_equals_the_plain_integers() -> None:
     c0, c1 = words, words[::-1]
     result = philox_torch(torch.tensor(seeds), torch.tensor(c0), torch.tensor(c1)).tolist()
     assert result == [
-        philox([a, b, 0, 0], [s % 2**32, s >> 32], 7) for s, a, b in zip(seeds, c0, c1)
+        philox([a, b, 0, 0], [s % 2**32, s >> 32], 7) for s, a, b in zip(seeds, c0, c1, strict=True)
     ]
 
 
 @pytest.mark.parametrize("draw", BACKENDS)
 @pytest.mark.parametrize("first_id", [0, 5, 75_970])
 def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, first_id: int) -> None:
-    """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank holds."""
+    """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank
+    holds.
+    """
     seeds, positions = [0, 7, 2**40 + 3, 2**63 - 1], [0, 1, 39_999, 12]
     words = {
         (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[
             token_id % 4
         ]
-        for row, (seed, position) in enumerate(zip(seeds, positions))
+        for row, (seed, position) in enumerate(zip(seeds, positions, strict=True))
         for token_id in range(first_id, first_id + 21)
     }
     noise = {
@@ -115,7 +117,7 @@ def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, firs
         torch.testing.assert_close(values.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-# --- one draw -----------------------------------------------------------------------------------------------
+# --- one draw -------------------------------------------------------------------------------------
 
 
 def inputs(
@@ -164,7 +166,7 @@ def test_the_parts_of_a_vocabulary_agree_with_the_whole(draw: Draw) -> None:
     logits, *rest = inputs(50, 101)
     _, expected = draw(logits, *rest)
     parts = [draw(logits[:, start : start + 34], *rest, start) for start in (0, 34, 68)]
-    values, ids = (torch.stack(results) for results in zip(*parts))
+    values, ids = (torch.stack(results) for results in zip(*parts, strict=True))
     assert ids.gather(0, values.argmax(0, keepdim=True)).squeeze(0).tolist() == expected.tolist()
 
 
@@ -192,14 +194,16 @@ def test_the_arguments_are_not_changed() -> None:
     arguments = inputs(6, 50)
     before = [argument.clone() for argument in arguments]
     gumbel_argmax_torch(*arguments)
-    assert all(torch.equal(one, other) for one, other in zip(arguments, before))
+    assert all(torch.equal(one, other) for one, other in zip(arguments, before, strict=True))
 
 
-# --- many draws ---------------------------------------------------------------------------------------------
+# --- many draws -----------------------------------------------------------------------------------
 
 
 def chi_square(counts: Counter[int], probabilities: list[float], num_draws: int) -> float:
-    """In standard deviations from what is expected; Wilson and Hilferty's cube root makes it normal."""
+    """In standard deviations from what is expected; Wilson and Hilferty's cube root makes it
+    normal.
+    """
     freedom = len(probabilities) - 1
     x = sum((counts[i] - num_draws * p) ** 2 / (num_draws * p) for i, p in enumerate(probabilities))
     return ((x / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
@@ -226,7 +230,9 @@ def test_draws_follow_the_softmax(temperature: float, vary: str) -> None:
 
 
 def test_successive_draws_are_independent() -> None:
-    """Pairs of tokens, at neighbouring positions and of neighbouring seeds, against the softmax's product."""
+    """Pairs of tokens, at neighbouring positions and of neighbouring seeds, against the softmax's
+    product.
+    """
     num_draws, vocab = 40_000, 5
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2))
     probabilities = logits.double().softmax(0)
@@ -239,7 +245,7 @@ def test_successive_draws_are_independent() -> None:
         assert abs(chi_square(counts, pairs, num_draws)) < 3.5
 
 
-# --- through the engine -------------------------------------------------------------------------------------
+# --- through the engine ---------------------------------------------------------------------------
 
 PROMPTS = random_prompts(0, [20, 3, 33, 16, 50, 9])
 
@@ -258,7 +264,9 @@ def test_a_seeded_request_does_not_depend_on_how_it_was_served(checkpoint: Check
         sampled(2**63 - 1),
     ]
     llm = make_llm(checkpoint.path)
-    alone = [generate_ids(llm, [prompt], one)[0] for prompt, one in zip(PROMPTS, params)]
+    alone = [
+        generate_ids(llm, [prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=True)
+    ]
     assert alone[1] == checkpoint.complete(PROMPTS[1:2], 20)[0]
     assert generate_ids(llm, PROMPTS, params) == alone
     assert generate_ids(llm, PROMPTS[::-1], params[::-1]) == alone[::-1]
@@ -293,7 +301,9 @@ def test_seeds_temperatures_and_positions_make_a_difference(checkpoint: Checkpoi
 
 
 def test_every_position_has_noise_of_its_own(checkpoint: Checkpoint) -> None:
-    """At a temperature so high that the noise alone decides, 200 draws meet some 100 of the 127 tokens."""
+    """At a temperature so high that the noise alone decides, 200 draws meet some 100 of the 127
+    tokens.
+    """
     llm = make_llm(checkpoint.path)
     hot = SamplingParams(temperature=1e6, max_tokens=200, ignore_eos=True, seed=1)
     assert 85 < len(set(generate_ids(llm, [PROMPTS[0]], hot)[0])) < 115

@@ -78,7 +78,9 @@ def sample(
 
 
 def new_counts(vocab: int, histories: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Counts of these (prompt, completion) pairs in rows 1, 2, ...; what is in a row before does not matter."""
+    """Counts of these (prompt, completion) pairs in rows 1, 2, ...; what is in a row before does
+    not matter.
+    """
     counts = torch.full((len(histories) + 2, vocab), 77, dtype=torch.int16, device=DEVICE)
     for row, (prompt, completion) in enumerate(histories, start=1):
         set_counts(counts, row, prompt, completion)
@@ -86,7 +88,7 @@ def new_counts(vocab: int, histories: list[tuple[list[int], list[int]]]) -> Tens
     return counts
 
 
-# --- filters: top_k, top_p, min_p ---------------------------------------------------------------------------
+# --- filters: top_k, top_p, min_p -----------------------------------------------------------------
 
 COMBINATIONS = [
     (temperature, top_k, top_p, min_p)
@@ -125,7 +127,7 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
         logits *= 1e-3
     elif shape == "forbidden":
         logits[10:90] = -float("inf")
-    temperature, *settings = (list(column) for column in zip(*COMBINATIONS))
+    temperature, *settings = (list(column) for column in zip(*COMBINATIONS, strict=True))
     rows, temperatures = (
         logits.expand(len(COMBINATIONS), -1).to(DEVICE),
         torch.tensor(temperature, device=DEVICE),
@@ -137,13 +139,19 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
         expected = transformers_probs(logits, *combination)
         numbers.add(int((expected > 0).sum()))
         torch.testing.assert_close(
-            probs[row], expected, rtol=2e-5, atol=1e-7, msg=lambda text: f"{combination}: {text}"
+            probs[row],
+            expected,
+            rtol=2e-5,
+            atol=1e-7,
+            msg=lambda text, combination=combination: f"{combination}: {text}",
         )
     assert len(numbers) > 6  # the combinations differ in what they keep
 
 
 def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Filters]:
-    """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be drawn, greedy."""
+    """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be
+    drawn, greedy.
+    """
     generator = torch.Generator().manual_seed(vocab)
     logits = 3 * torch.randn(14, vocab, generator=generator)
     logits[3] = 1.0
@@ -218,7 +226,7 @@ def test_draws_above_a_threshold_equal_the_references(vocab: int, first_id: int)
     assert torch.equal(unfiltered[:3], ids[:3]) and not torch.equal(unfiltered, ids)
 
 
-# --- many draws ---------------------------------------------------------------------------------------------
+# --- many draws -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +255,7 @@ def test_100_000_draws_follow_the_filtered_distribution(
     assert chi_square(counts, (wrong / wrong.sum()).tolist(), num_draws) > 5  # the test can tell
 
 
-# --- penalties and bias -------------------------------------------------------------------------------------
+# --- penalties and bias ---------------------------------------------------------------------------
 
 VOCAB = 61
 HISTORIES = [
@@ -272,7 +280,7 @@ def expected_penalties(
     """`transformers`' repetition penalty, then OpenAI's formula for the other two."""
     rows = []
     for row, (prompt, completion), (repetition, presence, frequency) in zip(
-        logits, histories, strengths.tolist()
+        logits, histories, strengths.tolist(), strict=True
     ):
         history = torch.tensor([prompt + completion], dtype=torch.int64)
         row = RepetitionPenaltyLogitsProcessor(repetition)(history, row[None].clone())[0]
@@ -333,7 +341,9 @@ def test_counts_grow_by_what_is_sampled_and_stop_at_the_most_they_can_hold() -> 
 
 
 def test_queued_steps_see_the_tokens_of_the_steps_before() -> None:
-    """Many greedy steps on one set of logits, nothing read back between them, against the plain formula."""
+    """Many greedy steps on one set of logits, nothing read back between them, against the plain
+    formula.
+    """
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
     strengths = torch.tensor([[1.5, 0.0, 0.0], [1.0, 0.4, 0.0], [1.2, 0.1, 0.3]])
     histories: list[tuple[list[int], list[int]]] = [
@@ -351,7 +361,7 @@ def test_queued_steps_see_the_tokens_of_the_steps_before() -> None:
         assert (
             tokens.tolist() == expected_penalties(logits, histories, strengths).argmax(1).tolist()
         )
-        for token, (_, completion) in zip(tokens.tolist(), histories):
+        for token, (_, completion) in zip(tokens.tolist(), histories, strict=True):
             completion.append(token)
     assert [len(set(completion)) > 1 for _, completion in histories] == [True] * 3
     assert sum(len(set(completion)) for _, completion in histories) > 20
@@ -392,7 +402,9 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 def test_forbidden_tokens_are_never_drawn(temperature: float) -> None:
-    """As min_tokens forbids the end of a sequence; with filters that are asked to keep everything, too."""
+    """As min_tokens forbids the end of a sequence; with filters that are asked to keep everything,
+    too.
+    """
     num_rows, forbidden = 500, [0, 5, 6]
     logits = torch.zeros(num_rows, 8, device=DEVICE)
     logits[:, 5] = 20
@@ -425,7 +437,7 @@ def test_greedy_heeds_penalties_and_bias_but_no_filter() -> None:
     assert sample(logits, zero, extras)[0].tolist() == [2, 1, 1]
 
 
-# --- logprobs -----------------------------------------------------------------------------------------------
+# --- logprobs -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -452,7 +464,7 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
     assert all(len(set(row)) == num_top for row in ids[:, 1:].tolist())
 
 
-# --- neighbours and ranks -----------------------------------------------------------------------------------
+# --- neighbours and ranks -------------------------------------------------------------------------
 
 
 def one_of_each(num_rows: int) -> tuple[Tensor, Tensor, SamplingExtras]:

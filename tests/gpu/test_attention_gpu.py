@@ -45,7 +45,9 @@ def relative_error(out, expected):
 
 
 def exact(q, k, v, scale):
-    """float64 attention of q `[q_len, heads, dim]` over k, v `[k_len, kv_heads, dim]`; the last sees all."""
+    """float64 attention of q `[q_len, heads, dim]` over k, v `[k_len, kv_heads, dim]`; the last
+    sees all.
+    """
     (q_len, heads, _), (k_len, kv_heads, _) = q.shape, k.shape
     k, v = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
@@ -54,7 +56,9 @@ def exact(q, k, v, scale):
 
 
 class Cache:
-    """A cache whose sequences lie scattered; slots without a token hold `unused`, spare table entries -1."""
+    """A cache whose sequences lie scattered; slots without a token hold `unused`, spare table
+    entries -1.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class Cache:
         )  # after the spare ones: high addresses
         tables = torch.full((len(lengths), max(counts) + 3), -1, dtype=torch.int32)
         self.slots = []
-        for i, (n, blocks) in enumerate(zip(lengths, used)):
+        for i, (n, blocks) in enumerate(zip(lengths, used, strict=True)):
             tables[i, : len(blocks)] = blocks
             self.slots.append(
                 (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:n].cuda()
@@ -264,13 +268,15 @@ PREFILLS = {
 def check_prefill(
     backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM
 ):
-    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys come from the cache."""
-    q_lens, k_lens = zip(*lengths)
+    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys come from the
+    cache.
+    """
+    q_lens, k_lens = zip(*lengths, strict=True)
     scale = head_dim**-0.5
     qkv = randn(sum(q_lens), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     if block_size is None:
-        keys_and_values = list(zip(k.split(q_lens), v.split(q_lens)))
+        keys_and_values = list(zip(k.split(q_lens), v.split(q_lens), strict=True))
         paged = (None, None)
         tables = None
     else:
@@ -287,7 +293,7 @@ def check_prefill(
     sums = (prefix_sums(q_lens), prefix_sums(k_lens), max(q_lens), max(k_lens))
     out = PREFILLS[backend](q, k, v, *paged, *sums, scale, tables)
     assert out.dtype == dtype
-    for one_out, one_q, kv in zip(out.split(q_lens), q.split(q_lens), keys_and_values):
+    for one_out, one_q, kv in zip(out.split(q_lens), q.split(q_lens), keys_and_values, strict=True):
         assert relative_error(one_out, exact(one_q, *kv, scale)) < TOLERANCE[dtype]
 
 
@@ -353,7 +359,7 @@ def test_norm_rope_store_equals_its_reference():
         )
         fused(out, positions, angles.cos(), angles.sin(), *weights, 1e-6, *caches, slots, HEADS)
         results.append((out, *caches))
-    for ours, reference in zip(*results):
+    for ours, reference in zip(*results, strict=True):
         assert relative_error(ours, reference) < TOLERANCE[BF16]
 
 

@@ -1,13 +1,16 @@
-"""The whole engine on a GPU: backends, CUDA graphs and `transformers` agree, in float32 and in bfloat16.
+"""The whole engine on a GPU: backends, CUDA graphs and `transformers` agree, in float32 and in
+bfloat16.
 
-In float32 the tokens are equal. In bfloat16 a choice between two close logits may fall either way, and all
-that follows differs then, so tokens cannot be compared with another run's. Instead every chosen token is
-checked, given the tokens before it: `transformers`, in float32 and on the same weights (they are all bfloat16
-numbers), computes the logits of prompt and completion, and the chosen token's logit must be within a
-tolerance of the largest. Sampled tokens are checked likewise, with the noise of their seeds and positions.
+In float32 the tokens are equal. In bfloat16 a choice between two close logits may fall either way,
+and all that follows differs then, so tokens cannot be compared with another run's. Instead every
+chosen token is checked, given the tokens before it: `transformers`, in float32 and on the same
+weights (they are all bfloat16 numbers), computes the logits of prompt and completion, and the
+chosen token's logit must be within a tolerance of the largest. Sampled tokens are checked likewise,
+with the noise of their seeds and positions.
 
-Unless a test says otherwise the engine is as users have it: each step launched before the tokens of the last
-one are read, CUDA graphs, fused kernels, and a matrix-vector kernel for steps of very few tokens.
+Unless a test says otherwise the engine is as users have it: each step launched before the tokens of
+the last one are read, CUDA graphs, fused kernels, and a matrix-vector kernel for steps of very few
+tokens.
 """
 
 import gc
@@ -43,12 +46,13 @@ pytestmark = [
 
 DEVICE = "cuda"
 VOCAB, NUM_TOKENS = 1000, 32
-# In standard deviations of the logits. Rounding to 8 bits is an error of 0.2% at each of some ten results a
-# layer that are rounded one after the other, so two layers make about 1%; over thousands of choices the worst
-# was 0.04 on a CPU, and a GPU rounds a few results more. A token chosen by a wrong mask, position or slot is
-# off by 2 to 4.
+# In standard deviations of the logits. Rounding to 8 bits is an error of 0.2% at each of some ten
+# results a layer that are rounded one after the other, so two layers make about 1%; over thousands
+# of choices the worst was 0.04 on a CPU, and a GPU rounds a few results more. A token chosen by a
+# wrong mask, position or slot is off by 2 to 4.
 TOLERANCE = 0.2
-# Around the gemv kernel's limit, the graph sizes, and the tiles and the limit of the GEMMs in one part.
+# Around the gemv kernel's limit, the graph sizes, and the tiles and the limit of the GEMMs in one
+# part.
 BATCH_SIZES = [1, 2, 3, 4, 5, 16, 17, 33, 65]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513, 700]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,10 +76,12 @@ Case = tuple[Checkpoint, list[list[int]], list[list[int]]]
 
 @pytest.fixture(scope="module", params=SHAPES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A checkpoint, its `transformers` model on the GPU in float32; prompts; their greedy completions."""
+    """A checkpoint, its `transformers` model on the GPU in float32; prompts; their greedy
+    completions.
+    """
     name = request.param
-    # Weights of deviation 1 / sqrt(hidden_size) keep every result's spread near 1, as in a trained model:
-    # larger ones make attention so peaked that the rounding of a score decides it.
+    # Weights of deviation 1 / sqrt(hidden_size) keep every result's spread near 1, as in a trained
+    # model: larger ones make attention so peaked that the rounding of a score decides it.
     shape = dict(hidden_size=256, intermediate_size=512) | SHAPES[name]
     saved = make_checkpoint(
         tmp_path_factory.mktemp(name),
@@ -88,7 +94,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts = random_prompts(0, LENGTHS, VOCAB)
     prompts += [
         prompts[15][:n] + tail
-        for n, tail in zip((64, 256, 257), random_prompts(1, [3, 20, 1], VOCAB))
+        for n, tail in zip((64, 256, 257), random_prompts(1, [3, 20, 1], VOCAB), strict=True)
     ]
     # float32 sums in another order differ by some 1e-6.
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
@@ -120,7 +126,7 @@ def check_choices(
 ) -> None:
     """Teacher forcing, as the file's docstring says."""
     worst = 0.0
-    for prompt, tokens in zip(prompts, completions):
+    for prompt, tokens in zip(prompts, completions, strict=True):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(
             1
@@ -138,9 +144,9 @@ def check_draws(
     completions: list[list[int]],
     tolerance: float,
 ) -> None:
-    """As `check_choices`, for sampled tokens: the scores are logits plus noise times temperature."""
+    """As `check_choices`, for sampled tokens: scores are logits plus noise times temperature."""
     worst = 0.0
-    for prompt, param, tokens in zip(prompts, params, completions):
+    for prompt, param, tokens in zip(prompts, params, completions, strict=True):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
         only_chosen = torch.full_like(logits, -float("inf")).scatter(
@@ -186,7 +192,7 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
     checkpoint, prompts, _ = case
     llm = make(checkpoint, **backend_options(backend, checkpoint, dtype), enforce_eager=eager)
     try:
-        assert llm._max_pending == 1 and bool(llm.model_runner.graphs.sizes) != eager  # type: ignore[union-attr]
+        assert llm._max_pending == 1 and bool(llm.model_runner.graphs.sizes) != eager
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))  # now with prefix hits
         assert llm.scheduler.num_preemptions == 0
@@ -261,7 +267,7 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
             assert generate_ids(graphs, prompts[:n], greedy(8)) == expected[:n], n
         params = [greedy(1 + i % 8) for i in range(37)]
         assert generate_ids(graphs, prompts, params) == [
-            t[: p.max_tokens] for t, p in zip(expected, params)
+            t[: p.max_tokens] for t, p in zip(expected, params, strict=True)
         ]
     finally:
         graphs.exit()
@@ -270,7 +276,9 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
-    """Few tokens take another path through the linear layers than many; prompts of one or two tokens too."""
+    """Few tokens take another path through the linear layers than many; prompts of one or two
+    tokens too.
+    """
     assert min(BATCH_SIZES) == 1 < MAX_UNSPLIT_TOKENS < max(BATCH_SIZES)
     prompts = random_prompts(6, [1 + i % 7 for i in range(65)], VOCAB)
     expected = small.complete(prompts, 12, min_margin=2e-5)
@@ -281,7 +289,9 @@ def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
             for params in ([greedy(12)] * n, [greedy(12 - i % 10) for i in range(n)]):
                 completions = generate_ids(llm, prompts[:n], params)
                 if dtype == "float32":
-                    assert completions == [t[: p.max_tokens] for t, p in zip(expected, params)], n
+                    assert completions == [
+                        t[: p.max_tokens] for t, p in zip(expected[:n], params, strict=True)
+                    ], n
                 else:
                     assert [len(tokens) for tokens in completions] == [p.max_tokens for p in params]
                     check_choices(small, prompts, completions)
@@ -291,7 +301,9 @@ def test_every_batch_size(small: Checkpoint, eager: bool, dtype: str) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_eos_is_the_last_token(small: Checkpoint, depth: int) -> None:
-    """The steps that were launched before it was known leave no trace, in the results or in the cache."""
+    """The steps that were launched before it was known leave no trace, in the results or in the
+    cache.
+    """
     prompts = random_prompts(7, [5 + 9 * i for i in range(20)], VOCAB)
     full = small.complete(prompts, NUM_TOKENS, min_margin=2e-5)
     eos = full[0][9]
@@ -341,7 +353,7 @@ def test_an_interrupt_leaves_the_engine_empty_and_usable(
             target: Any = llm.model_runner if where == "launch" else PendingTokens
             original = getattr(target, where)
 
-            def interrupted(*args: Any) -> Any:
+            def interrupted(*args: Any, original: Any = original) -> Any:
                 nonlocal calls
                 calls += 1
                 if calls == call:
@@ -391,7 +403,9 @@ def test_seeds_repeat_with_graphs_and_without(small: Checkpoint) -> None:
     ):
         llm = make(small, dtype="float32", **options)
         results.append(generate_ids(llm, prompts, params))
-        alone = [generate_ids(llm, [prompt], one)[0] for prompt, one in zip(prompts, params)]
+        alone = [
+            generate_ids(llm, [prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)
+        ]
         llm.exit()
         assert alone == results[-1]
     assert all(result == results[0] for result in results)
@@ -419,7 +433,9 @@ def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(
         check_draws(small, prompts, params[1:] + params[:1], expected, tolerance=TOLERANCE)
 
     def check_same(rows: list[int], completions: list[list[int]]) -> None:
-        """Every draw is right given the tokens before it; and all but a few, turned by rounding, are the CPU's."""
+        """Every draw is right given the tokens before it; and all but a few, turned by rounding,
+        are the CPU's.
+        """
         check_draws(
             small,
             [prompts[i] for i in rows],
@@ -427,7 +443,9 @@ def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(
             completions,
             tolerance=1e-3,
         )
-        same = sum(completion == expected[i] for i, completion in zip(rows, completions))
+        same = sum(
+            completion == expected[i] for i, completion in zip(rows, completions, strict=True)
+        )
         assert same >= len(rows) - len(rows) // 10
 
     llm = make(small, dtype="float32", enforce_eager=eager, max_num_seqs=65)
@@ -435,7 +453,11 @@ def test_seeds_give_the_tokens_of_the_cpu_alone_and_in_every_batch(
         for n in BATCH_SIZES:
             check_same(list(range(n)), generate_ids(llm, prompts[:n], params[:n]))
         check_same(
-            list(range(5)), [generate_ids(llm, [p], one)[0] for p, one in zip(prompts[:5], params)]
+            list(range(5)),
+            [
+                generate_ids(llm, [p], one)[0]
+                for p, one in zip(prompts[:5], params[:5], strict=True)
+            ],
         )
         # Neighbours that come, go and differ.
         neighbours = [greedy(1 + i % 9) if i % 3 else params[i] for i in range(65)]
@@ -472,8 +494,12 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_256_neighbours(
     try:
         together, chosen = generate_ids(llm, prompts, params), range(0, 257, 16)
         alone = [generate_ids(llm, [prompts[i]], params[i])[0] for i in chosen]
-        # Other GEMM kernels run at other batch sizes; in float32 their rounding turns hardly any draw.
-        assert sum(together[i] == tokens for i, tokens in zip(chosen, alone)) >= len(chosen) - 1
+        # Other GEMM kernels run at other batch sizes; in float32 their rounding turns hardly any
+        # draw.
+        assert (
+            sum(together[i] == tokens for i, tokens in zip(chosen, alone, strict=True))
+            >= len(chosen) - 1
+        )
         assert len({tuple(tokens) for tokens in together}) > 250
     finally:
         llm.exit()
@@ -491,7 +517,7 @@ def test_gpu_memory_utilization(tmp_path: Path, utilization: float) -> None:
         block_bytes = (
             2 * 28 * 256 * 8 * 128 * 2
         )  # K and V, layers, slots, heads, head size, bytes of a bfloat16
-        assert llm.model_runner.kv_cache.nbytes == num_blocks * block_bytes  # type: ignore[union-attr]
+        assert llm.model_runner.kv_cache.nbytes == num_blocks * block_bytes
         llm.generate(random_prompts(5, [900] * 40, 10_000), greedy(8), use_tqdm=False)
         assert_idle(llm)
         free, _ = torch.cuda.mem_get_info()
@@ -512,7 +538,9 @@ def test_no_more_blocks_than_can_be_of_use(small: Checkpoint) -> None:
 
 
 def test_exit_gives_the_memory_back_at_once(small: Checkpoint) -> None:
-    """Not when Python's cycle collector comes round; else the second engine finds no room for its cache."""
+    """Not when Python's cycle collector comes round; else the second engine finds no room for its
+    cache.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -533,5 +561,5 @@ def test_the_checkpoints_dtype_is_the_default(small: Checkpoint, tmp_path: Path)
     small.model.to(torch.float32)
     for path, dtype in ((small.path, torch.float32), (str(tmp_path), torch.bfloat16)):
         llm = make(Checkpoint(path, small.model))
-        assert llm.config.dtype == llm.model_runner.kv_cache.dtype == dtype  # type: ignore[union-attr]
+        assert llm.config.dtype == llm.model_runner.kv_cache.dtype == dtype
         llm.exit()

@@ -26,7 +26,9 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """8 query and 2 KV heads: with 4 ranks, two hold each of the latter. VOCAB + 1 divides by no number of ranks."""
+    """8 query and 2 KV heads: with 4 ranks, two hold each of the latter. VOCAB + 1 divides by no
+    number of ranks.
+    """
     saved = make_checkpoint(
         tmp_path_factory.mktemp("parallel"),
         std=256**-0.5,
@@ -98,8 +100,9 @@ def test_ranks_give_the_tokens_of_transformers(
 def test_wide_rows_summed_in_one_step_and_in_two(
     tmp_path: Path, dtype: str, nothing_left: None
 ) -> None:
-    """Rows of several warps, as real models have them, for the norm that the all-reduce computes on its way; many and
-    few. In bfloat16 it adds up the parts of GEMMs, too."""
+    """Rows of several warps, as real models have them, for the norm that the all-reduce computes on
+    its way; many and few. In bfloat16 it adds up the parts of GEMMs, too.
+    """
     saved = make_checkpoint(
         tmp_path,
         std=2048**-0.5,
@@ -118,7 +121,7 @@ def test_wide_rows_summed_in_one_step_and_in_two(
     params = [
         greedy(NUM_TOKENS if i < 5 else 8 if i < 70 else 3 + i % 5) for i in range(len(prompts))
     ]
-    expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params)]
+    expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params, strict=True)]
     llm = make(
         wide,
         dtype=dtype,
@@ -143,7 +146,9 @@ def test_wide_rows_summed_in_one_step_and_in_two(
 def test_prefills_summed_in_pieces(
     tmp_path: Path, size: int, dtype: str, nothing_left: None
 ) -> None:
-    """Of even and odd numbers of tokens, one with a cached prefix, and shorter ones that are summed at once."""
+    """Of even and odd numbers of tokens, one with a cached prefix, and shorter ones that are summed
+    at once.
+    """
     saved = make_checkpoint(
         tmp_path,
         std=256**-0.5,
@@ -182,7 +187,9 @@ def test_prefills_summed_in_pieces(
 def test_sampling_options_on_several_ranks(
     parallel: Checkpoint, size: int, eager: bool, nothing_left: None
 ) -> None:
-    """Logits are gathered, and every rank draws the same tokens: those of one GPU, but for what rounding turns."""
+    """Logits are gathered, and every rank draws the same tokens: those of one GPU, but for what
+    rounding turns.
+    """
     prompts, params = random_prompts(3, [5, 40, 17, 100, 64, 9, 11], VOCAB), PARAMS
     results = []
     for ranks in (1, size):
@@ -192,7 +199,10 @@ def test_sampling_options_on_several_ranks(
         finally:
             llm.exit()
     assert results[1][0] == results[1][1]
-    assert sum(one == other for one, other in zip(results[0][0], results[1][0])) >= len(prompts) - 1
+    assert (
+        sum(one == other for one, other in zip(results[0][0], results[1][0], strict=True))
+        >= len(prompts) - 1
+    )
 
 
 @pytest.fixture
@@ -242,7 +252,9 @@ def test_a_rank_that_raises_makes_the_call_raise(busy: tuple[LLM, dict[str, Any]
 def test_a_rank_that_raises_ends_a_long_prefill(
     tmp_path: Path, size: int, nothing_left: None
 ) -> None:
-    """Of more launches than the driver queues: the host is stuck in one until the wait for the dead rank ends."""
+    """Of more launches than the driver queues: the host is stuck in one until the wait for the dead
+    rank ends.
+    """
     deep = make_checkpoint(tmp_path, hidden_size=256, head_dim=64, num_hidden_layers=60)
     llm = make(
         deep, tensor_parallel_size=size, max_num_batched_tokens=16384, num_kvcache_blocks=100
@@ -256,7 +268,9 @@ def test_a_rank_that_raises_ends_a_long_prefill(
 def test_graphs_that_hold_nccl_keep_nothing_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
 ) -> None:
-    """NCCL goes on waiting for them when its communicator is ended; and it is in those of large steps."""
+    """NCCL goes on waiting for them when its communicator is ended; and it is in those of large
+    steps.
+    """
     wide, options = (
         make_checkpoint(tmp_path, hidden_size=4096),
         dict(tensor_parallel_size=2, max_num_seqs=264),
@@ -300,4 +314,7 @@ def test_memory_is_given_back(parallel: Checkpoint, nothing_left: None) -> None:
     assert worker.exitcode == 0
     before = free()
     make(parallel, tensor_parallel_size=2, num_kvcache_blocks=2000).exit()
-    assert all(after > bytes_before - (64 << 20) for after, bytes_before in zip(free(), before))
+    assert all(
+        after > bytes_before - (64 << 20)
+        for after, bytes_before in zip(free(), before, strict=True)
+    )

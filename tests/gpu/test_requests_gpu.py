@@ -1,4 +1,4 @@
-"""Requests that ask for more than a temperature, on a GPU: through CUDA graphs, and one step late."""
+"""Requests on a GPU that ask for more than a temperature: through CUDA graphs, one step late."""
 
 import gc
 from pathlib import Path
@@ -104,9 +104,9 @@ def test_options_give_the_same_tokens_with_graphs_and_without(small: Checkpoint)
     ):
         llm = make(small, **options)
         assert generate_ids(llm, PROMPTS, PARAMS) == expected, options
-        assert [generate_ids(llm, [p], one)[0] for p, one in zip(PROMPTS, PARAMS)] == expected, (
-            options
-        )
+        assert [
+            generate_ids(llm, [p], one)[0] for p, one in zip(PROMPTS, PARAMS, strict=True)
+        ] == expected, options
         for number, _ in enumerate(llm.stream(PROMPTS, PARAMS)):
             if number == 30:
                 break

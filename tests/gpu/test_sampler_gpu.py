@@ -96,7 +96,8 @@ def test_thresholds_keep_what_the_reference_keeps(
     if shape != "equal" and dtype == torch.float32:
         # Sums of float32 probabilities may put the border one or a few of 150,000 tokens beside.
         assert differ.max() <= 4 and (differ == 0).sum() >= rows * 3 // 4, differ.tolist()
-    else:  # a step is many equal logits: a sum within rounding of top_p turns them all, which is rare
+    # A step is many equal logits: a sum within rounding of top_p turns them all, which is rare.
+    else:
         assert (differ == 0).sum() >= rows - 1, differ.tolist()
     only_top_k = (filters.top_p == 1) & (filters.min_p == 0)
     assert only_top_k.any() and (differ[only_top_k] == 0).all()
@@ -192,9 +193,10 @@ def test_times() -> None:
     ):
         filters = settings(rows, [top_k], [top_p], [min_p])
         times[name + " threshold"] = microseconds(
-            lambda: filter_thresholds(logits, ones * 0.6, filters)
+            lambda filters=filters: filter_thresholds(logits, ones * 0.6, filters)
         )
-        times[name] = microseconds(lambda: sampler(*arguments, SamplingExtras(filters=filters)))
+        extras = SamplingExtras(filters=filters)
+        times[name] = microseconds(lambda extras=extras: sampler(*arguments, extras))
     penalties = Penalties(*(ones * x for x in (1.2, 0.3, 0.1)))
     times["penalties pass"] = microseconds(lambda: penalize(logits, counts, numbers, penalties))
     extras = SamplingExtras(penalties=penalties, counts=counts, count_rows=numbers)

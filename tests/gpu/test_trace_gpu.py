@@ -1,4 +1,6 @@
-"""What only a GPU can show of a trace: the times that its CUDA events give, and that they change nothing."""
+"""What only a GPU can show of a trace: the times that its CUDA events give, and that they change
+nothing.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,8 @@ def test_device_times_are_parts_of_the_wall_time(tmp_path: Path, enforce_eager: 
         assert generate_ids(llm, prompts, greedy(40)) == untraced
     assert [step.kind for step in trace.steps] == ["prefill"] + 39 * ["decode"]
     assert all(step.device_time > 0 for step in trace.steps)
-    # One step begins on the device where the one before it ends, and all of them within these calls of `step`.
+    # One step begins on the device where the one before it ends, and all of them within these calls
+    # of `step`.
     total = trace.steps[-1].end - trace.steps[0].start
     assert sum(step.device_time for step in trace.steps) <= 1.01 * total
     llm.exit()
