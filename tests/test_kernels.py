@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.kernels import flash_attention
+from nanovllm.kernels import attention_backend, flash_attention
 from nanovllm.kernels._triton import HAS_TRITON, gemm_tile_rows, padded_empty
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
@@ -32,7 +32,6 @@ from nanovllm.kernels.varlen_prefill import (
     varlen_prefill,
     varlen_prefill_torch,
 )
-from nanovllm.layers import attention_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -679,7 +678,7 @@ import torch
 from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode
 from nanovllm.kernels import penalties, rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.layers.attention_backend import select_backend
+from nanovllm.kernels.attention_backend import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)
 assert rms_norm.rms_norm_torch(x, weight, 0.0).square().mean().sub(1).abs() < 1e-5
 assert not HAS_TRITON and select_backend("auto", "cpu", 256, 64, torch.float32).name == "torch"

@@ -16,10 +16,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
+from nanovllm.kernels.attention_backend import PrefillPlan
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
 from nanovllm.kernels.silu_mul import silu_mul_torch
 from nanovllm.layers.activation import SiluGateUpLinear
-from nanovllm.layers.attention_backend import PrefillPlan
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (

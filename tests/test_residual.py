@@ -11,8 +11,8 @@ from conftest import Checkpoint, make_checkpoint, random_prompts
 from torch import Tensor, nn
 
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.attention_backend import PrefillPlan
 from nanovllm.layers.activation import SiluGateUpLinear
-from nanovllm.layers.attention_backend import PrefillPlan
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream

@@ -20,8 +20,8 @@ from nanovllm.engine.process_group import ProcessGroup
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.attention_backend import AttentionBackend, select_backend
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.attention_backend import AttentionBackend, select_backend
 from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
 from nanovllm.models import build_model
 from nanovllm.utils.context import StepInputs, reset_context, set_context

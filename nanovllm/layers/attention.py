@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.attention_backend import TORCH, AttentionBackend, PrefillPlan
+from nanovllm.kernels.attention_backend import TORCH, AttentionBackend, PrefillPlan
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import Attended
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -24,7 +24,6 @@ class Attention(nn.Module):
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: RotaryEmbedding
     ) -> None:
-        """Make attention for so many query and KV heads of this rank."""
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

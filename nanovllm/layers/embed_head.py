@@ -20,7 +20,6 @@ class VocabParallelEmbedding(nn.Module):
     """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        """Make an embedding of these sizes, over all ranks; its weight is uninitialised."""
         super().__init__()
         self.tp = get_tensor_parallel()
         self.vocab_size = vocab_size
@@ -52,13 +51,14 @@ class ParallelLMHead(VocabParallelEmbedding):
     """The projection to logits. Its weight may be the embedding's own (tied embeddings)."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        """Make a head of these sizes, over all ranks; its weight is uninitialised."""
         super().__init__(vocab_size, hidden_size)
         self.output_size = self.num_tokens
 
-    def matmul(self, x: Tensor, norm: Norm | None, epilogue: Epilogue) -> Tensor | PartialSums:
+    def matmul(
+        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
+    ) -> Tensor | PartialSums:
         """Multiply with the rows of real tokens; see `WeightFormat.matmul`."""
-        return UNQUANTIZED.multiply(self.weight[: self.num_tokens], x, norm, None, epilogue)
+        return UNQUANTIZED.multiply(self.weight[: self.num_tokens], x, None, epilogue, norm)
 
     def forward(self, hidden: Normed) -> Any:  # type: ignore[override]  # of the lookup
         """Compute this rank's logits `[n, num_tokens]` of hidden states `[n, hidden]`."""

@@ -13,7 +13,6 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """Make a norm of rows of `size` numbers, its weight uninitialised."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)

@@ -50,7 +50,6 @@ class LinearBase(nn.Module):
     epilogue: Epilogue = PLAIN  # what becomes of the product
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
-        """Make a layer with uninitialised parameters."""
         super().__init__()
         self.tp = get_tensor_parallel()
         self.input_size = input_size
@@ -78,15 +77,17 @@ class LinearBase(nn.Module):
         check_shape(loaded, shard.full_shape[:1])
         param[shard.target_rows].copy_(loaded[shard.source_rows])
 
-    def matmul(self, x: Tensor, norm: Norm | None, epilogue: Epilogue) -> Tensor | PartialSums:
+    def matmul(
+        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
+    ) -> Tensor | PartialSums:
         """Compute this rank's `x W^T + b`; see `WeightFormat.matmul`."""
-        return self.weight_format.matmul(self, x, norm, self.bias, epilogue)
+        return self.weight_format.matmul(self, x, self.bias, epilogue, norm)
 
     def forward(self, x: Tensor | Normed) -> Any:
         """Compute `x W^T + b` of x `[n, in]`, with what `epilogue` makes of it: `[n, out]`."""
         if isinstance(x, Normed):
             return x.multiply(self, self.epilogue)
-        return self.matmul(x, None, self.epilogue)
+        return self.matmul(x, self.epilogue)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -134,7 +135,6 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
     """One matrix `[output_size / tp, input_size]`; the output stays split."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
-        """Make a layer of these sizes, over all ranks."""
         super().__init__(input_size, [output_size], bias)
 
     def shard(self, shard_id: Any = None) -> Shard:
@@ -156,7 +156,6 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     def __init__(
         self, hidden_size: int, head_dim: int, total_heads: int, total_kv_heads: int, bias: bool
     ) -> None:
-        """Make a layer for so many heads, over all ranks."""
         tp_size = get_tensor_parallel().size
         copies = 1  # of each KV head
         if total_kv_heads < tp_size:
@@ -185,7 +184,6 @@ class RowParallelLinear(LinearBase):
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
-        """Make a layer of these sizes, over all ranks."""
         self.full_input_size = input_size
         local_size = divide("an input size", input_size, get_tensor_parallel().size)
         super().__init__(local_size, output_size, bias)
@@ -200,7 +198,9 @@ class RowParallelLinear(LinearBase):
             target_rows=slice(0, self.output_size),
         )
 
-    def matmul(self, x: Tensor, norm: Norm | None, epilogue: Epilogue) -> Tensor | PartialSums:
+    def matmul(
+        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
+    ) -> Tensor | PartialSums:
         """Compute this rank's part of `x W^T + b`, x `[n, in / tp]`."""
         bias = self.bias if self.tp.rank == 0 else None  # it is added once, not once a rank
-        return self.weight_format.matmul(self, x, norm, bias, epilogue)
+        return self.weight_format.matmul(self, x, bias, epilogue, norm)

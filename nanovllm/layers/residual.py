@@ -50,7 +50,9 @@ class Projection(Protocol):
     tp: TensorParallel
     output_size: int
 
-    def matmul(self, x: Tensor, norm: Norm | None, epilogue: Epilogue) -> Tensor | PartialSums:
+    def matmul(
+        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
+    ) -> Tensor | PartialSums:
         """Compute this rank's `x W^T + b`; see `WeightFormat.matmul`."""
 
     def __call__(self, x: Tensor) -> Any:
@@ -62,9 +64,7 @@ class Attended:
     """What attention returns: its output, and the tokens it is of."""
 
     values: Tensor  # [n, heads * head_dim]
-    rows: Tensor | None = (
-        None  # [n] integers: which rows of the stream these are; None: all of them
-    )
+    rows: Tensor | None = None  # [n] integers, the rows of the stream that these are; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,35 +102,40 @@ class Normed:
     It either has the values already, because the kernel that made the sum computed them on the way,
     or it computes them when they are first asked for. A GEMV does not ask: it normalises its input
     itself. The values must be asked for before the stream changes again.
+
+    The values of a sum in pieces come from all ranks, piece by piece. While they are arriving,
+    whoever reads them must wait; and the next such sum overwrites them.
     """
 
-    __slots__ = ("_is_arriving", "_stream", "_values", "_version", "norm")
+    __slots__ = ("_came_in_pieces", "_is_arriving", "_stream", "_values", "_version", "norm")
 
     def __init__(
         self,
         stream: ResidualStream,
         norm: RMSNorm,
         values: Tensor | None = None,
-        is_arriving: bool = False,
+        in_pieces: bool = False,
     ) -> None:
-        """Make one for the stream as it is now.
-
-        is_arriving: the values come from several ranks, piece by piece, and must be waited for.
-        """
         self.norm = norm
         self._stream = stream
         self._version = stream.version
         self._values = values
-        self._is_arriving = is_arriving
+        self._came_in_pieces = in_pieces
+        self._is_arriving = in_pieces
+
+    def _check_version(self) -> None:
+        assert self._version == self._stream.version, "the stream changed before its norm was read"
 
     @property
     def hidden(self) -> Tensor:
         """`[n, hidden]`: what is to be normalised."""
-        assert self._version == self._stream.version, "the stream changed before its norm was read"
+        self._check_version()
         return self._stream.hidden
 
     def values(self) -> Tensor:
         """`[n, hidden]`; computed once, however many layers read them."""
+        if self._came_in_pieces:
+            self._check_version()
         if self._is_arriving:
             self._stream.tp.wait_for_pieces()
             self._is_arriving = False
@@ -139,7 +144,7 @@ class Normed:
         return self._values
 
     def piece(self, rows: slice) -> Tensor:
-        """Some rows of the values; `TensorParallel.add_in_pieces` waits for them, piece by piece."""
+        """Some rows of the values, which `TensorParallel.add_in_pieces` has waited for."""
         if self._values is None:
             return self.values()[rows]
         return self._values[rows]
@@ -147,10 +152,10 @@ class Normed:
     def multiply(self, layer: Projection, epilogue: Epilogue) -> Tensor | PartialSums:
         """Multiply the values with the weight of `layer`, in the best way for this step."""
         if self._values is None and self.hidden.is_cuda and len(self.hidden) == 1:
-            return layer.matmul(self.hidden, self.norm, epilogue)  # by a GEMV, which normalises
+            return layer.matmul(self.hidden, epilogue, self.norm)  # by a GEMV, which normalises
         if self._is_arriving and not epilogue.is_gated:
             return self._multiply_while_arriving(layer)
-        return layer.matmul(self.values(), None, epilogue)
+        return layer.matmul(self.values(), epilogue)
 
     def _multiply_while_arriving(self, layer: Projection) -> Tensor:
         """Multiply the rows that are here while the last piece is still on its way."""
@@ -158,7 +163,7 @@ class Normed:
         num_tokens = len(self._values)
         out = self._values.new_empty(num_tokens, layer.output_size)
         for rows in self._stream.tp.arriving(num_tokens):
-            layer.matmul(self._values[rows], None, Epilogue(out=out[rows]))
+            layer.matmul(self._values[rows], Epilogue(out=out[rows]))
         self._is_arriving = False
         return out
 
@@ -166,17 +171,14 @@ class Normed:
 class ResidualStream:
     """The hidden states of one forward pass. At most one addition to them is open.
 
-    `hidden` is `[n, hidden]`, one row for each token of the step. It is updated in place. With
-    several ranks, every rank has the same; after a sum in pieces, see `_add_in_pieces`, only the
-    rows that a rank owns are up to date.
+    `hidden` is `[n, hidden]`, one row for each token of the step: the embeddings at first, then
+    updated in place. With several ranks, every rank has the same; but after a sum in pieces, see
+    `_add_in_pieces`, only the rows that a rank owns are up to date.
     """
 
     def __init__(self, hidden: Tensor) -> None:
-        """Begin with the embeddings `[n, hidden]`, which the stream may overwrite."""
         self.hidden = hidden
-        self.version = (
-            0  # counts the changes of `hidden`: a norm not read before the next one is lost
-        )
+        self.version = 0  # counts the changes of `hidden`; a `Normed` belongs to one version
         self.tp = TensorParallel()  # the ranks that the last layer added belongs to
         self._open: Addition | None = None
         self._has_own_rows_only = False
@@ -236,11 +238,11 @@ class ResidualStream:
         self.version += 1
         if values is None or norm is None:
             return None
-        return Normed(self, norm, values, is_arriving=self._has_own_rows_only)
+        return Normed(self, norm, values, in_pieces=self._has_own_rows_only)
 
     def _add_on_one_rank(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
         x = addition.layer_input()
-        product = addition.layer.matmul(x, None, Epilogue(add_to=self.hidden))
+        product = addition.layer.matmul(x, Epilogue(add_to=self.hidden))
         if not isinstance(product, PartialSums):
             return None  # the kernel that multiplied has added, too
         if norm is None:
@@ -251,7 +253,7 @@ class ResidualStream:
         """Sum the ranks' products and add them, in one kernel where the sum is small."""
         self._complete_rows()
         x = addition.layer_input()
-        product = addition.layer.matmul(x, None, READER_SUMS)
+        product = addition.layer.matmul(x, READER_SUMS)
         if len(x) == 1:
             norm = None  # the GEMV that reads the norm computes it
         return self.tp.add_all_reduced(self.hidden, product, norm)
@@ -269,7 +271,7 @@ class ResidualStream:
     def _add_changed(self, addition: Addition) -> None:
         """Add an output that is normalised or scaled first, which takes the complete sum."""
         self._complete_rows()
-        product = addition.layer.matmul(addition.layer_input(), None, READER_SUMS)
+        product = addition.layer.matmul(addition.layer_input(), READER_SUMS)
         if self.tp.size > 1:
             output = self.tp.all_reduce_product(product)
         else:

@@ -35,7 +35,6 @@ class RotaryEmbedding(nn.Module):
     """
 
     def __init__(self, head_dim: int, max_position: int, theta: float) -> None:
-        """Compute the tables for positions below max_position."""
         super().__init__()
         device = torch.get_default_device()
         # On the CPU, in float32, whatever the model's device and dtype: the same table everywhere.

@@ -70,11 +70,11 @@ class Sampler(nn.Module):
 
     Under tensor parallelism each rank draws the winner of its own part of the vocabulary. Only
     these (score, token id) pairs travel, and every rank then knows the token. A step with extras
-    needs whole rows: the ranks exchange their logits, and all of them do the same.
+    needs whole rows: the ranks exchange their logits, and all of them do the same. The logits of
+    this rank are those of the token ids from `vocab_start` on.
     """
 
     def __init__(self, vocab_start: int, vocab_size: int) -> None:
-        """Make a sampler for a rank whose logits are those of the token ids from vocab_start on."""
         super().__init__()
         self.tp = get_tensor_parallel()
         self.vocab_start = vocab_start

@@ -30,7 +30,6 @@ class Qwen3Attention(nn.Module):
     """
 
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
-        """Make the layer that `config` describes."""
         super().__init__()
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
@@ -55,7 +54,6 @@ class Qwen3MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Make the layer that `config` describes."""
         super().__init__()
         self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
@@ -65,7 +63,6 @@ class Qwen3DecoderLayer(nn.Module):
     """`h += attention(norm(h))`, then `h += mlp(norm(h))`."""
 
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding) -> None:
-        """Make the layer that `config` describes."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Qwen3Attention(config, rotary_emb)
@@ -84,7 +81,6 @@ class Qwen3Model(nn.Module):
     """Embedding, decoder layers, norm."""
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
-        """Make the model that `config` describes, for positions below `max_position`."""
         super().__init__()
         rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
@@ -102,10 +98,9 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The language model of a dense checkpoint."""
+    """The language model of a dense checkpoint, for positions below `max_position`."""
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
-        """Make the model that `config` describes, for positions below `max_position`."""
         super().__init__()
         self.model = Qwen3Model(config, max_position)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)

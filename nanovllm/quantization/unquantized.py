@@ -72,16 +72,16 @@ class Unquantized(WeightFormat):
         self,
         layer: nn.Module,
         x: Tensor,
-        norm: Norm | None,
         bias: Tensor | None,
         epilogue: Epilogue,
+        norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply by the kernel that `choose_matmul` names; see `WeightFormat.matmul`."""
-        return self.multiply(cast(Tensor, layer.weight), x, norm, bias, epilogue)
+        return self.multiply(cast(Tensor, layer.weight), x, bias, epilogue, norm)
 
     @staticmethod
     def multiply(
-        weight: Tensor, x: Tensor, norm: Norm | None, bias: Tensor | None, epilogue: Epilogue
+        weight: Tensor, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
     ) -> Tensor | PartialSums:
         """`matmul`, given the weight `[out, in]` itself."""
         residual = epilogue.add_to

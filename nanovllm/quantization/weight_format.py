@@ -87,14 +87,14 @@ class WeightFormat(ABC):
         self,
         layer: nn.Module,
         x: Tensor,
-        norm: Norm | None,
         bias: Tensor | None,
         epilogue: Epilogue,
+        norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply x `[n, in]` with the weight of `layer`: `x W^T + bias`.
 
-        norm: given only with a single token on a GPU, where the multiplying kernel can apply it on
-            the way: x is to be normalised first.
+        norm: x is to be normalised first. It is given only with a single token on a GPU, where the
+            kernel that multiplies can do that on the way.
         epilogue: with `add_to`, the result is either that tensor, the product having been added to
             it, or PartialSums, which the caller has to add. With `reader_sums` it may be
             PartialSums. Otherwise it is a tensor `[n, out]`.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # utils import nothing of the package when they run
-    from nanovllm.layers.attention_backend import DecodePlan, PrefillPlan
+    from nanovllm.kernels.attention_backend import DecodePlan, PrefillPlan
 
 
 @dataclass(frozen=True, slots=True)
