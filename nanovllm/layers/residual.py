@@ -32,8 +32,7 @@ stream goes on with these rows only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,16 +58,14 @@ class Projection(Protocol):
         """Compute the same as a tensor `[n, out]`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attended:
+class Attended(NamedTuple):
     """What attention returns: its output, and the tokens it is of."""
 
     values: Tensor  # [n, heads * head_dim]
     rows: Tensor | None = None  # [n] integers, the rows of the stream that these are; None: all
 
 
-@dataclass(frozen=True, slots=True)
-class Addition:
+class Addition(NamedTuple):
     """An addition to the stream that is asked for and not yet made: `h += layer(before(x))`."""
 
     layer: Projection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -36,8 +36,7 @@ class Shard:
     target_rows: slice  # of this rank's weight, which may hold several matrices one below the other
 
 
-@dataclass(frozen=True, slots=True)
-class PartialSums:
+class PartialSums(NamedTuple):
     """A product that split-K has left in several parts; whoever reads it adds them up."""
 
     values: Tensor  # [splits, n, out]; the product is their sum
@@ -49,9 +48,12 @@ class PartialSums:
         return self.values.sum(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Epilogue:
-    """What becomes of a product `x W^T + b` on its way to memory. At most one field is set."""
+class Epilogue(NamedTuple):
+    """What becomes of a product `x W^T + b` on its way to memory. At most one field is set.
+
+    A NamedTuple, as some are made in every layer of a step: a frozen dataclass takes the host twice
+    as long.
+    """
 
     add_to: Tensor | None = None  # [n, out]: the product may be added to this tensor, in place
     reader_sums: bool = False  # whoever reads the product adds up partial sums, if there are any
