@@ -1,8 +1,9 @@
 """Compile the Triton kernels for a Hopper GPU, which need not be there, and print the name of each.
 
-The interpreter, in which the other tests run them, allows what the compiler does not: a variable that is a tensor in
-one branch and a constant before it, say. Run in a process of its own, without TRITON_INTERPRET. The shapes are those
-of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden numbers.
+The interpreter, in which the other tests run them, allows what the compiler does not: a variable
+that is a tensor in one branch and a constant before it, say. Run in a process of its own, without
+TRITON_INTERPRET. The shapes are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden
+numbers.
 """
 
 from types import SimpleNamespace
@@ -43,9 +44,9 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
         options["APPROX"] = True  # as on a GPU
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
-    if (
-        "READ_AHEAD" in options
-    ):  # Triton pipelines the loop, or nothing is read ahead: all tiles in the works but one
+    if "READ_AHEAD" in options:
+        # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
+        # tiles of K and V but one in shared memory.
         least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)

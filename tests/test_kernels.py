@@ -1,4 +1,5 @@
-"""Each Triton kernel, and each PyTorch reference, against plain float64 attention written out below.
+"""Each Triton kernel, and each PyTorch reference, against plain float64 attention written out
+below.
 
 Without a GPU the Triton kernels run in Triton's interpreter (tests/conftest.py turns it on).
 """
@@ -65,7 +66,8 @@ def prefix_sums(lengths):
 
 
 def naive_attention(q, k, v, scale):
-    """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in float64."""
+    """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in
+    float64."""
     q_len, heads, _ = q.shape
     k_len, kv_heads, _ = k.shape
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -80,7 +82,8 @@ def naive_attention(q, k, v, scale):
 
 
 def paged(sequences, block_size, unused=-1):
-    """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or `unused`."""
+    """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or
+    `unused`."""
     _, kv_heads, dim = sequences[0].shape
     counts = [-(-len(x) // block_size) for x in sequences]
     cache = torch.full((sum(counts) + 3, block_size, kv_heads, dim), float("nan"))
@@ -159,23 +162,20 @@ def test_gemv(out_size, in_size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens, num_parts", [(2, 3), (33, 1), (140, 2)])
+@pytest.mark.parametrize("num_tokens, splits", [(2, 3), (33, 1), (140, 2)])
 @pytest.mark.parametrize("out_size, in_size", [(10, 48), (130, 1496), (64, 3072)])
 @both_dtypes
-def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
+def test_split_gemm(num_tokens, splits, out_size, in_size, dtype):
     x, weight = (
         randn(num_tokens, in_size, dtype=dtype),
         randn(out_size, in_size, dtype=dtype) / in_size**0.5,
     )
     for bias in (None, randn(out_size, dtype=dtype)):
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        parts = split_gemm(x, weight, bias, num_parts)
-        assert parts.shape == (
-            num_parts if in_size > 48 else 1,
-            num_tokens,
-            out_size,
-        )  # no part is empty
-        assert_near(parts.sum(0), expected, dtype)
+        partial_sums = split_gemm(x, weight, bias, splits)
+        used_splits = splits if in_size > 48 else 1  # no split is empty
+        assert partial_sums.shape == (used_splits, num_tokens, out_size)
+        assert_near(partial_sums.sum(0), expected, dtype)
 
 
 @needs_triton
@@ -437,7 +437,8 @@ PREFILLS = [
 
 
 def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size=None, unused=-1):
-    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the cache."""
+    """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the
+    cache."""
     scale = head_dim**-0.5
     q_lens, k_lens = zip(*lengths)
     cu_q, cu_k = prefix_sums(q_lens), prefix_sums(k_lens)
@@ -524,7 +525,8 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
         assert decode.num_stages >= 3
     for block_size in (1, 256):
         prefill = prefill_config(head_dim, dtype, torch.device("cuda"), block_size)
-        # One stage less than asked for is what a kernel that reads through the block table takes at the least.
+        # One stage less than asked for is what a kernel that reads through the block table takes at
+        # the least.
         assert (
             prefill.block_m + 2 * prefill.block_n * (prefill.num_stages - 1)
         ) * row <= shared_memory
@@ -663,8 +665,8 @@ sys.modules["triton"] = None
 package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
-from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode, rms_norm, varlen_prefill
-from nanovllm.kernels import penalties, silu_mul, split_gemm, threshold
+from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode
+from nanovllm.kernels import penalties, rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.layers.attention import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)

@@ -22,7 +22,7 @@ BACKENDS = [
 ]
 
 
-# --- Philox -------------------------------------------------------------------------------------------------
+# --- Philox ---------------------------------------------------------------------------------------
 
 
 def philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
@@ -92,7 +92,8 @@ def test_philox_torch_equals_the_plain_integers() -> None:
 @pytest.mark.parametrize("draw", BACKENDS)
 @pytest.mark.parametrize("first_id", [0, 5, 75_970])
 def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, first_id: int) -> None:
-    """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank holds."""
+    """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank
+    holds."""
     seeds, positions = [0, 7, 2**40 + 3, 2**63 - 1], [0, 1, 39_999, 12]
     words = {
         (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[
@@ -115,7 +116,7 @@ def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, firs
         torch.testing.assert_close(values.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-# --- one draw -----------------------------------------------------------------------------------------------
+# --- one draw -------------------------------------------------------------------------------------
 
 
 def inputs(
@@ -195,11 +196,12 @@ def test_the_arguments_are_not_changed() -> None:
     assert all(torch.equal(one, other) for one, other in zip(arguments, before))
 
 
-# --- many draws ---------------------------------------------------------------------------------------------
+# --- many draws -----------------------------------------------------------------------------------
 
 
 def chi_square(counts: Counter[int], probabilities: list[float], num_draws: int) -> float:
-    """In standard deviations from what is expected; Wilson and Hilferty's cube root makes it normal."""
+    """In standard deviations from what is expected; Wilson and Hilferty's cube root makes it
+    normal."""
     freedom = len(probabilities) - 1
     x = sum((counts[i] - num_draws * p) ** 2 / (num_draws * p) for i, p in enumerate(probabilities))
     return ((x / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
@@ -226,7 +228,8 @@ def test_draws_follow_the_softmax(temperature: float, vary: str) -> None:
 
 
 def test_successive_draws_are_independent() -> None:
-    """Pairs of tokens, at neighbouring positions and of neighbouring seeds, against the softmax's product."""
+    """Pairs of tokens, at neighbouring positions and of neighbouring seeds, against the softmax's
+    product."""
     num_draws, vocab = 40_000, 5
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2))
     probabilities = logits.double().softmax(0)
@@ -239,7 +242,7 @@ def test_successive_draws_are_independent() -> None:
         assert abs(chi_square(counts, pairs, num_draws)) < 3.5
 
 
-# --- through the engine -------------------------------------------------------------------------------------
+# --- through the engine ---------------------------------------------------------------------------
 
 PROMPTS = random_prompts(0, [20, 3, 33, 16, 50, 9])
 
@@ -293,7 +296,8 @@ def test_seeds_temperatures_and_positions_make_a_difference(checkpoint: Checkpoi
 
 
 def test_every_position_has_noise_of_its_own(checkpoint: Checkpoint) -> None:
-    """At a temperature so high that the noise alone decides, 200 draws meet some 100 of the 127 tokens."""
+    """At a temperature so high that the noise alone decides, 200 draws meet some 100 of the 127
+    tokens."""
     llm = make_llm(checkpoint.path)
     hot = SamplingParams(temperature=1e6, max_tokens=200, ignore_eos=True, seed=1)
     assert 85 < len(set(generate_ids(llm, [PROMPTS[0]], hot)[0])) < 115

@@ -58,7 +58,8 @@ def _low_of_top_k(maxima, best, low, top_k):
     for _ in range(12):
         middle = 0.5 * under + 0.5 * over
         enough = tl.sum((maxima >= middle).to(tl.int32), axis=0) >= top_k
-        under, over = tl.where(enough, middle, under), tl.where(enough, over, middle)
+        under = tl.where(enough, middle, under)
+        over = tl.where(enough, over, middle)
     return tl.where(tl.sum((maxima >= under).to(tl.int32), axis=0) >= top_k, under, low)
 
 
@@ -230,7 +231,7 @@ def filter_thresholds(logits: Tensor, temperatures: Tensor, filters: Filters) ->
     num_rows, vocab_size = logits.shape
     columns = (temperatures, filters.top_k, filters.top_p, filters.min_p)
     assert logits.stride(1) == 1 and all(column.is_contiguous() for column in columns)
-    num_groups = max(next_power_of_2(triton.cdiv(vocab_size, GROUP)), 128)
+    num_groups = max(next_power_of_2(-(-vocab_size // GROUP)), 128)
     maxima = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
     lists = torch.empty_like(maxima, dtype=torch.int32)
     thresholds = maxima.new_empty(num_rows)
