@@ -118,6 +118,80 @@ def _weigh_listed_groups(
     return weight_1, weight_2, weight_3, above, below
 
 
+@triton.jit
+def _least_kept(
+    row_ptr,
+    maxima,
+    list_ptr,
+    best,
+    low,
+    temperature,
+    top_k,
+    top_p,
+    phase,
+    vocab_size,
+    NUM: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The least logit that top-k (phase 0) or top-p (phase 1) keeps of those from low on."""
+    scale = tl.where(phase == 0, 0.0, 1.4426950408889634 / temperature)  # log2(e) / T
+    # The logits from low on weigh enough, those from high on do not. least and largest are the
+    # extremes of the logits in that interval, as far as they are known.
+    high = best + tl.abs(best) * 1e-6 + 1e-30
+    least = low
+    largest = high
+    target = top_k.to(tl.float32)  # the weight that is enough; for top-p, see step 0
+    step = 1 - phase
+    # Until all logits in the interval are equal: that one is the threshold.
+    while (least < largest) & (step < 200):
+        # Step 0, of top-p only, has all pivots at low and so finds the whole weight.
+        part = tl.where(step == 0, 0.0, 0.25)
+        pivot_1 = (1 - part) * low + part * high
+        pivot_2 = (1 - 2 * part) * low + 2 * part * high
+        pivot_3 = (1 - 3 * part) * low + 3 * part * high
+        num_selected = _list_groups(maxima, low, list_ptr, NUM)
+        weight_1, weight_2, weight_3, above, below = _weigh_listed_groups(
+            row_ptr,
+            list_ptr,
+            num_selected,
+            best,
+            scale,
+            low,
+            high,
+            pivot_1,
+            pivot_2,
+            pivot_3,
+            vocab_size,
+            NUM,
+            GROUP,
+            CHUNK,
+        )
+        least = tl.min(above)
+        largest = tl.max(below)
+        total_1 = tl.sum(weight_1)
+        if step == 0:
+            target = top_p * total_1
+            # top-p may drop (1 - top_p) of the whole weight. Logits that each weigh less than an
+            # equal share of that, of vocab_size shares, can be dropped together.
+            share = (1 - top_p) * total_1 / vocab_size
+            low = tl.maximum(least, best + temperature * tl.log(share))
+        else:
+            enough_1 = total_1 >= target
+            enough_2 = tl.sum(weight_2) >= target
+            enough_3 = tl.sum(weight_3) >= target
+            # The highest pivot with enough above it is the new low, the next the high.
+            low = tl.where(enough_1, pivot_1, least)
+            low = tl.where(enough_2, pivot_2, low)
+            low = tl.where(enough_3, pivot_3, low)
+            low = tl.maximum(low, least)  # the first interval is far too wide
+            high_2 = tl.where(enough_1, pivot_2, pivot_1)
+            high_3 = tl.where(enough_2, pivot_3, high_2)
+            high = tl.where(enough_3, high, high_3)
+        step += 1
+    return least
+
+
 # These pointers are rows of a table, which are aligned to 16 bytes or not: without the option,
 # Triton would compile the kernel again for every combination.
 @triton.jit(do_not_specialize=["temperatures_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"])
@@ -153,65 +227,26 @@ def _threshold_kernel(
         low = -3e38  # a logit below has no probability
         if top_k > 0:
             low = _low_of_top_k(maxima, best, low, top_k)
-        # Phase 0 is top-k, phase 1 is top-p among the logits that top-k kept. They share the code
-        # of a pass, which takes most of the kernel's instructions and registers.
+        # Phase 0 is top-k, phase 1 is top-p among the logits that top-k kept. In a loop they share
+        # the code of a pass, which takes most of the kernel's instructions.
         for phase in range(2):
-            if (phase == 0) & (top_k > 0) | (phase == 1) & (top_p < 1):
-                scale = tl.where(phase == 0, 0.0, 1.4426950408889634 / temperature)  # log2(e) / T
-                # The logits from low on weigh enough, those from high on do not. least and largest
-                # are the extremes of the logits in the interval, as far as they are known.
-                high = best + tl.abs(best) * 1e-6 + 1e-30
-                least = low
-                largest = high
-                target = top_k.to(tl.float32)  # the weight that is enough; for top-p, see step 0
-                step = 1 - phase
-                # Until all logits in the interval are equal: that one is the threshold.
-                while (least < largest) & (step < 200):
-                    # Step 0, of top-p only, has all pivots at low and so finds the whole weight.
-                    part = tl.where(step == 0, 0.0, 0.25)
-                    pivot_1 = (1 - part) * low + part * high
-                    pivot_2 = (1 - 2 * part) * low + 2 * part * high
-                    pivot_3 = (1 - 3 * part) * low + 3 * part * high
-                    num_selected = _list_groups(maxima, low, list_ptr, NUM)
-                    weight_1, weight_2, weight_3, above, below = _weigh_listed_groups(
-                        row_ptr,
-                        list_ptr,
-                        num_selected,
-                        best,
-                        scale,
-                        low,
-                        high,
-                        pivot_1,
-                        pivot_2,
-                        pivot_3,
-                        vocab_size,
-                        NUM,
-                        GROUP,
-                        CHUNK,
-                    )
-                    least = tl.min(above)
-                    largest = tl.max(below)
-                    total_1 = tl.sum(weight_1)
-                    if step == 0:
-                        target = top_p * total_1
-                        # top-p may drop (1 - top_p) of the whole weight. If each of vocab_size
-                        # logits weighs less than an equal share of that, all may be dropped.
-                        share = (1 - top_p) * total_1 / vocab_size
-                        low = tl.maximum(least, best + temperature * tl.log(share))
-                    else:
-                        enough_1 = total_1 >= target
-                        enough_2 = tl.sum(weight_2) >= target
-                        enough_3 = tl.sum(weight_3) >= target
-                        # The highest pivot with enough above it is the new low, the next the high.
-                        low = tl.where(enough_1, pivot_1, least)
-                        low = tl.where(enough_2, pivot_2, low)
-                        low = tl.where(enough_3, pivot_3, low)
-                        low = tl.maximum(low, least)  # the first interval is far too wide
-                        high_2 = tl.where(enough_1, pivot_2, pivot_1)
-                        high_3 = tl.where(enough_2, pivot_3, high_2)
-                        high = tl.where(enough_3, high, high_3)
-                    step += 1
-                low = least
+            is_on = ((phase == 0) & (top_k > 0)) | ((phase == 1) & (top_p < 1))
+            if is_on:
+                low = _least_kept(
+                    row_ptr,
+                    maxima,
+                    list_ptr,
+                    best,
+                    low,
+                    temperature,
+                    top_k,
+                    top_p,
+                    phase,
+                    vocab_size,
+                    NUM,
+                    GROUP,
+                    CHUNK,
+                )
         # A probability of min_p times the largest is a logit that is T log(min_p) below the best.
         threshold = tl.where(
             min_p > 0, tl.maximum(low, best + temperature * tl.log(tl.maximum(min_p, 1e-30))), low
