@@ -1,10 +1,10 @@
 """Sampling a token from logits in one pass: the Gumbel-max trick with counter-based noise.
 
-`argmax(logits / T + g)` with independent standard Gumbel noise g draws exactly from `softmax(logits
-/ T)` (Huijben et al., A Review of the Gumbel-max Trick, 2022). The noise is a pure function of
-(request seed, position, token id): Philox4x32 (Salmon et al., Parallel Random Numbers: As Easy as
-1, 2, 3, 2011) with the seed as key and (token id / 4, position) as counter. So a request's tokens
-depend neither on its neighbours nor on its preemptions.
+`argmax(logits / T + g)` with independent standard Gumbel noise g draws exactly from
+`softmax(logits / T)` (Huijben et al., A Review of the Gumbel-max Trick, 2022). The noise is a pure
+function of (request seed, position, token id): Philox4x32 (Salmon et al., Parallel Random Numbers:
+As Easy as 1, 2, 3, 2011) with the seed as key and (token id / 4, position) as counter. So a
+request's tokens depend neither on its neighbours nor on its preemptions.
 """
 
 import torch
