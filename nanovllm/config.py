@@ -52,9 +52,9 @@ class Config:
         load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no
             weight files.
         enable_prefix_caching: Whether prompts that begin alike share blocks of the KV cache.
-        seed: Where the seeds of requests that bring none come from, and dummy weights.
+        seed: From it come the seeds of requests that bring none, and dummy weights.
         architectures: The names of the architectures that there is code for; a model of another one
-            is an error. Not kept. Empty: not checked.
+            is an error. Only read at construction. Empty: not checked.
     """
 
     model: str
@@ -179,7 +179,7 @@ def resolve_model(model: str, needs_weights: bool) -> str:
     if needs_weights:
         needed.append("*.safetensors")
     patterns = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
-    download = partial(snapshot_download, str(model), allow_patterns=patterns)
+    download = partial(snapshot_download, repo_id=str(model), allow_patterns=patterns)
     try:
         with suppress(FileNotFoundError):  # the cache holds nothing of this id
             path = Path(download(local_files_only=True))

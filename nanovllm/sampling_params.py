@@ -28,13 +28,13 @@ class SamplingParams:
     """Options of one request; a wrong one is a TypeError or ValueError that names the value.
 
     Attributes:
-        temperature: Divisor of the logits. Below 1 the likely tokens become likelier still; 0 is
-            greedy, which takes the likeliest token.
+        temperature: Divisor of the logits. 1: the model's own probabilities. Below 1 likely tokens
+            become likelier still; 0 is greedy, which takes the likeliest.
         max_tokens: Most tokens to generate. None: as many as the engine's `max_model_len` leaves
             room for.
-        ignore_eos: Whether to go on after an end-of-sequence token (for benchmarks).
-        seed: Of the random numbers: with the same seed a request gets the same tokens. None: one
-            that follows from the engine's seed and the order of the requests.
+        ignore_eos: Whether to go on after an end-of-sequence token, as benchmarks do.
+        seed: Of the random draws: with the same seed a request gets the same tokens. None: one that
+            follows from the engine's seed and the order of the requests.
         n: Number of completions of the prompt, each with a seed of its own.
         top_k: Draw among this many of the likeliest tokens. 0 or -1: among all.
         top_p: Draw among the fewest likeliest tokens that together have this probability. 1: among

@@ -107,7 +107,8 @@ def main() -> None:
     threshold.filter_thresholds(logits, floats, threshold.Filters(ints(16), floats, floats))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
-    summed.peers, summed.rounds, summed.rank, summed.slice = positions, ints(512), 2, HIDDEN // 2
+    summed.addresses, summed.rounds = positions, ints(512)
+    summed.rank, summed.slice_words = 2, HIDDEN // 2
     for summed.size in (2, 4):
         for num_rows in (8, 256):  # one-shot and, with more than two ranks, two-shot
             rows = numbers(num_rows, HIDDEN)

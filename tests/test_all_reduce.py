@@ -27,7 +27,7 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("two_shot", [False, True], ids=["one-shot", "two-shot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "ranks, rank, numel, has_norm, num_parts",
+    "ranks, rank, numel, has_norm, num_splits",
     [(2, 1, 6000, True, 1), (4, 2, 9000, True, 1), (3, 0, 2, False, 1), (2, 0, 6000, True, 3)],
 )
 def test_sums_and_what_is_sent(
@@ -35,7 +35,7 @@ def test_sums_and_what_is_sent(
     rank: int,
     numel: int,
     has_norm: bool,
-    num_parts: int,
+    num_splits: int,
     dtype: torch.dtype,
     two_shot: bool,
 ) -> None:
@@ -44,11 +44,11 @@ def test_sums_and_what_is_sent(
     memories = [
         torch.full((2 * ranks * MAX_WORDS,), EMPTY, dtype=torch.int32) for _ in range(ranks)
     ]
-    in_parts = torch.randn(num_parts, numel).to(
+    split_sums = torch.randn(num_splits, numel).to(
         dtype
     )  # this rank's: of a GEMM whose inner dimension was split
     parts = [torch.randn(numel).to(dtype) for _ in range(ranks)]
-    parts[rank] = functools.reduce(torch.add, in_parts.float()).to(dtype)
+    parts[rank] = functools.reduce(torch.add, split_sums.float()).to(dtype)
     total = parts[0].float()
     for part in parts[1:]:  # in the order of the ranks
         total = total + part.float()
@@ -73,7 +73,7 @@ def test_sums_and_what_is_sent(
     stop = torch.zeros(1, dtype=torch.int32)
     norm, normed = torch.randn(ROW).to(dtype), torch.full((numel,), torch.nan).to(dtype)
     words, out, *norm_words = (
-        x.view(torch.int32) for x in (in_parts.flatten(), residual, norm, normed)
+        x.view(torch.int32) for x in (split_sums.flatten(), residual, norm, normed)
     )
     num_slices = -(-num_words // slice_words)
     _all_reduce_kernel[(num_slices,)](
@@ -86,7 +86,7 @@ def test_sums_and_what_is_sent(
         rounds,
         num_words,
         rank,
-        PARTS=num_parts,
+        SPLITS=num_splits,
         RANKS=ranks,
         SLICE=slice_words,
         BLOCK=next_power_of_2(slice_words),

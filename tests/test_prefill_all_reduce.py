@@ -244,7 +244,7 @@ class Ranks:
                 def compute(rows: slice, out=out, last=last, parts=parts) -> torch.Tensor:
                     if out is not None:
                         self.check(main, out[rows], last[rows])
-                    held = [part.data_ptr() for _, part in all_reduce.pending.values()]
+                    held = [piece.addends.data_ptr() for piece in all_reduce.pending.values()]
                     for old in made:  # the allocator would hand out again what nobody holds
                         if old.data_ptr() not in held:
                             main.add(lambda old=old: old.fill_(torch.nan))

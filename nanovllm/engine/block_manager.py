@@ -140,11 +140,12 @@ class BlockManager:
         seq.num_registered_blocks = num_full
 
     def _register_block(self, seq: Sequence, index: int) -> None:
+        """Put one full block of `seq` into the prefix cache, unless it is a copy of one there."""
         block = self.blocks[seq.block_table[index]]
         if index > 0:
             block.parent_prefix_id = self.blocks[seq.block_table[index - 1]].prefix_id
         known = self._find_block(seq, index, block.parent_prefix_id)
-        if known is not None:  # this is a second copy: the first one stays the shared one
+        if known is not None:  # the first copy stays the shared one
             block.prefix_id = known.prefix_id
             return
         block.hash = self._block_hash(seq, index)

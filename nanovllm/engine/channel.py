@@ -41,12 +41,12 @@ class Channel:
         self.taken = [context.Semaphore(0) for _ in range(num_workers)]
         self.errors = context.SimpleQueue()  # (rank, traceback) of workers that raised
         # The rest is for rank 0 only.
-        self.processes: list[multiprocessing.process.BaseProcess] = []  # of ranks 1, 2, ...
         self.is_whole = True  # no message was left half sent
+        self.processes: list[multiprocessing.process.BaseProcess] = []  # of ranks 1, 2, ...
         self.is_closing = False  # workers that end from now on have not failed
         self.failure = ""  # what the first worker that failed has failed of
         # A call of the user's and the thread of `watch` may both find a dead worker. The lock is
-        # held by the one that deals with it; it guards the three things above.
+        # held by the one that deals with it, and guards `processes`, `is_closing` and `failure`.
         self.lock = threading.RLock()
         self.on_death: Callable[[], None] = do_nothing  # ends what this rank's GPU is waiting for
         self.on_close: Callable[[], None] = do_nothing  # called before the memory is freed

@@ -314,19 +314,22 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Run model and LM head: logits `[n, vocab / tp]` of each sequence's last token."""
+        assert inputs.positions is not None
         input_ids = inputs.input_ids
         if input_ids is None:
             input_ids = self.last_tokens[inputs.table_rows]
         set_context(inputs)
         try:
-            return self.model.compute_logits(self.model(input_ids, inputs.positions))
+            hidden = self.model(input_ids, inputs.positions)
+            return self.model.compute_logits(hidden)
         finally:
             reset_context()
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
         """Draw the next tokens, and keep them on the device for the next step."""
-        sampled = self.sampler(
+        assert inputs.table_rows is not None
+        sampled: Sampled = self.sampler(
             logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras
         )
         self.last_tokens.index_copy_(0, inputs.table_rows, sampled.token_ids)

@@ -21,7 +21,7 @@ class Step:
     """What one forward pass computes: parts of prompts, or one token of each running sequence."""
 
     seqs: list[Sequence]  # each knows which of its tokens: see Sequence.scheduled_token_ids
-    yields: list[bool]  # of each: whether its next token is sampled, for its last one is computed
+    yields: list[bool]  # for each: whether its last token is computed and so the next one sampled
     num_tokens: int  # that are computed, of all sequences together
     is_prefill: bool  # else it is a decode step
 
@@ -96,12 +96,13 @@ class Scheduler:
         return step
 
     def _schedule_prefill(self) -> Step | None:
+        """Waiting sequences, oldest first, while rows, blocks and the budget of tokens last."""
         seqs: list[Sequence] = []
         yields: list[bool] = []
-        budget = self.max_num_batched_tokens
+        budget = self.max_num_batched_tokens  # tokens that the step may still compute
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            is_admitted = bool(seq.block_table)  # already, where it has had a chunk
+            is_admitted = bool(seq.block_table)  # if a chunk of it was computed before
             if not is_admitted and not self._admit(seq):
                 break
             # Only now is it known how many tokens the prefix cache leaves to compute.
@@ -135,6 +136,7 @@ class Scheduler:
         return True
 
     def _schedule_decode(self) -> Step | None:
+        """All running sequences; None also if one needs a block that only a pending step frees."""
         block_manager = self.block_manager
         seqs: list[Sequence] = []
         # A copy, because preemption takes sequences off the end of `running`.

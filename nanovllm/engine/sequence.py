@@ -28,9 +28,7 @@ class SamplingOptions:
     """What a sequence asks of the sampler beyond temperature and seed."""
 
     params: SamplingParams
-    min_length: (
-        int  # while prompt and completion have fewer tokens, no id of `end_ids` may be drawn
-    )
+    min_length: int  # no id of `end_ids` may be drawn while prompt and completion are shorter
     end_ids: tuple[int, ...]
     penalized_prompt_ids: list[int]  # the prompt; empty without penalties
     penalized_completion_ids: list[int]  # the completion so far; empty without penalties
@@ -64,7 +62,7 @@ class Sequence:
         self.num_scheduled_tokens = 0
         self._offset = 0  # position of token_ids[0]; not 0 only in a worker's copy
 
-        # Its place in the cache and in the model runner: set by the scheduler and block manager.
+        # Its place in the cache and in the model runner: set by scheduler and block manager.
         self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
         self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
@@ -72,14 +70,10 @@ class Sequence:
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
 
-        # What the request asks for.
+        # What the request asks for; `end_ids` and `sampling_options` are set by the scheduler.
         self.params = sampling_params
-        self.max_tokens = (
-            sampling_params.max_tokens
-        )  # the engine lowers it to what there is room for
-        self.end_ids: dict[
-            int, int | None
-        ] = {}  # id that ends it -> its stop_reason; see Scheduler
+        self.max_tokens = sampling_params.max_tokens  # the engine makes it fit max_model_len
+        self.end_ids: dict[int, int | None] = {}  # id that ends it -> its stop_reason
         self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any

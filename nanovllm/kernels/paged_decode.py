@@ -1,9 +1,10 @@
 """Decode attention: one new query token a sequence, keys and values read from the paged cache.
 
-Reading K and V is all the time it takes. So each is read once, for all the query heads that share it, in tiles that
-are loaded while earlier ones are computed, the first even before the kernel ahead has ended, with the online softmax
-of Milakov & Gimelshein (2018). When there are too few sequences to occupy the card, several programs share each
-("Flash-Decoding", Dao et al. 2023).
+Nearly all the time goes into reading K and V. Therefore each is read once, for all query heads that
+share a KV head, in tiles; the next tiles are loaded while one is computed, with the online softmax
+of Milakov & Gimelshein (2018). The first tiles are loaded even before the previous kernel has
+ended. Where there are too few sequences to occupy the GPU, several programs share each, and a
+second kernel combines their results ("Flash-Decoding", Dao et al. 2023).
 """
 
 import math
@@ -30,11 +31,13 @@ MAX_SPLITS = 32
 class DecodeConfig(NamedTuple):
     """How `paged_decode` divides the work; the result does not depend on it."""
 
-    block_n: int  # tokens a tile
+    block_n: int  # tokens in a tile
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
-    num_stages: int = 3  # tiles in the works, the one that is computed included
-    max_registers: int | None = None  # a thread's: fewer let more programs share a multiprocessor
+    num_stages: int = 3  # tiles in shared memory: the one that is computed, and those on their way
+    max_registers: int | None = (
+        None  # of a thread; with fewer, more programs share a multiprocessor
+    )
 
 
 def decode_config(
@@ -45,29 +48,40 @@ def decode_config(
     device: torch.device,
     block_size: int,
 ) -> DecodeConfig:
-    """The measured choice. It knows nothing of context lengths: a CUDA graph outlives them."""
-    num_sms, shared_memory = device_limits(device)
-    programs, splits, stages = max(1, num_seqs * kv_heads), 1, 3
-    if (
-        programs < 3 * num_sms // 2
-    ):  # up to four a multiprocessor: more do not help, fewer leave the longest alone
-        splits = min(MAX_SPLITS, 1 << (4 * num_sms // programs).bit_length() - 1)
-    elif programs <= 2 * num_sms:
-        stages = 5  # so few read enough at a time only with more tiles each
-    block_n, token_bytes = 64, next_power_of_2(head_dim) * dtype.itemsize
-    if block_size % 16 == 0:  # a tile of one block is found faster
+    """Return the configuration that was measured to be fastest, within the GPU's shared memory.
+
+    It does not depend on the context lengths, because a CUDA graph that was recorded with it is
+    replayed with others.
+    """
+    num_multiprocessors, shared_memory = device_limits(device)
+    programs = max(1, num_seqs * kv_heads)
+    splits = 1
+    stages = 3
+    if programs < 3 * num_multiprocessors // 2:
+        # Up to four programs a multiprocessor, by a power of two. More do not help; with fewer the
+        # longest sequence would be computed alone while the others have ended.
+        largest = 4 * num_multiprocessors // programs
+        splits = min(MAX_SPLITS, 1 << (largest.bit_length() - 1))
+    elif programs <= 2 * num_multiprocessors:
+        stages = 5  # so few programs use the memory's bandwidth only with more tiles on their way
+    block_n = 64
+    token_bytes = next_power_of_2(head_dim) * dtype.itemsize
+    if block_size % 16 == 0:
+        # The largest power of two that divides block_size: a tile in one block is found faster.
         block_n = min(block_n, block_size & -block_size)
+    # A stage holds a tile of K and one of V.
     stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
     while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
         block_n //= 2
-    # Many programs, with maybe short contexts, gain by being three on a multiprocessor, few by having no such limit.
-    max_registers = 168 if programs > 6 * num_sms and token_bytes == 256 else None
+    # Many programs, maybe with short contexts, gain when three of them are on a multiprocessor; few
+    # gain by having as many registers as they want.
+    max_registers = 168 if programs > 6 * num_multiprocessors and token_bytes == 256 else None
     return DecodeConfig(block_n, splits, num_stages=stages, max_registers=max_registers)
 
 
 @triton.jit
-def _shares(context_len, num_splits, BLOCK_N: tl.constexpr):
-    """Tiles that a split takes of a sequence, and how many splits that leaves with any (at least one)."""
+def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr):
+    """How many tiles of a sequence a split takes, and how many splits then have any: at least 1."""
     num_tiles = tl.cdiv(context_len, BLOCK_N)
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     return tiles_per_split, tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
@@ -96,29 +110,35 @@ def _paged_decode_kernel(
     READ_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    kv_head, split, seq, num_splits = (
-        tl.program_id(0),
-        tl.program_id(1),
-        tl.program_id(2),
-        tl.num_programs(1),
-    )
-    # The grid is fixed, the context length is not: each split takes its share of the tiles there are now.
+    """A program takes one split of one sequence, for the GROUP query heads of one KV head."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2)
+    num_splits = tl.num_programs(1)
+    # A CUDA graph fixes the number of splits, but not the context length. So the tiles that there
+    # are in this step are divided among the splits, and a split without any ends here.
     context_len = tl.load(context_lens_ptr + seq)
-    tiles_per_split, num_shares = _shares(context_len, num_splits, BLOCK_N)
-    if split >= num_shares:
+    tiles_per_split, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N)
+    if split >= used_splits:
         return
-    group = tl.arange(0, BLOCK_G)  # the query heads of this KV head, padded to what tl.dot takes
+    group = tl.arange(
+        0, BLOCK_G
+    )  # at least 16 rows, as tl.dot needs; those from GROUP on are padding
     heads = kv_head * GROUP + group
     dims = tl.arange(0, BLOCK_D)
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-    table = block_tables_ptr + seq * table_stride
-    first_tile, num_tiles = split * tiles_per_split, tl.cdiv(context_len, BLOCK_N)
-    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    table_ptr = block_tables_ptr + seq * table_stride
+    first_tile = split * tiles_per_split
+    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
+    # Of K and V, this step writes the newest token of each sequence, which lies in the sequence's
+    # last tile. The other tiles were written by earlier steps. Each step begins with copies or
+    # plain kernels, so that those tiles can be read before `wait_for_previous`.
     if READ_AHEAD:
-        # The loop's first tiles are on their way before its first round, which waits for this step's numbers. Of K
-        # and V those are in the sequence's last tile only; where that is near, wait at once. What earlier steps wrote
-        # can be read: each step has begun with plain kernels since.
+        # The wait stands in the loop's first round. Triton pipelines the loop: it moves the loads of
+        # the first STAGES - 1 tiles in front of the loop and so in front of the wait. If the last
+        # tile may be one of these, the wait must come here. q is loaded after the wait.
         q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
         if num_tiles - first_tile <= STAGES:
             wait_for_previous(PDL)
@@ -126,37 +146,38 @@ def _paged_decode_kernel(
         wait_for_previous(PDL)
         q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
     columns = (kv_head * HEAD_DIM + dims)[None, :]
-    if (
-        BLOCK_SIZE % BLOCK_N == 0
-    ):  # a tile lies in one block: known a tile ahead, its keys do not wait for it
+    if BLOCK_SIZE % BLOCK_N == 0:
+        # A tile lies in one block. The block's number is loaded one round ahead, so that the loads
+        # of K and V need not wait for it.
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
-        block = tl.load(table + first_tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
+        block = tl.load(table_ptr + first_tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for tile in range(first_tile, last_tile):
-        if READ_AHEAD:
+        if READ_AHEAD:  # noqa: SIM102 (this is decided when the kernel is compiled)
             if tile == first_tile:
                 wait_for_previous(PDL)
                 q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
-        if BLOCK_SIZE % BLOCK_N == 0:  # in 64 bits: a cache has more than 2^31 elements
+        # The offsets have 64 bits, as a cache has more than 2^31 elements.
+        if BLOCK_SIZE % BLOCK_N == 0:
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
             offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
-            next_block = table + (tile + 1) * BLOCK_N // BLOCK_SIZE
-            block = tl.load(next_block, mask=tile + 1 < last_tile, other=0).to(tl.int64)
+            next_block_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE
+            block = tl.load(next_block_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
         else:
-            blocks = tl.load(table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
             slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
             offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_max = tl.maximum(
-            row_max, tl.max(scores, 1)
-        )  # finite: a tile has at least one valid token
+        # Online softmax, to the base 2: whenever the maximum grows, what was summed is scaled down.
+        # The maximum is finite, since each tile has at least one valid token.
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
         p = tl.exp2(scores - new_max[:, None])
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
@@ -164,7 +185,7 @@ def _paged_decode_kernel(
         v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     launch_next(PDL)
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a padding row, with context 0, gives zeros
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of a padding row, whose context is 0: zeros
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
@@ -186,19 +207,26 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program combines the splits of one sequence and query head.
+
+    Each split's output is weighted by its part of the sum of exponentials, which follows from its
+    log-sum-exp (to the base 2).
+    """
     launch_next(PDL)
-    row = tl.program_id(0).to(tl.int64)  # one sequence and query head
-    num_shares = _shares(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)[1]
+    row = tl.program_id(0).to(tl.int64)
+    _, used_splits = _divide_tiles(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)
     wait_for_previous(PDL)
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    there = splits < num_shares
-    lse = tl.load(lse_ptr + row * num_splits + splits, mask=there, other=float("-inf"))
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    is_used = splits < used_splits
+    lse = tl.load(lse_ptr + row * num_splits + splits, mask=is_used, other=float("-inf"))
     largest = tl.max(lse, 0)
+    # A padding row, whose context is 0, has no largest; its weights shall be 0 and not NaN.
     weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weights, 0)
     offsets = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
     partial = tl.load(
-        partial_ptr + offsets, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+        partial_ptr + offsets, mask=is_used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
     )
     out = tl.sum(partial * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(
@@ -215,31 +243,35 @@ def paged_decode(
     scale: float,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over all its cached keys: a tensor like q. The launch does not depend
-    on what `context_lens` and `block_tables` hold, so a CUDA graph can record it.
+    """Return the attention of one query token a sequence over its cached tokens: a tensor like q.
 
-    q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads.
+    The launch does not depend on the contents of `context_lens` and `block_tables`, so that a CUDA
+    graph can record it.
+
+    q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads. The rows
+        may have any stride, as slices of the QKV output have.
     k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
-    context_lens: `[num_seqs]` int32, tokens in the cache, the new one included. 0: a padding row; it gives zeros.
+    context_lens: `[num_seqs]` int32, each sequence's tokens in the cache, with the new one. 0 is a
+        padding row, whose result is zeros.
     block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
-    scale, config: of the scores, usually head_dim ** -0.5; overrides `decode_config`, for tests and tuning.
+    scale: of the scores, usually head_dim ** -0.5.
+    config: overrides `decode_config`, for tests and tuning.
     """
-    (num_seqs, heads, head_dim), (block_size, kv_heads) = q.shape, k_cache.shape[1:3]
+    num_seqs, heads, head_dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
     config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size)
-    splits, group, block_d = (
-        config.num_splits,
-        heads // kv_heads,
-        max(16, next_power_of_2(head_dim)),
-    )
-    partial = out = padded_empty(num_seqs, heads * head_dim, q).view(q.shape)
-    lse = None  # without splits, the one share is the result
+    splits = config.num_splits
+    group = heads // kv_heads
+    block_d = max(16, next_power_of_2(head_dim))
+    out = padded_empty(num_seqs, heads * head_dim, q).view(q.shape)
+    partial = out  # without splits, the only split's result is the result
+    lse = None
     if splits > 1:
-        partial = torch.empty(
-            num_seqs, heads, splits, head_dim, dtype=torch.float32, device=q.device
-        )
-        lse = torch.empty(num_seqs, heads, splits, dtype=torch.float32, device=q.device)
+        shape = (num_seqs, heads, splits)
+        partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     _paged_decode_kernel[(kv_heads, splits, num_seqs)](
         q,
         k_cache,
@@ -259,8 +291,8 @@ def paged_decode(
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
-        READ_AHEAD=q.itemsize
-        == 2,  # in float32, q carried through the loop would not stay in registers
+        # In float32 the q that the loop carries would not stay in registers.
+        READ_AHEAD=q.itemsize == 2,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,
@@ -291,30 +323,31 @@ def paged_decode_torch(
     block_tables: Tensor,
     scale: float,
 ) -> Tensor:
-    """The same in PyTorch: the reference, and the CPU's path. On a GPU it does not wait for the device."""
+    """`paged_decode` in PyTorch: the reference, and the CPU's path.
+
+    On a GPU the host does not wait for the device, so that a CUDA graph can record it.
+    """
     block_size, kv_heads = k_cache.shape[1:3]
-    # The longest context if it costs nothing to know, else all that the tables could hold.
-    max_len = (
-        max(1, int(context_lens.max()))
-        if q.device.type == "cpu"
-        else block_tables.shape[1] * block_size
-    )
-    tokens, lens = torch.arange(max_len, device=q.device), context_lens.long()[:, None]
-    # Positions past a sequence's end read its last token again, padding rows read slot 0: both exist.
+    if q.device.type == "cpu":
+        max_len = max(1, int(context_lens.max()))
+    else:  # asking for the longest context would wait for the device: take what the tables can hold
+        max_len = block_tables.shape[1] * block_size
+    tokens = torch.arange(max_len, device=q.device)
+    lens = context_lens.long()[:, None]
+    # Positions past a sequence's end read its last token again, padding rows slot 0: both exist.
     positions = tokens.minimum(lens - 1).clamp(min=0)
     blocks = block_tables.long().gather(1, positions // block_size)
     slots = torch.where(lens > 0, blocks * block_size + positions % block_size, 0)
-    (
-        k,
-        v,
-    ) = (  # [num_seqs, kv_heads, max_len, head_dim]; index_select is several times faster than indexing
-        cache.flatten(0, 1)
-        .index_select(0, slots.flatten())
-        .unflatten(0, slots.shape)
-        .transpose(1, 2)
-        for cache in (k_cache, v_cache)
+
+    def gathered(cache: Tensor) -> Tensor:  # [num_seqs, kv_heads, max_len, head_dim]
+        rows = cache.flatten(0, 1).index_select(0, slots.flatten())  # faster than indexing
+        return rows.unflatten(0, slots.shape).transpose(1, 2)
+
+    # The query heads that share a KV head take the place of query positions: K and V are not
+    # repeated.
+    grouped = q.unflatten(1, (kv_heads, -1))
+    mask = (tokens < lens)[:, None, None, :]
+    out = F.scaled_dot_product_attention(
+        grouped, gathered(k_cache), gathered(v_cache), attn_mask=mask, scale=scale
     )
-    # The query heads that share a KV head take the place of query positions: K and V are not repeated.
-    grouped, mask = q.unflatten(1, (kv_heads, -1)), (tokens < lens)[:, None, None, :]
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
-    return torch.where(lens[:, :, None] > 0, out, 0)
+    return torch.where(lens[:, :, None] > 0, out.flatten(1, 2), 0)

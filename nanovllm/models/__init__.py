@@ -1,7 +1,6 @@
 """The registry: models by the architecture name in their config.json, and how one is built."""
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
@@ -19,7 +18,7 @@ def model_class(hf_config: PretrainedConfig) -> type[Qwen3ForCausalLM]:
     return MODELS[hf_config.architectures[0]]
 
 
-def build_model(config: Config, device: torch.device) -> nn.Module:
+def build_model(config: Config, device: torch.device) -> Qwen3ForCausalLM:
     """Build this rank's part of the model on `device`, in the engine's dtype, and load its weights.
 
     Raises:
