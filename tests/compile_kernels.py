@@ -44,9 +44,9 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
         options["APPROX"] = True  # as on a GPU
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
-    if (
-        "READ_AHEAD" in options
-    ):  # Triton pipelines the loop, or nothing is read ahead: all tiles in the works but one
+    if "READ_AHEAD" in options:
+        # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
+        # tiles of K and V but one in shared memory.
         least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)

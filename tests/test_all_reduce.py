@@ -44,9 +44,8 @@ def test_sums_and_what_is_sent(
     memories = [
         torch.full((2 * ranks * MAX_WORDS,), EMPTY, dtype=torch.int32) for _ in range(ranks)
     ]
-    split_sums = torch.randn(num_splits, numel).to(
-        dtype
-    )  # this rank's: of a GEMM whose inner dimension was split
+    # This rank's: of a GEMM whose inner dimension was split.
+    split_sums = torch.randn(num_splits, numel).to(dtype)
     parts = [torch.randn(numel).to(dtype) for _ in range(ranks)]
     parts[rank] = functools.reduce(torch.add, split_sums.float()).to(dtype)
     total = parts[0].float()
@@ -54,15 +53,15 @@ def test_sums_and_what_is_sent(
         total = total + part.float()
     total = total.to(dtype)
     num_words = numel * parts[0].itemsize // 4
-    slots = [
-        memory[: MAX_WORDS * ranks].view(ranks, MAX_WORDS) for memory in memories
-    ]  # this round's half
+    # This round's half.
+    slots = [memory[: MAX_WORDS * ranks].view(ranks, MAX_WORDS) for memory in memories]
     owner = torch.arange(num_words) // slice_words % ranks
     for peer in range(ranks):
         if peer != rank:
             came = encode(parts[peer])
-            # A peer sends its part to the owner of a slice, and the sum of its own slices to all.
             if two_shot:
+                # A peer sends its part to the owner of a slice, and the sum of its own slices to
+                # all.
                 came = torch.where(
                     owner == rank, came, torch.where(owner == peer, encode(total), EMPTY)
                 )
@@ -111,7 +110,6 @@ def test_sums_and_what_is_sent(
                     owner == peer, mine, torch.where(owner == rank, encode(total), EMPTY)
                 )
             assert torch.equal(slots[peer][rank, :num_words], mine)
-            assert (
-                memories[peer][ranks * MAX_WORDS :] == EMPTY
-            ).all()  # the other half is left alone
+            # The other half is left alone.
+            assert (memories[peer][ranks * MAX_WORDS :] == EMPTY).all()
     assert (slots[rank] == EMPTY).all()  # all that came was read

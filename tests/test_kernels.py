@@ -67,8 +67,7 @@ def prefix_sums(lengths):
 
 def naive_attention(q, k, v, scale):
     """q `[q_len, heads, dim]`, k and v `[k_len, kv_heads, dim]`, the last query sees all keys; in
-    float64.
-    """
+    float64."""
     q_len, heads, _ = q.shape
     k_len, kv_heads, _ = k.shape
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -84,8 +83,7 @@ def naive_attention(q, k, v, scale):
 
 def paged(sequences, block_size, unused=-1):
     """Sequences of `[length, kv_heads, dim]` scattered over a cache; what none uses is NaN or
-    `unused`.
-    """
+    `unused`."""
     _, kv_heads, dim = sequences[0].shape
     counts = [-(-len(x) // block_size) for x in sequences]
     cache = torch.full((sum(counts) + 3, block_size, kv_heads, dim), float("nan"))
@@ -164,23 +162,20 @@ def test_gemv(out_size, in_size, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens, num_parts", [(2, 3), (33, 1), (140, 2)])
+@pytest.mark.parametrize("num_tokens, splits", [(2, 3), (33, 1), (140, 2)])
 @pytest.mark.parametrize("out_size, in_size", [(10, 48), (130, 1496), (64, 3072)])
 @both_dtypes
-def test_split_gemm(num_tokens, num_parts, out_size, in_size, dtype):
+def test_split_gemm(num_tokens, splits, out_size, in_size, dtype):
     x, weight = (
         randn(num_tokens, in_size, dtype=dtype),
         randn(out_size, in_size, dtype=dtype) / in_size**0.5,
     )
     for bias in (None, randn(out_size, dtype=dtype)):
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        parts = split_gemm(x, weight, bias, num_parts)
-        assert parts.shape == (
-            num_parts if in_size > 48 else 1,
-            num_tokens,
-            out_size,
-        )  # no part is empty
-        assert_near(parts.sum(0), expected, dtype)
+        partial_sums = split_gemm(x, weight, bias, splits)
+        used_splits = splits if in_size > 48 else 1  # no split is empty
+        assert partial_sums.shape == (used_splits, num_tokens, out_size)
+        assert_near(partial_sums.sum(0), expected, dtype)
 
 
 @needs_triton
@@ -443,8 +438,7 @@ PREFILLS = [
 
 def check_prefill(prefill, heads, kv_heads, head_dim, dtype, lengths, block_size=None, unused=-1):
     """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys are read from the
-    cache.
-    """
+    cache."""
     scale = head_dim**-0.5
     q_lens, k_lens = zip(*lengths, strict=True)
     cu_q, cu_k = prefix_sums(q_lens), prefix_sums(k_lens)

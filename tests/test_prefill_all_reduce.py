@@ -1,6 +1,5 @@
 """The sums of a prefill over several GPUs: how rows are cut, the kernel that sums them, and the
-ranks' protocol.
-"""
+ranks' protocol."""
 
 import ctypes
 import random
@@ -26,9 +25,8 @@ def test_pieces_cover_all_rows_once(ranks: int) -> None:
         assert [row for rows in cut for row in range(rows.start, rows.stop)] == list(
             range(num_rows)
         )
-        assert all(
-            rows.start % ranks == 0 for rows in cut
-        )  # so no rank's parts of the pieces overlap in its inbox
+        # Otherwise a rank's rows of two pieces would overlap in its inbox.
+        assert all(rows.start % ranks == 0 for rows in cut)
 
 
 @pytest.mark.skipif(
@@ -49,9 +47,8 @@ def test_sum_and_norm(
     for part in parts:
         expected = expected + part.float()
     expected = expected.to(dtype)
-    inbox = torch.full((ranks, num_rows + 3, 200), torch.nan).to(
-        dtype
-    )  # a rank's own slot is not read
+    # A rank's own slot is not read.
+    inbox = torch.full((ranks, num_rows + 3, 200), torch.nan).to(dtype)
     for source in range(ranks):
         if source != rank:
             inbox[source, 1 : num_rows + 1] = parts[source]
@@ -75,7 +72,8 @@ def test_sum_and_norm(
 
 
 class Stream:
-    """A queue of (can it run now, what it does). `Machine.run` runs the first of any queue."""
+    """A queue of (whether it can run now, what it does). `Machine.run` runs the first of any
+    queue."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.queue: list[tuple[Callable[[], bool], Callable[[], object]]] = []
@@ -126,14 +124,13 @@ def word_at(address: int) -> ctypes.c_uint32:
     return ctypes.c_uint32.from_address(address)
 
 
-def sum_later(part, inbox, residual, out, norm_weight, eps, rank) -> None:  # noqa: ANN001
-    """For add_norm; the "norm" doubles. `part` and `residual` are rows of tensors that outlive
-    this.
-    """
+def sum_later(addends, inbox, residual, out, norm_weight, eps, rank) -> None:  # noqa: ANN001
+    """For add_norm; the "norm" doubles. `addends` and `residual` are rows of tensors that outlive
+    this."""
 
     def act() -> None:
         total = sum(
-            (part if source == rank else inbox[source] for source in range(len(inbox))), residual
+            (addends if source == rank else inbox[source] for source in range(len(inbox))), residual
         )
         residual.copy_(total)
         out.copy_(total if norm_weight is None else 2 * total)
@@ -172,7 +169,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Ranks:
-    """What `size` ranks do in a few prefills: a generator for each yields between the calls."""
+    """What `size` ranks do in a few prefills: a generator for each, that yields between the
+    calls."""
 
     def __init__(self, rng: random.Random, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rng, self.size, self.wrong = rng, size, 0
@@ -195,9 +193,16 @@ class Ranks:
         for rank in range(size):
             before = len(Machine.streams)
             self.mains.append(Stream())
-            sums = PrefillAllReduce(rank, size, device, shared, shape, torch.float32)
+            sums = PrefillAllReduce(
+                rank=rank,
+                size=size,
+                device=device,
+                words=shared,  # type: ignore[arg-type]
+                shape=shape,
+                dtype=torch.float32,
+            )
+            sums.count = count
             self.sums.append(sums)
-            self.sums[-1].count = count
             self.streams.append(Machine.streams[before:])
         # Rows, the residual, and for each sum the ranks' parts, the kind, and the result.
         self.prefills = []

@@ -1,12 +1,21 @@
-"""The GPU kernels, one concern a file, each beside the PyTorch reference it must equal.
+"""The GPU kernels, one concern a file, each beside the PyTorch reference that it must equal.
 
-- `norm_rope_store`: q-norm, k-norm, rotary embedding, and new keys and values into the paged KV cache
-- `rms_norm`, `silu_mul`: RMSNorm, with an addition before it if need be, and the activation of the MLP
-- `gemv`, `split_gemm`: a linear layer for one and for a few tokens (their references: `F.linear` and the two above)
-- `paged_decode`, `varlen_prefill`: attention over the paged cache, of one and of many new tokens a sequence
-- `flash_attention`: the same two attentions through the `flash_attn` package
+- `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
+- `rms_norm`, `silu_mul`: RMSNorm, after an addition if need be; the activation of the MLP
+- `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
+- `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
+- `flash_attention`: the same two attentions by the `flash_attn` package
 - `gumbel`, `penalties`, `threshold`: sampling
-- `all_reduce`: the sum over the GPUs of one host
+- `all_reduce`, `prefill_all_reduce`: sums over the GPUs of one host, small and large ones
+- `host_words`: memory by which the GPUs of a host wait for each other
+- `_triton`: what the kernel files share
 
-A function named `*_torch` is the reference: plain PyTorch, any device. The others compile when first called on a GPU.
+A function named `*_torch` is a reference: plain PyTorch, on any device, and what runs on a CPU. The
+references of linear layers are `F.linear` and those of norm and activation. Kernels are compiled
+when they are first called on a GPU.
+
+How to read a kernel: the function with `@triton.jit` describes what one *program* does, that is one
+of many blocks of threads. `tl.program_id` tells which, and the launch `kernel[grid](...)` how many
+there are. Arguments in capital letters (`tl.constexpr`), and whether an argument is None, are known
+when the kernel is compiled: what stands in an `if` on them is compiled or left out.
 """

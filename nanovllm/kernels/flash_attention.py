@@ -1,5 +1,8 @@
-"""The two attentions through the `flash_attn` package, imported when first needed, in either of its forms: 2.x
-(`flash-attn`, a source build) and 4 (`flash-attn-4`, a wheel that compiles at first use)."""
+"""Prefill and decode attention through the `flash_attn` package, in either of its two forms.
+
+These are 2.x (`flash-attn`, which is built from source) and 4 (`flash-attn-4`, a wheel that
+compiles its kernels at first use). The package is imported when it is first needed.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -13,9 +16,13 @@ from torch import Tensor
 
 @lru_cache
 def flash_attention_version() -> str | None:
-    """ "4" if flash-attn-4 is installed, else "2" if flash-attn 2.x is, else None. Imports neither."""
+    """Return "4" if flash-attn-4 is installed, else "2" if flash-attn 2.x is, else None.
+
+    Neither is imported.
+    """
     try:
-        importlib.metadata.version("flash-attn-4")  # not the module: 2.8 has a flash_attn.cute too
+        # The distribution, since a module flash_attn.cute is in flash-attn 2.8 as well.
+        importlib.metadata.version("flash-attn-4")
         return "4"
     except importlib.metadata.PackageNotFoundError:
         return "2" if importlib.util.find_spec("flash_attn_2_cuda") else None
@@ -23,21 +30,22 @@ def flash_attention_version() -> str | None:
 
 @lru_cache
 def _functions() -> tuple[Callable, Callable | None]:
-    """The package's function for many queries a sequence and, in 2.x, the one for decode."""
+    """The package's function for many queries a sequence and, in 2.x only, the one for decode."""
     if flash_attention_version() == "4":
-        warnings.filterwarnings(
-            "ignore", "Argument aux_data", UserWarning
-        )  # its compiler's, about its own code
+        # The package's compiler warns about the package's own code.
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
         return importlib.import_module("flash_attn.cute").flash_attn_varlen_func, None
     package = importlib.import_module("flash_attn")
     return package.flash_attn_varlen_func, package.flash_attn_with_kvcache
 
 
 def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
-    """Raise ValueError, with the value and the remedy, if `flash_prefill` and `flash_decode` cannot serve."""
-    version, remedy = flash_attention_version(), "use attention_backend='triton'"
-    # Builds of 2.x may leave out the rarer head sizes, and do not say so.
-    step, sizes = (64, "64 and 128") if version == "2" else (8, "multiples of 8 up to 128")
+    """Raise ValueError, with the value and the remedy, if the package cannot serve a model.
+
+    block_size: of the KV cache. head_dim, dtype: of q, k and v.
+    """
+    version = flash_attention_version()
+    remedy = "use attention_backend='triton'"
     if version is None:
         raise ValueError(f"flash_attn is not installed: pip install flash-attn-4, or {remedy}")
     if dtype not in (torch.float16, torch.bfloat16):
@@ -49,6 +57,12 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
         raise ValueError(
             f"flash_attn 2.x needs {needed}: change it, install flash-attn-4, or {remedy}"
         )
+    if version == "2":  # a build may leave out the rarer head sizes, and does not tell
+        step = 64
+        sizes = "64 and 128"
+    else:
+        step = 8
+        sizes = "multiples of 8 up to 128"
     if head_dim > 128 or head_dim % step:
         raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy}")
     try:
@@ -72,20 +86,37 @@ def flash_prefill(
     scale: float,
     block_tables: Tensor | None = None,
 ) -> Tensor:
-    """`varlen_prefill` by flash_attn: same arguments and result, fp16 and bf16 only.
+    """`varlen_prefill` by flash_attn: the same arguments and result, fp16 and bf16 only.
 
-    The cache must be finite, as `torch.zeros` makes it: flash-attn-4 may load what is not stored yet, and 0 * NaN is
-    NaN."""
-    options = dict(cu_seqlens_k=cu_seqlens_k)
-    if block_tables is not None:
-        k, v = k_cache, v_cache
+    The cache must hold finite numbers, as `torch.zeros` makes it: flash-attn-4 may load slots that
+    nothing was stored in, multiplies them by 0, and 0 * NaN is NaN.
+    """
+    lengths: dict[str, Tensor] = {}  # how long the keys are and where, by the package's names
+    if block_tables is None:
+        lengths["cu_seqlens_k"] = cu_seqlens_k
+    else:
+        assert k_cache is not None and v_cache is not None
+        k = k_cache
+        v = v_cache
         if flash_attention_version() == "2":
-            options["block_table"] = block_tables
+            lengths["cu_seqlens_k"] = cu_seqlens_k
+            lengths["block_table"] = block_tables
         else:
-            options = dict(seqused_k=cu_seqlens_k.diff(), page_table=block_tables)
-    options |= dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    out = _functions()[0](q, k, v, softmax_scale=scale, causal=True, **options)
-    return out[0] if isinstance(out, tuple) else out  # 4 adds the log-sum-exp
+            lengths["seqused_k"] = cu_seqlens_k.diff()
+            lengths["page_table"] = block_tables
+    prefill, _ = _functions()
+    out = prefill(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
+        **lengths,
+    )
+    return out[0] if isinstance(out, tuple) else out  # version 4 also returns the log-sum-exp
 
 
 def flash_decode(
@@ -96,10 +127,31 @@ def flash_decode(
     block_tables: Tensor,
     scale: float,
 ) -> Tensor:
-    """`paged_decode` by flash_attn: same arguments, fp16 and bf16 only; the cache must be finite as above. Rows with
-    context 0 read no block; their output is zeros in 2.x and unspecified in flash-attn-4."""
-    args, options = (q[:, None], k_cache, v_cache), dict(softmax_scale=scale, causal=True)
+    """`paged_decode` by flash_attn: the same arguments, fp16 and bf16 only.
+
+    The cache must hold finite numbers, as in `flash_prefill`. Rows with context 0 read no block;
+    their results are zeros in 2.x and unspecified in flash-attn-4.
+    """
+    queries = q[:, None]  # [num_seqs, 1, heads, head_dim]
     prefill, decode = _functions()
     if decode is not None:
-        return decode(*args, cache_seqlens=context_lens, block_table=block_tables, **options)[:, 0]
-    return prefill(*args, seqused_k=context_lens, page_table=block_tables, **options)[0][:, 0]
+        out = decode(
+            queries,
+            k_cache,
+            v_cache,
+            cache_seqlens=context_lens,
+            block_table=block_tables,
+            softmax_scale=scale,
+            causal=True,
+        )
+    else:
+        out, _ = prefill(
+            queries,
+            k_cache,
+            v_cache,
+            seqused_k=context_lens,
+            page_table=block_tables,
+            softmax_scale=scale,
+            causal=True,
+        )
+    return out[:, 0]

@@ -136,9 +136,9 @@ def _paged_decode_kernel(
     # last tile. The other tiles were written by earlier steps. Each step begins with copies or
     # plain kernels, so that those tiles can be read before `wait_for_previous`.
     if READ_AHEAD:
-        # The wait stands in the loop's first round. Triton pipelines the loop: it moves the loads of
-        # the first STAGES - 1 tiles in front of the loop and so in front of the wait. If the last
-        # tile may be one of these, the wait must come here. q is loaded after the wait.
+        # The wait stands in the loop's first round. Triton pipelines the loop: it moves the loads
+        # of the first STAGES - 1 tiles in front of the loop, and so in front of the wait. If the
+        # last tile may be one of these, the wait must come here. q is loaded after the wait.
         q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
         if num_tiles - first_tile <= STAGES:
             wait_for_previous(PDL)

@@ -1,4 +1,8 @@
-"""Repetition, presence and frequency penalties, in one pass over the logits and the counts of tokens."""
+"""Repetition, presence and frequency penalties in one pass over the logits.
+
+The repetition penalty is that of CTRL (Keskar et al. 2019), and treats prompt and completion alike.
+The other two are OpenAI's, and treat the completion alone.
+"""
 
 from dataclasses import dataclass
 
@@ -7,23 +11,27 @@ from torch import Tensor
 
 from nanovllm.kernels._triton import tl, triton
 
-PROMPT_FLAG = (
-    1 << 14
-)  # in a count: the token is in the prompt; the bits below say how often in the completion
+# A count says in its lower bits how often the completion contains a token; this bit is set if the
+# prompt contains it.
+PROMPT_FLAG = 1 << 14
+BLOCK = 4096  # logits that a program takes
 
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """The three penalties of each of n sequences, `[n]` float32 tensors on the device of the logits."""
+    """The three penalties of n sequences: tensors `[n]` float32 on the device of the logits."""
 
-    repetition: (
-        Tensor  # divides a positive logit, multiplies a negative one, of all tokens seen; 1: off
-    )
-    presence: Tensor  # is subtracted from the logit of a token that the completion contains; 0: off
-    frequency: Tensor  # is subtracted once for each time the completion contains the token; 0: off
+    # Divides a positive logit, and multiplies a negative one, of a token that prompt or completion
+    # contain; 1: off.
+    repetition: Tensor
+    # Is subtracted from the logit of a token that the completion contains; 0: off.
+    presence: Tensor
+    # Is subtracted once for each time that the completion contains the token; 0: off.
+    frequency: Tensor
 
 
-# They are rows of one table, aligned or not: no reason to compile anew.
+# These pointers are rows of a table, which are aligned to 16 bytes or not: without the option,
+# Triton would compile the kernel again for every combination.
 @triton.jit(do_not_specialize=["rows_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"])
 def _penalize_kernel(
     logits_ptr,
@@ -38,27 +46,34 @@ def _penalize_kernel(
     FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """A program takes BLOCK logits of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < vocab_size
     x = tl.load(logits_ptr + row * stride_logits + column, mask=mask, other=0.0).to(tl.float32)
-    counts = tl.load(
-        counts_ptr + tl.load(rows_ptr + row) * vocab_size + column, mask=mask, other=0
-    ).to(tl.int32)
-    repetition, times = tl.load(repetition_ptr + row), (counts & (FLAG - 1)).to(tl.float32)
+    count_row = tl.load(rows_ptr + row)
+    counts = tl.load(counts_ptr + count_row * vocab_size + column, mask=mask, other=0).to(tl.int32)
+    repetition = tl.load(repetition_ptr + row)
+    times = (counts & (FLAG - 1)).to(tl.float32)  # in the completion
     x = tl.where(counts != 0, tl.where(x > 0, x / repetition, x * repetition), x)
-    x -= times * tl.load(frequency_ptr + row) + tl.where(
-        times > 0, tl.load(presence_ptr + row), 0.0
-    )
+    frequency = tl.load(frequency_ptr + row)
+    presence = tl.load(presence_ptr + row)
+    x -= times * frequency + tl.where(times > 0, presence, 0.0)
     tl.store(out_ptr + row * vocab_size + column, x, mask=mask)
 
 
 def penalize(logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Penalties) -> Tensor:
-    """Logits `[n, vocab]`, rows contiguous -> float32, penalised. Each has a row of counts `[m, vocab]` int16: count_rows
-    `[n]` int64; penalties are repetition (of prompt and completion), presence, frequency, `[n]` float32 each."""
+    """Return the penalised logits, a new tensor `[n, vocab]` float32.
+
+    logits: `[n, vocab]` bf16, fp16 or fp32, rows contiguous.
+    counts: `[m, vocab]` int16, contiguous: of each token, see PROMPT_FLAG.
+    count_rows: `[n]` int64, the row of counts that belongs to each row of logits.
+    penalties: tensors `[n]`.
+    """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and counts.is_contiguous() and counts.shape[1] == vocab_size
     out = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
-    _penalize_kernel[(num_rows, triton.cdiv(vocab_size, 4096))](
+    _penalize_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
         logits,
         logits.stride(0),
         counts,
@@ -69,7 +84,7 @@ def penalize(logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Pena
         out,
         vocab_size,
         FLAG=PROMPT_FLAG,
-        BLOCK=4096,
+        BLOCK=BLOCK,
         num_warps=8,
     )
     return out
@@ -78,11 +93,12 @@ def penalize(logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Pena
 def penalize_torch(
     logits: Tensor, counts: Tensor, count_rows: Tensor, penalties: Penalties
 ) -> Tensor:
-    """The same in PyTorch: the reference, and the CPU's path."""
+    """`penalize` in PyTorch: the reference, and the CPU's path."""
     repetition = penalties.repetition.unsqueeze(1)
     presence = penalties.presence.unsqueeze(1)
     frequency = penalties.frequency.unsqueeze(1)
-    x, counts = logits.float(), counts[count_rows]
+    x = logits.float()
+    counts = counts[count_rows]
     x = torch.where(counts != 0, torch.where(x > 0, x / repetition, x * repetition), x)
     times = counts & (PROMPT_FLAG - 1)
     return x - (times * frequency + (times > 0) * presence)

@@ -52,7 +52,7 @@ SUMMED = 1  # the kind of word that tells of how many pieces a rank has summed i
 
 
 def add_norm(
-    part: Tensor,
+    addends: Tensor,
     inbox: Tensor,
     residual: Tensor,
     out: Tensor,
@@ -62,12 +62,12 @@ def add_norm(
 ) -> None:
     """Add all ranks' addends to the residual, in place, and write its RMSNorm to `out`.
 
-    part: `[n, hidden]`, this rank's addends.
+    addends: `[n, hidden]`, this rank's.
     inbox: `[ranks, n, hidden]`, the other ranks' addends; `inbox[rank]` is not read.
     residual, out: `[n, hidden]`. All are of one dtype, with contiguous rows.
     norm_weight: `[hidden]`; None: the sum itself is written to `out`.
     """
-    num_rows, columns = part.shape
+    num_rows, columns = addends.shape
     if num_rows == 0:
         return
     launch_add_rms_norm(
@@ -78,7 +78,7 @@ def add_norm(
         out=out,
         num_warps=min(8, max(1, next_power_of_2(columns) // 512)),
         pdl={"PDL": False},
-        own=part,
+        own=addends,
         own_index=rank,
     )
 
@@ -268,7 +268,7 @@ class PrefillAllReduce:
         out = self.outs[self.rank].narrow(0, piece.first_row + first, length)
         with torch.cuda.stream(self.gather_stream):
             add_norm(
-                part=piece.addends[owned],
+                addends=piece.addends[owned],
                 inbox=self.inboxes[self.rank].narrow(1, piece.first_row // self.size, length),
                 residual=residual[owned],
                 out=out,

@@ -86,19 +86,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
+def add_rms_norm(
+    x: Tensor, partial_sums: Tensor, weight: Tensor | None, eps: float
+) -> Tensor | None:
     """Add the partial sums of a GEMM to the residual x, in place, and return the RMSNorm of x.
 
     x: `[n, size]`, contiguous.
-    parts: `[splits, n, size]`, contiguous: what `split_gemm` returns.
+    partial_sums: `[splits, n, size]`, contiguous: what `split_gemm` returns.
     weight: `[size]`; None: no norm is computed, and None is returned.
     """
-    _, num_rows, size = parts.shape
-    assert x.is_contiguous() and parts.is_contiguous()
+    _, num_rows, size = partial_sums.shape
+    assert x.is_contiguous() and partial_sums.is_contiguous()
     out = None if weight is None else padded_empty(num_rows, size, x)
     launch_add_rms_norm(
         residual=x,
-        addends=parts,
+        addends=partial_sums,
         weight=weight,
         eps=eps,
         out=out,
@@ -132,7 +134,7 @@ def launch_add_rms_norm(
     out: `[n, size]`; None: only the residual is updated.
     pdl: `pdl_options()`, or `{"PDL": False}` to launch a plain kernel.
     """
-    num_rows, size = residual.shape
+    num_addends, num_rows, size = addends.shape
     _rms_norm_kernel[(num_rows,)](
         residual,
         addends,
@@ -142,7 +144,7 @@ def launch_add_rms_norm(
         eps,
         addends.stride(0),
         SIZE=size,
-        ADDENDS=len(addends),
+        ADDENDS=num_addends,
         OWN=own_index,
         BLOCK=next_power_of_2(size),
         num_warps=num_warps,

@@ -96,8 +96,8 @@ def test_thresholds_keep_what_the_reference_keeps(
     if shape != "equal" and dtype == torch.float32:
         # Sums of float32 probabilities may put the border one or a few of 150,000 tokens beside.
         assert differ.max() <= 4 and (differ == 0).sum() >= rows * 3 // 4, differ.tolist()
-    # A step is many equal logits: a sum within rounding of top_p turns them all, which is rare.
     else:
+        # A step is many equal logits: a sum within rounding of top_p turns them all, which is rare.
         assert (differ == 0).sum() >= rows - 1, differ.tolist()
     only_top_k = (filters.top_p == 1) & (filters.min_p == 0)
     assert only_top_k.any() and (differ[only_top_k] == 0).all()
