@@ -93,7 +93,8 @@ def test_philox_torch_equals_the_plain_integers() -> None:
 @pytest.mark.parametrize("first_id", [0, 5, 75_970])
 def test_the_noise_is_the_word_of_the_token_id_and_the_position(draw: Draw, first_id: int) -> None:
     """Word i of the call with counter (c, position) is for token id 4 c + i, whatever part a rank
-    holds."""
+    holds.
+    """
     seeds, positions = [0, 7, 2**40 + 3, 2**63 - 1], [0, 1, 39_999, 12]
     words = {
         (row, token_id): philox([token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32], 7)[
@@ -201,7 +202,8 @@ def test_the_arguments_are_not_changed() -> None:
 
 def chi_square(counts: Counter[int], probabilities: list[float], num_draws: int) -> float:
     """In standard deviations from what is expected; Wilson and Hilferty's cube root makes it
-    normal."""
+    normal.
+    """
     freedom = len(probabilities) - 1
     x = sum((counts[i] - num_draws * p) ** 2 / (num_draws * p) for i, p in enumerate(probabilities))
     return ((x / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
@@ -229,7 +231,8 @@ def test_draws_follow_the_softmax(temperature: float, vary: str) -> None:
 
 def test_successive_draws_are_independent() -> None:
     """Pairs of tokens, at neighbouring positions and of neighbouring seeds, against the softmax's
-    product."""
+    product.
+    """
     num_draws, vocab = 40_000, 5
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2))
     probabilities = logits.double().softmax(0)
@@ -299,7 +302,8 @@ def test_seeds_temperatures_and_positions_make_a_difference(checkpoint: Checkpoi
 
 def test_every_position_has_noise_of_its_own(checkpoint: Checkpoint) -> None:
     """At a temperature so high that the noise alone decides, 200 draws meet some 100 of the 127
-    tokens."""
+    tokens.
+    """
     llm = make_llm(checkpoint.path)
     hot = SamplingParams(temperature=1e6, max_tokens=200, ignore_eos=True, seed=1)
     assert 85 < len(set(generate_ids(llm, [PROMPTS[0]], hot)[0])) < 115

@@ -79,7 +79,8 @@ def sample(
 
 def new_counts(vocab: int, histories: list[tuple[list[int], list[int]]]) -> Tensor:
     """Counts of these (prompt, completion) pairs in rows 1, 2, ...; what is in a row before does
-    not matter."""
+    not matter.
+    """
     counts = torch.full((len(histories) + 2, vocab), 77, dtype=torch.int16, device=DEVICE)
     for row, (prompt, completion) in enumerate(histories, start=1):
         set_counts(counts, row, prompt, completion)
@@ -149,7 +150,8 @@ def test_the_distribution_is_that_of_transformers(find: Find, shape: str) -> Non
 
 def kernel_cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Filters]:
     """Rows of every kind: usual, flat, all equal, half forbidden, one far above, one that can be
-    drawn, greedy."""
+    drawn, greedy.
+    """
     generator = torch.Generator().manual_seed(vocab)
     logits = 3 * torch.randn(14, vocab, generator=generator)
     logits[3] = 1.0
@@ -340,7 +342,8 @@ def test_counts_grow_by_what_is_sampled_and_stop_at_the_most_they_can_hold() -> 
 
 def test_queued_steps_see_the_tokens_of_the_steps_before() -> None:
     """Many greedy steps on one set of logits, nothing read back between them, against the plain
-    formula."""
+    formula.
+    """
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
     strengths = torch.tensor([[1.5, 0.0, 0.0], [1.0, 0.4, 0.0], [1.2, 0.1, 0.3]])
     histories: list[tuple[list[int], list[int]]] = [
@@ -400,7 +403,8 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 def test_forbidden_tokens_are_never_drawn(temperature: float) -> None:
     """As min_tokens forbids the end of a sequence; with filters that are asked to keep everything,
-    too."""
+    too.
+    """
     num_rows, forbidden = 500, [0, 5, 6]
     logits = torch.zeros(num_rows, 8, device=DEVICE)
     logits[:, 5] = 20
@@ -445,13 +449,9 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
         filters=filters([3] * 5, [0.9] * 5, [0.1] * 5),
         penalties=penalties_of(STRENGTHS),
         counts=new_counts(VOCAB, HISTORIES),
-        rows=torch.arange(1, 6, device=DEVICE),
-        bias=(
-            torch.tensor([4], device=DEVICE),
-            torch.tensor([17], device=DEVICE),
-            torch.tensor([100.0], device=DEVICE),
-        ),
-        logprobs=(torch.tensor([4, 1, 2], device=DEVICE), num_top),
+        count_rows=torch.arange(1, 6, device=DEVICE),
+        bias=LogitBias(*(torch.tensor([x], device=DEVICE) for x in (4, 17, 100.0))),
+        logprobs=LogprobRequest(torch.tensor([4, 1, 2], device=DEVICE), num_top),
     )
     tokens, logprobs = sample(logits, torch.full((5,), 0.7, device=DEVICE), extras)
     ids, values = logprobs

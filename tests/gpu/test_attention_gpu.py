@@ -46,7 +46,8 @@ def relative_error(out, expected):
 
 def exact(q, k, v, scale):
     """float64 attention of q `[q_len, heads, dim]` over k, v `[k_len, kv_heads, dim]`; the last
-    sees all."""
+    sees all.
+    """
     (q_len, heads, _), (k_len, kv_heads, _) = q.shape, k.shape
     k, v = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
@@ -56,7 +57,8 @@ def exact(q, k, v, scale):
 
 class Cache:
     """A cache whose sequences lie scattered; slots without a token hold `unused`, spare table
-    entries -1."""
+    entries -1.
+    """
 
     def __init__(
         self,
@@ -267,8 +269,9 @@ def check_prefill(
     backend, dtype, lengths, block_size, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM
 ):
     """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys come from the
-    cache."""
-    q_lens, k_lens = zip(*lengths)
+    cache.
+    """
+    q_lens, k_lens = zip(*lengths, strict=True)
     scale = head_dim**-0.5
     qkv = randn(sum(q_lens), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
