@@ -18,7 +18,6 @@ import tempfile
 import time
 from ast import literal_eval
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -203,9 +202,11 @@ def run_engine(
         traces: None, or a list that is to hold the trace of this run and no other.
     """
     params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
-    with nullcontext() if traces is None else llm.trace() as trace:
+    if traces is None:
         outputs = llm.generate(load.prompts, params, use_tqdm=False)
-    if traces is not None:
+    else:
+        with llm.trace() as trace:
+            outputs = llm.generate(load.prompts, params, use_tqdm=False)
         traces[:] = [trace]
     made = sum(len(output["token_ids"]) for output in outputs)
     wanted = sum(load.output_lens)

@@ -123,9 +123,8 @@ def epoch_documents(
     # requests of a batch with a shared prefix have.
     for number in range(24):
         is_long = number < 12
-        if is_long:
-            system = demo_text.SYSTEM_PROMPTS[2]
-        else:
+        system: str | None = demo_text.SYSTEM_PROMPTS[2]
+        if not is_long:
             system = rng.choice([None, *demo_text.SYSTEM_PROMPTS[:2]])
         if rng.random() < 0.05:
             turns = [ask_unknown()]
