@@ -24,9 +24,11 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    finish_reason: str | None  # "stop", "length" or "abort"; None: a stream is not at its end yet
+    # "stop", "length" (of max_tokens or max_model_len) or "abort"; None: the stream is not at its end.
+    finish_reason: str | None
     stop_reason: str | int | None  # the stop string or stop token id that ended it, if one did
-    logprobs: list[dict[int, float]] | None  # for each token: token id -> log-probability, if asked
+    # If asked for: for each token a dict of token id -> log-probability, the sampled token first.
+    logprobs: list[dict[int, float]] | None
 
 
 class Result(Completion, total=False):
@@ -105,8 +107,5 @@ class StreamedCompletion:
         # Asked now, with the tokens: until the next call others may step the engine, and the
         # sequence may end with tokens that have not been taken.
         self.is_done = seq.is_finished
-        return {
-            "index": self.index,
-            "completion": self.number,
-            **build_completion(seq, text, start),
-        }
+        new = build_completion(seq, text, start)
+        return {"index": self.index, "completion": self.number, **new}
