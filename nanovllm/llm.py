@@ -90,11 +90,11 @@ class LLM(LLMEngine):
 
 def list_of_conversations(messages: Any) -> list[Conversation]:
     """One conversation or a list of them, as a list; TypeError if it is neither."""
-    if isinstance(messages, (list, tuple)) and messages:
-        if is_conversation(messages):
-            return [messages]
-        if all(is_conversation(item) for item in messages):
-            return messages
+    is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
+    if is_list and is_conversation(messages):
+        return [messages]
+    if is_list and all(is_conversation(item) for item in messages):
+        return messages
     raise TypeError(
         f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
     )

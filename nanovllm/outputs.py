@@ -24,7 +24,7 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    # "stop", "length" (of max_tokens or max_model_len) or "abort"; None: the stream is not at its end.
+    # "stop", "length" (of max_tokens or max_model_len), "abort"; None: a stream is not at its end.
     finish_reason: str | None
     stop_reason: str | int | None  # the stop string or stop token id that ended it, if one did
     # If asked for: for each token a dict of token id -> log-probability, the sampled token first.
@@ -51,7 +51,7 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
     completions = [build_completion(seq, completion_text(seq, tokenizer)) for seq in seqs]
     first = seqs[0]
     result: Result = {
-        **completions[0],
+        **completions[0],  # type: ignore[typeddict-item]  # it has no key "completions"
         "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
         "num_cached_tokens": first.num_cached_prompt_tokens or 0,  # None: it was never admitted
     }
