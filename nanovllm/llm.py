@@ -31,12 +31,13 @@ class LLM(LLMEngine):
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's
-        chat template. Returns and raises what `generate` does; a ValueError also when there is no
-        template.
+        chat template. Returns and raises what `generate` does, and ValueError without a template.
         """
-        options: dict[str, Any] = {"add_generation_prompt": True}
-        options.update(chat_template_kwargs or {})
-        options.update(template_options)
+        options = {
+            "add_generation_prompt": True,
+            **(chat_template_kwargs or {}),
+            **template_options,
+        }
         options["return_dict"] = False  # `generate` takes lists of token ids
         template = options.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
         if self.tokenizer is None or not template:
@@ -89,24 +90,16 @@ class LLM(LLMEngine):
 
 def list_of_conversations(messages: Any) -> list[Conversation]:
     """One conversation or a list of them, as a list; TypeError if it is neither."""
-    conversations = messages
-    if is_list(messages) and messages and isinstance(messages[0], dict):
-        conversations = [messages]
-    if not is_list(conversations) or not conversations:
-        raise not_conversations(messages)
-    for conversation in conversations:
-        if not is_list(conversation) or not all(isinstance(item, dict) for item in conversation):
-            raise not_conversations(messages)
-    return conversations
-
-
-def is_list(value: Any) -> bool:
-    """Whether it is a list or a tuple."""
-    return isinstance(value, (list, tuple))
-
-
-def not_conversations(messages: Any) -> TypeError:
-    """The error for messages of the wrong type."""
-    return TypeError(
+    is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
+    if is_list and is_conversation(messages):
+        return [messages]
+    if is_list and all(is_conversation(item) for item in messages):
+        return messages
+    raise TypeError(
         f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
     )
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether it is a list or tuple of dicts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)

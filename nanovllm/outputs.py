@@ -24,9 +24,11 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    finish_reason: str | None  # "stop", "length" or "abort"; None: a stream is not at its end yet
+    # "stop", "length" (of max_tokens or max_model_len), "abort"; None: a stream is not at its end.
+    finish_reason: str | None
     stop_reason: str | int | None  # the stop string or stop token id that ended it, if one did
-    logprobs: list[dict[int, float]] | None  # for each token: token id -> log-probability, if asked
+    # If asked for: for each token a dict of token id -> log-probability, the sampled token first.
+    logprobs: list[dict[int, float]] | None
 
 
 class Result(Completion, total=False):
@@ -49,7 +51,7 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
     completions = [build_completion(seq, completion_text(seq, tokenizer)) for seq in seqs]
     first = seqs[0]
     result: Result = {
-        **completions[0],
+        **completions[0],  # type: ignore[typeddict-item]  # it has no key "completions"
         "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
         "num_cached_tokens": first.num_cached_prompt_tokens or 0,  # None: it was never admitted
     }
@@ -105,8 +107,5 @@ class StreamedCompletion:
         # Asked now, with the tokens: until the next call others may step the engine, and the
         # sequence may end with tokens that have not been taken.
         self.is_done = seq.is_finished
-        return {
-            "index": self.index,
-            "completion": self.number,
-            **build_completion(seq, text, start),
-        }
+        new = build_completion(seq, text, start)
+        return {"index": self.index, "completion": self.number, **new}

@@ -95,9 +95,9 @@ def test_same_tokens_however_the_work_is_cut(
     llm = make_llm(checkpoint.path, depth, **CUTS[cut])
     assert generate_ids(llm, prompts, greedy(NUM_TOKENS)) == expected
     if "tiny" in cut:
-        assert llm.scheduler.num_preemptions > 15, llm.scheduler.num_preemptions
+        assert llm.scheduler.counters["preemptions"] > 15, llm.scheduler.counters["preemptions"]
     else:
-        assert llm.scheduler.num_preemptions == 0
+        assert llm.scheduler.counters["preemptions"] == 0
     # Again: now most of it is in the prefix cache, and the order must not matter.
     params = [greedy(1 + 5 * i % NUM_TOKENS) for i in range(len(prompts))]
     expected = [tokens[: p.max_tokens] for tokens, p in zip(expected, params, strict=True)]
@@ -221,7 +221,7 @@ def test_eos_stops_and_ignore_eos_does_not(
     assert [output["finish_reason"] for output in outputs] == [
         "stop" if tokens[-1] == eos else "length" for tokens in stopped
     ]
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.scheduler.counters["preemptions"] > 0
     mixed = [greedy(40, ignore_eos=i % 2 == 0) for i in range(len(prompts))]
     assert generate_ids(llm, prompts, mixed) == [
         full if i % 2 == 0 else short

@@ -13,12 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("jobs", "llm", "engine", "models", "layers", "quantization", "kernels")
-LEAVES = (
-    "utils",
-    "config",
-    "sampling_params",
-    "outputs",
-)  # all may import them; they import no part
+# All may import these; they import no part.
+LEAVES = ("utils", "config", "sampling_params", "outputs", "trace_views")
 WITHOUT_TORCH = ("scheduler", "block_manager", "sequence", "detokenizer")  # of nanovllm/engine/
 TORCH = ("torch", "triton")
 

@@ -70,7 +70,7 @@ def test_what_is_pickled_of_a_sequence(lag: int) -> None:
                 kinds.add((bool(seq.completion_token_ids), yields))
         step = pending.popleft()
         scheduler.postprocess(step, [1] * len(step.seqs))
-    assert scheduler.num_preemptions > 0
+    assert scheduler.counters["preemptions"] > 0
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 
 
@@ -203,15 +203,15 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     ]
     assert len(workers) == 1 and memory.exists()
     assert generate_ids(llm, prompts, params) == expected
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.scheduler.counters["preemptions"] > 0
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm._max_pending = (
         1  # as on GPUs: each rank has the tokens that its next step needs, the host does not
     )
-    num_preemptions = llm.scheduler.num_preemptions
+    num_preemptions = llm.scheduler.counters["preemptions"]
     assert generate_ids(llm, prompts, params) == expected
-    assert llm.scheduler.num_preemptions > num_preemptions
+    assert llm.scheduler.counters["preemptions"] > num_preemptions
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm.exit()
     assert not any(process.is_alive() for process in workers)

@@ -90,7 +90,7 @@ def test_four_ranks_give_the_tokens_of_transformers(parallel: Checkpoint) -> Non
     expected = parallel.complete(prompts, 12)
     llm = make(parallel, 4)
     assert generate_ids(llm, prompts, greedy(12)) == expected
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.scheduler.counters["preemptions"] > 0
     assert llm.stats()["prefix_hit_tokens"] > 0
     llm.exit()
 

@@ -307,7 +307,7 @@ def test_min_tokens_hold_off_every_end(
         assert generate_ids(llm, [PROMPTS[0]], params) == [tokens]
         outputs = generate_ids(llm, PROMPTS, [params, *[greedy(20)] * 5])
         assert outputs[0] == tokens and outputs[1:] == plain[1:]
-        assert (options == small) == (llm.scheduler.num_preemptions > 0)
+        assert (options == small) == (llm.scheduler.counters["preemptions"] > 0)
         llm.exit()
 
 
@@ -442,7 +442,7 @@ def test_prompt_and_cached_tokens_are_reported(checkpoint: Checkpoint) -> None:
     # After a preemption, the sequence finds its own blocks: those are no hits of its prompt.
     llm = make_llm(checkpoint.path, kvcache_block_size=4, max_model_len=72, num_kvcache_blocks=18)
     outputs = llm.generate(PROMPTS, greedy(20), use_tqdm=False)
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.scheduler.counters["preemptions"] > 0
     assert [output["num_cached_tokens"] for output in outputs] == [0] * 6
     llm.exit()
 
@@ -826,7 +826,7 @@ def test_a_seeded_request_is_the_same_however_it_is_served(tmp_path: Path) -> No
             if number == 30:
                 break
         assert summaries(llm, PROMPTS[::-1], MANY[::-1]) == alone[::-1], options
-        assert ("num_kvcache_blocks" in options) == (llm.scheduler.num_preemptions > 0)
+        assert ("num_kvcache_blocks" in options) == (llm.scheduler.counters["preemptions"] > 0)
         llm.exit()
     # Each option does make a difference.
     llm = make_llm(checkpoint.path)

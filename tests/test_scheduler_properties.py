@@ -181,11 +181,11 @@ class Simulation:
         held = {seq.seq_id: list(seq.block_table) for seq in self.live if seq.block_table}
         computed = {seq.seq_id: seq.num_computed_tokens for seq in self.live}
         totals = {seq.seq_id: seq.num_tokens for seq in self.live}
-        num_preemptions = scheduler.num_preemptions
+        num_preemptions = scheduler.counters["preemptions"]
         step = scheduler.schedule()
         self.check_blocks()
         if self.pending:  # which sequence could start again is not known before the tokens are
-            assert scheduler.num_preemptions == num_preemptions
+            assert scheduler.counters["preemptions"] == num_preemptions
         if step is None:
             assert self.pending or not self.live
             assert {seq.seq_id: seq.num_tokens for seq in self.live} == totals
@@ -395,14 +395,14 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
     @given(loads())
     def explore(load: Load) -> None:
         for lag, simulation in enumerate(run_at_every_lag(load)):
-            seen["preemptions", lag] += simulation.scheduler.num_preemptions > 2
+            seen["preemptions", lag] += simulation.scheduler.counters["preemptions"] > 2
             seen["hits", lag] += simulation.num_hits > 2
             seen["chunks", lag] += load.budget < max(
                 len(request.prompt) for request in load.requests
             )
             seen["eos", lag] += any(seq.finish_reason == "stop" for seq in simulation.finished)
             seen["shared", lag] += (
-                simulation.num_hits > 2 and simulation.scheduler.num_preemptions > 2
+                simulation.num_hits > 2 and simulation.scheduler.counters["preemptions"] > 2
             )
             seen["dropped", lag] += simulation.num_dropped > 0
             seen["waits", lag] += simulation.num_waits > 2
@@ -429,7 +429,7 @@ def test_the_only_running_sequence_is_not_preempted() -> None:
         sampled=[1, 2, 3],
     )
     for simulation in run_at_every_lag(load):
-        assert simulation.scheduler.num_preemptions >= 3
+        assert simulation.scheduler.counters["preemptions"] >= 3
         assert [seq.seq_id for seq in simulation.finished] == simulation.admitted
 
 

@@ -52,6 +52,7 @@ def test_every_step_is_recorded(
 ) -> None:
     untraced = generate_ids(llm, prompts, [greedy(NUM_TOKENS - i) for i in range(len(prompts))])
     llm.reset()
+    num_preemptions = llm.stats()["preemptions"]
     record_hits()
     trace, tokens = traced(llm, prompts)
     assert tokens == untraced
@@ -59,7 +60,8 @@ def test_every_step_is_recorded(
     steps = trace.steps
     hits = [cached for step in steps for cached in step.prefix_hits.values()]
     assert hits == record_hits() and max(hits) >= 32
-    assert sum(len(step.preempted) for step in steps) == llm.scheduler.num_preemptions > 0
+    num_preempted = sum(len(step.preempted) for step in steps)
+    assert num_preempted == llm.stats()["preemptions"] - num_preemptions > 0
     assert all(set(step.preempted).isdisjoint(step.request_ids) for step in steps)
     for step in steps:
         assert step.blocks["blocks_free"] + step.blocks["blocks_in_use"] == 9
@@ -242,7 +244,7 @@ def test_a_trace_outlives_an_error_and_a_reset(
 ) -> None:
     with llm.trace() as trace:
         generate_ids(llm, prompts, greedy(NUM_TOKENS))
-        assert llm.scheduler.num_preemptions > 0
+        assert llm.scheduler.counters["preemptions"] > 0
         num_steps, launch = len(trace.steps), llm.model_runner.launch
         monkeypatch.setattr(llm.model_runner, "launch", None)
         with pytest.raises(TypeError):
@@ -290,7 +292,7 @@ def test_stats_count_since_the_start(llm: LLM, prompts: list[list[int]]) -> None
     first = llm.stats()
     assert first["requests"] == len(prompts) and first["prompt_tokens"] == sum(map(len, prompts))
     assert first["completion_tokens"] == sum(map(len, tokens))
-    assert first["preemptions"] == llm.scheduler.num_preemptions > 0
+    assert first["preemptions"] == llm.scheduler.counters["preemptions"] > 0
     assert first["prefix_hit_tokens"] > 0 and first["blocks_cached"] > 0
     llm.reset()
     second = llm.stats()

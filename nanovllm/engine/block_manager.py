@@ -42,10 +42,7 @@ class Block:
 
 
 class BlockManager:
-    """Hands out blocks, counts their holders and finds cached prefixes.
-
-    No operation takes longer in a larger cache.
-    """
+    """Hands out blocks, counts holders, finds prefixes; nothing takes longer in a larger cache."""
 
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
@@ -80,10 +77,7 @@ class BlockManager:
         return self.num_missing(seq) - num_held <= len(self.free_block_ids)
 
     def allocate(self, seq: Sequence) -> None:
-        """Fill the block table of a waiting sequence.
-
-        It gets shared blocks for its cached prefix and new ones for the rest.
-        """
+        """Give a waiting sequence shared blocks for its cached prefix and new ones for the rest."""
         assert not seq.block_table
         for block in self._find_cached_prefix(seq):
             self.free_block_ids.pop(block.block_id, None)
@@ -96,10 +90,7 @@ class BlockManager:
         seq.block_table += [self._take_free_block() for _ in range(self.num_missing(seq))]
 
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
-        """The cached blocks that `seq` begins with; they always leave a token to compute.
-
-        Without that token no logits would come out of its prefill.
-        """
+        """The cached blocks that `seq` begins with; a token is left to compute, for its logits."""
         hits: list[Block] = []
         parent_prefix_id = NO_PREFIX
         for index in range((seq.num_tokens - 1) // self.block_size):
@@ -154,10 +145,7 @@ class BlockManager:
         self.cached_blocks[block.hash] = block
 
     def deallocate(self, seq: Sequence) -> None:
-        """Take back all blocks of a sequence.
-
-        Their contents stay findable until they are handed out again.
-        """
+        """Take back a sequence's blocks. Their contents can be found until they are reused."""
         # Backwards, so that the tail is evicted before the head, without which it is not found.
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
@@ -189,10 +177,7 @@ class BlockManager:
         return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
 
     def _block_hash(self, seq: Sequence, index: int) -> int:
-        """Hash of the full block `index` of `seq`.
-
-        It is kept in the sequence: one that waits for blocks is looked up in every step.
-        """
+        """Hash of a full block, kept in `seq`: one that waits is looked up in every step."""
         hashes = seq.block_hashes
         while len(hashes) <= index:
             parent_hash = hashes[-1] if hashes else None

@@ -55,9 +55,7 @@ class Channel:
         # A worker needs no handles of its siblings, and locks cannot be sent.
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
-    # --- commands ---------------------------------------------------------------------------------
-
-    def send(self, method: str, args: tuple) -> None:
+    def send(self, method: str, args: tuple[Any, ...]) -> None:
         """Rank 0: have every worker call `method(*args)`.
 
         A RuntimeError if a worker has died, or if an exception cut an earlier command short.
@@ -78,7 +76,7 @@ class Channel:
                 ready.release()
         self.is_whole = True
 
-    def receive(self, rank: int) -> tuple[str, tuple]:
+    def receive(self, rank: int) -> tuple[str, tuple[Any, ...]]:
         """Worker: wait for the next command; returns the method and its arguments."""
         message = b""
         while True:
@@ -110,16 +108,14 @@ class Channel:
         for taken in self.taken:  # the first `send` waits for them again
             taken.release()
 
-    # --- faults and end, all in rank 0 ------------------------------------------------------------
-
     def watch(self) -> None:
-        """In a thread: `kill` when a worker dies, so that nothing goes on waiting for it."""
+        """Rank 0, in a thread: `kill` when a worker dies, so that nothing waits for it for ever."""
         multiprocessing.connection.wait([process.sentinel for process in self.processes])
         if not self.is_closing:
             self.kill()
 
     def check_workers(self) -> None:
-        """Raise a RuntimeError, with the worker's traceback, if one has failed."""
+        """Rank 0: raise RuntimeError, with a worker's traceback, if one has failed."""
         with self.lock:
             self._find_failure()
         if self.failure:
@@ -144,7 +140,7 @@ class Channel:
             )
 
     def kill(self) -> RuntimeError | None:
-        """End the workers, wherever they are, and then what this rank's GPU is waiting for.
+        """Rank 0: end the workers, wherever they are, and then what its own GPU is waiting for.
 
         The first call does it; any other, from whatever thread, waits for that and does nothing.
         Returns an error that says what worker has failed of what, if one has.
@@ -163,7 +159,7 @@ class Channel:
             return RuntimeError(self.failure) if self.failure else None
 
     def close(self) -> None:
-        """End the workers that have not ended by themselves, and free the shared memory."""
+        """Rank 0: end the workers that have not ended yet, and free the shared memory."""
         with self.lock:
             for process in self.processes:
                 process.join(timeout=5.0)

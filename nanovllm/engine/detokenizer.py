@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
@@ -11,15 +10,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nanovllm.sampling_params import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class StopMatch:
-    """A stop string that was found in the text."""
-
-    stop: str
-    begin: int  # index of its first character
-    end: int  # index behind its last one
 
 
 class Detokenizer:
@@ -52,11 +42,7 @@ class Detokenizer:
             self.text += new or ""  # None: the token ends within a character
         if is_last:
             self._decode_the_rest()
-        match = self._find_stop(old_length) if may_stop else None
-        if match is None:
-            return None
-        self.text = self.text[: match.end if self.keeps_stop else match.begin]
-        return match.stop
+        return self._cut_at_stop(old_length) if may_stop else None
 
     def _decode_the_rest(self) -> None:
         """Add what the stream still holds back: bytes that begin a character and never end it."""
@@ -65,22 +51,24 @@ class Detokenizer:
         if whole.startswith(self.text):
             self.text = whole
 
-    def _find_stop(self, old_length: int) -> StopMatch | None:
-        """The stop string that ends first among those with a character behind `old_length`.
+    def _cut_at_stop(self, old_length: int) -> str | None:
+        """Cut the text at the stop string that ends first, behind `old_length`, and return it.
 
-        Of several that end at the same place, the one that the request names first.
+        Of several that end at the same place, it is the one that the request names first.
         """
-        first: StopMatch | None = None
+        first_stop = None
+        first_end = len(self.text) + 1
         for stop in self.stops:
             # A match that begins earlier ends in the old text, which had its turn in earlier calls.
             earliest = max(old_length + 1 - len(stop), 0)
             begin = self.text.find(stop, earliest)
-            if begin == -1:
-                continue
             end = begin + len(stop)
-            if first is None or end < first.end:
-                first = StopMatch(stop, begin, end)
-        return first
+            if begin != -1 and end < first_end:
+                first_stop = stop
+                first_end = end
+        if first_stop is not None:
+            self.text = self.text[: first_end if self.keeps_stop else first_end - len(first_stop)]
+        return first_stop
 
     def take(self, is_finished: bool) -> str:
         """The text that is new since the last call, less an ending that could become a stop string.

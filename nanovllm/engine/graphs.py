@@ -42,7 +42,6 @@ class DecodeGraphs:
     """The graphs of one model runner, by batch size. Without any, every step runs eagerly."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self.graphs: dict[int, DecodeGraph] = {}
         self.sizes: list[int] = []  # of the graphs, in ascending order
 
@@ -85,15 +84,13 @@ class DecodeGraphs:
                 pool = graph.pool()
             # Of the logits only the address is kept. Whoever holds a tensor of the pool keeps the
             # next graph from using its memory, and the logits of all sizes would add up to much.
-            self.graphs[size] = DecodeGraph(
-                graph, DecodeOutput(output.token_ids, unowned_view(output.logits))
-            )
-            del output
+            output = DecodeOutput(output.token_ids, unowned_view(output.logits))
+            self.graphs[size] = DecodeGraph(graph, output)
         torch.cuda.synchronize()
         self.sizes = sorted(sizes)
 
     def clear(self) -> None:
-        """Destroy the graphs."""
+        """Destroy all graphs."""
         self.graphs.clear()
         self.sizes.clear()
 
@@ -104,12 +101,8 @@ def unowned_view(tensor: Tensor) -> Tensor:
     PyTorch may give that memory to another tensor. Inside a pool of CUDA graphs that is harmless:
     only replays write there, so what a replay has left stays until the next replay.
     """
-    memory = {
-        "shape": (tensor.nbytes,),
-        "typestr": "|u1",
-        "data": (tensor.data_ptr(), False),
-        "version": 2,
-    }
+    data = (tensor.data_ptr(), False)  # False: not read-only
+    memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": data, "version": 2}
     interface = SimpleNamespace(__cuda_array_interface__=memory)
     view = torch.as_tensor(interface, device=tensor.device)
     return view.view(tensor.dtype).view(tensor.shape)

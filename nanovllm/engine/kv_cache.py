@@ -16,31 +16,26 @@ from nanovllm.layers.attention import Attention
 CPU_KVCACHE_BYTES = 2 << 30  # without a GPU; the system commits pages as they are first used
 
 
-def allocate_kv_cache(
-    config: Config, attention_layers: list[Attention], device: torch.device
-) -> Tensor:
+def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.device) -> Tensor:
     """Allocate the cache, and give each layer its part.
 
     Returns `[2, layers, num_blocks, block_size, kv_heads / tp, head_dim]`, keys then values, and
-    sets `config.num_kvcache_blocks` if it was to be worked out.
-
-    Raises:
-        ValueError: it would not hold one sequence of max_model_len.
+    sets `config.num_kvcache_blocks` if it was to be worked out. Raises a ValueError if the cache
+    would not hold one sequence of max_model_len.
     """
-    first = attention_layers[0]
-    block_shape = (config.kvcache_block_size, first.num_kv_heads, first.head_dim)
+    block_shape = (config.kvcache_block_size, layers[0].num_kv_heads, layers[0].head_dim)
     if config.num_kvcache_blocks == -1:
-        numbers_per_block = 2 * len(attention_layers) * math.prod(block_shape)
+        numbers_per_block = 2 * len(layers) * math.prod(block_shape)
         block_bytes = numbers_per_block * config.dtype.itemsize
         config.num_kvcache_blocks = num_blocks_that_fit(config, block_bytes, device)
     config.check_kvcache(config.num_kvcache_blocks)
 
-    shape = (2, len(attention_layers), config.num_kvcache_blocks, *block_shape)
+    shape = (2, len(layers), config.num_kvcache_blocks, *block_shape)
     # On a CPU zeros would touch, and so commit, every page. On a GPU they keep the cache finite, as
     # flash-attn-4 needs it.
     allocate = torch.zeros if device.type == "cuda" else torch.empty
     kv_cache = allocate(shape, dtype=config.dtype, device=device)
-    for index, layer in enumerate(attention_layers):
+    for index, layer in enumerate(layers):
         layer.k_cache = kv_cache[0, index]
         layer.v_cache = kv_cache[1, index]
     return kv_cache

@@ -1,8 +1,7 @@
 """The engine's loop: schedule a step, run it on the device, account for the tokens that it sampled.
 
-What stands around the loop has files of its own: requests.py makes Sequences of what the user
-passes, outputs.py builds what a request returns, ranks.py starts and ends the processes of tensor
-parallelism.
+Around it: requests.py makes Sequences of what the user passes, outputs.py builds what a request
+returns, ranks.py starts and ends the processes of tensor parallelism.
 """
 
 import time
@@ -59,18 +58,13 @@ class LLMEngine:
         self.reset()
 
     def reset(self) -> None:
-        """Drop all requests, and the contents of the cache.
-
-        The remedy after a step that was cut short, which leaves blocks and queues half updated.
-        """
+        """Drop all requests and cached prefixes: the remedy after a step that was cut short."""
         self.scheduler = Scheduler(self.config, self._counters)
         # Steps that were launched and whose tokens have not been read back, oldest first.
         self._pending: deque[tuple[Step, PendingTokens]] = deque()
-        # Requests that `step` has to report once they end: request id -> the sequences of its n
-        # completions.
+        # Requests that `step` is to report at their end: their ids -> the sequences of each.
         self._requests: dict[int, list[Sequence]] = {}
-        # The mailbox: (request id, result) of requests that have ended and that `step` has not
-        # reported yet.
+        # The mailbox: ids and results of requests that have ended, until `step` reports them.
         self._results: list[tuple[int, Result]] = []
 
     def exit(self) -> None:
@@ -81,7 +75,6 @@ class LLMEngine:
             self._finalizer()
 
     def _check_alive(self) -> ModelRunner:
-        """Return the model runner; RuntimeError if there is none any more."""
         if self.model_runner is None:
             raise RuntimeError(
                 "this engine was shut down, by exit() or a failed rank; make a new LLM"
@@ -110,13 +103,9 @@ class LLMEngine:
             use_tqdm: whether to show a progress bar.
 
         Returns:
-            For each prompt a dict with `text` ("" without a tokenizer) and `token_ids` of the
-            completion, the token that ended it included; `finish_reason`, "stop" or "length"
-            (`max_tokens` or `max_model_len` was reached); `stop_reason`, the stop string or stop
-            token id, else None; `logprobs`, None or for each token a dict of token id ->
-            log-probability, the sampled one first; `prompt_token_ids`, and `num_cached_tokens` of
-            them. With n > 1 these are the first completion's, and `completions` is a list of n
-            dicts.
+            For each prompt a dict with `text`, `token_ids`, `finish_reason`, `stop_reason`,
+            `logprobs`, `prompt_token_ids` and `num_cached_tokens`, which outputs.py describes.
+            With n > 1 these are the first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -141,35 +130,26 @@ class LLMEngine:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
         results: dict[int, Result] = {}
         rates = {"prefill": "-", "decode": "-"}
-        with tqdm(
-            total=num_requests, desc="Generating", disable=not use_tqdm, dynamic_ncols=True
-        ) as progress:
+        options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
+        with tqdm(total=num_requests, **options) as progress:
             while not self.is_finished():
                 start = time.perf_counter()
-                step = self._advance()
-                finished = self._take_results()
+                finished, num_tokens = self.step()
                 seconds = time.perf_counter() - start
-                assert step is not None  # there was one to run: the engine was not finished
-                phase = "prefill" if step.is_prefill else "decode"
-                rates[phase] = f"{step.num_tokens / seconds:.0f}tok/s"
+                phase = "prefill" if num_tokens > 0 else "decode"
+                rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
                 progress.set_postfix(rates, refresh=False)
                 progress.update(len(finished))
                 results.update(finished)
         return results
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one prompt; returns the id by which `step` reports its result.
-
-        Raises as `generate` does.
-        """
+        """Queue a prompt; returns the id by which `step` reports it. Raises as `generate` does."""
         (request,) = self._check_requests([prompt], sampling_params)
         return self._queue(request)[0].request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request of `add_request`, if it has not ended.
-
-        The next `step` reports what there is of it.
-        """
+        """End a request of `add_request`; the next `step` reports what there is of it."""
         seqs = self._requests.pop(request_id, None)
         if seqs is None:
             return
@@ -181,10 +161,7 @@ class LLMEngine:
         return self._inputs.check(prompts, sampling_params)
 
     def _queue(self, request: Request, is_streamed: bool = False) -> list[Sequence]:
-        """Queue the sequences of a request.
-
-        `step` reports it at its end, unless a stream reads the sequences itself.
-        """
+        """Queue a request. `step` reports it at its end, unless a stream reads the sequences."""
         seqs = self._inputs.make_sequences(request, is_streamed)
         for seq in seqs:
             self.scheduler.add(seq)
@@ -209,23 +186,14 @@ class LLMEngine:
         was nothing to do.
         """
         step = self._advance()
-        results = self._take_results()
-        if step is None:
-            return results, 0
-        num_tokens = step.num_tokens if step.is_prefill else -step.num_tokens
-        return results, num_tokens
-
-    def _take_results(self) -> list[tuple[int, Result]]:
-        """Empty the mailbox."""
         results = self._results
         self._results = []
-        return results
+        if step is None:
+            return results, 0
+        return results, step.num_tokens if step.is_prefill else -step.num_tokens
 
     def _advance(self) -> Step | None:
-        """Complete the oldest step, having launched the next one behind it, and return it.
-
-        Results of the requests that it finishes go to the mailbox. None: there was nothing to do.
-        """
+        """Complete the oldest step, having launched the next one behind it; None: nothing to do."""
         self._check_alive()
         if not self._has_work():
             return None
@@ -250,7 +218,6 @@ class LLMEngine:
             self._pending.append((step, self._launch(step)))
 
     def _launch(self, step: Step) -> PendingTokens:
-        """Queue a step on the device, or on those of all ranks."""
         model_runner = self._check_alive()
         if self._channel is None:
             return model_runner.launch(step)
@@ -260,10 +227,9 @@ class LLMEngine:
             return model_runner.launch(step)
 
     def _complete_oldest(self, start: float) -> tuple[Step, list[Sequence]]:
-        """Wait for the tokens of the oldest step and append them to its sequences.
+        """Append the tokens of the oldest step; returns it and the sequences that it ended.
 
-        Returns the step and the sequences that it ended. `start`, in seconds of `perf_counter`, is
-        when the call of `_advance` began; a trace wants to know.
+        `start`, in seconds of `perf_counter`: when the call of `_advance` began, for a trace.
         """
         step, pending_tokens = self._pending.popleft()
         token_ids, logprobs = pending_tokens.wait()
@@ -280,9 +246,7 @@ class LLMEngine:
             seqs = self._requests.get(seq.request_id)
             # None: a stream reads this sequence itself, or an earlier one of `finished` belongs to
             # the same request.
-            if seqs is None:
-                continue
-            if all(other.is_finished for other in seqs):
+            if seqs is not None and all(other.is_finished for other in seqs):
                 del self._requests[seq.request_id]
                 self._results.append((seq.request_id, build_result(seqs, self.tokenizer)))
 
@@ -308,10 +272,7 @@ class LLMEngine:
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
-        """`with llm.trace() as trace:` records what runs inside it.
-
-        Inside another such `with`, only the inner one records.
-        """
+        """`with llm.trace() as trace:` records what runs inside it and inside no inner trace."""
         outer = self._trace
         self._trace = Trace(is_cuda=self.config.device == "cuda")
         try:

@@ -20,7 +20,7 @@ from nanovllm.engine.process_group import ProcessGroup
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.attention_backend import AttentionBackend, select_backend
+from nanovllm.kernels.attention_backend import select_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
 from nanovllm.models import build_model
@@ -33,7 +33,7 @@ class ModelRunner:
 
     Rank 0 lives in the user's process. Its `call` passes a call on through `channel` to the other
     ranks, which wait in `loop`. So all ranks execute the same methods in the same order, and meet
-    in the sums of the forward pass.
+    in the all-reduces of the forward pass.
 
     Each admitted sequence has a row, of the same number on every rank, in the tables that are kept
     here: its block table, its sampling options, its newest token.
@@ -60,37 +60,33 @@ class ModelRunner:
         self.graphs = DecodeGraphs()
         self.group: ProcessGroup | None = None
         if channel is not None and store is not None:
-            self.group = ProcessGroup(
-                config, rank, self.device, channel, store, clear_graphs=self.graphs.clear
-            )
+            clear_graphs = self.graphs.clear
+            self.group = ProcessGroup(config, rank, self.device, channel, store, clear_graphs)
         self._load_model()
         if self.is_cuda:
             self._warm_up()
         self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
         self._allocate_tables()
         if self.is_cuda:
-            self._warm_up_cached_prefill()
-            if not config.enforce_eager:
-                self.graphs.capture(self._decode, config.max_num_seqs)
-
-    # --- start and end
+            # A prefill that reads the cache has kernels of its own, which are compiled now, so that
+            # no step has to wait for it.
+            self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
+        if self.is_cuda and not config.enforce_eager:
+            self.graphs.capture(self._decode, config.max_num_seqs)
 
     def _load_model(self) -> None:
         config = self.config
+        size = config.tensor_parallel_size
         small_all_reduce = None if self.group is None else self.group.small_all_reduce
         prefill_all_reduce = None if self.group is None else self.group.prefill_all_reduce
-        with tensor_parallel(
-            self.rank, config.tensor_parallel_size, small_all_reduce, prefill_all_reduce
-        ):
+        with tensor_parallel(self.rank, size, small_all_reduce, prefill_all_reduce):
             self.model = build_model(config, self.device)
             self.sampler = Sampler(self.model.lm_head.vocab_start, config.hf_config.vocab_size)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        self.backend: AttentionBackend = select_backend(
-            config.attention_backend,
-            config.device,
-            config.kvcache_block_size,
-            self.attention_layers[0].head_dim,
-            config.dtype,
+        block_size = config.kvcache_block_size
+        head_dim = self.attention_layers[0].head_dim
+        self.backend = select_backend(
+            config.attention_backend, config.device, block_size, head_dim, config.dtype
         )
         config.attention_backend = self.backend.name
         for layer in self.attention_layers:
@@ -121,25 +117,15 @@ class ModelRunner:
         lengths = np.diff(borders).tolist()
         inputs = self._make_dummy_prefill(lengths, lengths, block_tables=None)
         # Options that make float32 copies of all logits.
-        one = self._to_device([1], np.int64)
+        zero = self._to_device([0], np.int64)
+        bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
         all_seqs = torch.arange(num_seqs, device=self.device)
-        extras = SamplingExtras(
-            bias=LogitBias(rows=one - 1, token_ids=one - 1, values=one.float()),
-            logprobs=LogprobRequest(all_seqs, num_top=1),
-        )
+        extras = SamplingExtras(bias=bias, logprobs=LogprobRequest(all_seqs, num_top=1))
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             logits = self._forward(inputs)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
-
-    def _warm_up_cached_prefill(self) -> None:
-        """Run a prefill that reads the cache.
-
-        It has kernels of its own, and no step should have to wait for their compilation.
-        """
-        table = np.zeros((1, 2), dtype=np.int32)
-        self._forward(self._make_dummy_prefill([1], [2], table))
 
     def _make_dummy_prefill(
         self, num_new: list[int], num_total: list[int], block_tables: np.ndarray | None
@@ -192,8 +178,6 @@ class ModelRunner:
         if self.is_cuda:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
-
-    # --- steps
 
     def launch(self, step: Step) -> PendingTokens:
         """Rank 0: queue a step on every device, which samples the next token of each sequence."""

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from nanovllm.layers.sampler import Sampled
+from nanovllm.layers.sampler import Logprobs, Sampled
 from nanovllm.outputs import TokenLogprobs
 
 
@@ -15,11 +15,10 @@ class PendingTokens:
     def __init__(self, sampled: Sampled) -> None:
         """Queue the copies. On a CPU the step has run by now, and copying is all there is."""
         self.token_ids = to_host(sampled.token_ids)
-        self.logprob_ids: Tensor | None = None
-        self.logprob_values: Tensor | None = None
+        self.logprobs: Logprobs | None = None
         if sampled.logprobs is not None:
-            self.logprob_ids = to_host(sampled.logprobs.token_ids)
-            self.logprob_values = to_host(sampled.logprobs.values)
+            ids, values = sampled.logprobs
+            self.logprobs = Logprobs(to_host(ids), to_host(values))
         self.copied: torch.cuda.Event | None = None  # the copies are done; None on a CPU
         self.launched_at = time.perf_counter()  # s
         if sampled.token_ids.is_cuda:
@@ -31,9 +30,9 @@ class PendingTokens:
         if self.copied is not None:
             self.copied.synchronize()
         token_ids = self.token_ids.tolist()
-        if self.logprob_ids is None or self.logprob_values is None:
+        if self.logprobs is None:
             return token_ids, None
-        pairs = zip(self.logprob_ids.tolist(), self.logprob_values.tolist(), strict=True)
+        pairs = zip(self.logprobs.token_ids.tolist(), self.logprobs.values.tolist(), strict=True)
         return token_ids, [TokenLogprobs(ids, values) for ids, values in pairs]
 
 

@@ -39,12 +39,10 @@ class ProcessGroup:
         self.small_all_reduce: SmallAllReduce | None = None
         self.prefill_all_reduce: PrefillAllReduce | None = None
         size = config.tensor_parallel_size
+        backend = "nccl" if self.is_cuda else "gloo"
+        device_id = device if self.is_cuda else None
         dist.init_process_group(
-            "nccl" if self.is_cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            device_id=device if self.is_cuda else None,
+            backend, store=store, rank=rank, world_size=size, device_id=device_id
         )
         if rank == 0:
             channel.on_death = self.let_go
@@ -59,12 +57,10 @@ class ProcessGroup:
         words = HostWords(channel.words)
         channel.on_close = words.close
         self.small_all_reduce = SmallAllReduce(rank, size, device, words, row_bytes)
-        max_tokens = config.max_num_batched_tokens
-        if max_tokens >= MIN_TOKENS:
-            shape = (max_tokens, config.hf_config.hidden_size)
-            self.prefill_all_reduce = PrefillAllReduce(
-                rank, size, device, words, shape, config.dtype
-            )
+        shape = (config.max_num_batched_tokens, config.hf_config.hidden_size)
+        if config.max_num_batched_tokens >= MIN_TOKENS:
+            dtype = config.dtype
+            self.prefill_all_reduce = PrefillAllReduce(rank, size, device, words, shape, dtype)
 
     def let_go(self) -> None:
         """After another rank failed: end what this rank's GPU waits for it to do.

@@ -38,9 +38,7 @@ def start_ranks(config: Config) -> ModelRunner:
     try:
         # Where the ranks meet to form a process group. Port 0: any free one, so that two engines
         # never meet.
-        store = dist.TCPStore(
-            host_name=HOST, port=0, world_size=size, is_master=True, wait_for_workers=False
-        )
+        store = dist.TCPStore(HOST, 0, size, is_master=True, wait_for_workers=False)
         start_workers(config, channel, store.port)
         model_runner = ModelRunner(config, 0, channel, store)
         channel.check_workers()
@@ -64,9 +62,8 @@ def start_workers(config: Config, channel: Channel, port: int) -> None:
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     for rank in range(1, config.tensor_parallel_size):
-        process = context.Process(
-            target=run_worker, args=(config, rank, channel, port), daemon=True
-        )
+        arguments = (config, rank, channel, port)
+        process = context.Process(target=run_worker, args=arguments, daemon=True)
         process.start()
         channel.processes.append(process)
     channel.wait_until_up()
@@ -82,9 +79,7 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
             # Fails now if the GPU cannot be used, and not later, in a collective.
             torch.zeros(1, device=torch.device("cuda", rank))
         channel.report_up(rank)
-        store = dist.TCPStore(
-            host_name=HOST, port=port, world_size=config.tensor_parallel_size, is_master=False
-        )
+        store = dist.TCPStore(HOST, port, config.tensor_parallel_size, is_master=False)
         ModelRunner(config, rank, channel, store).loop()
     except Exception:
         channel.errors.put((rank, traceback.format_exc()))

@@ -47,10 +47,7 @@ class Request:
 
 
 class InputProcessor:
-    """Turns prompts and sampling parameters into sequences.
-
-    It holds what of the model that takes: tokenizer, vocabulary and recommended parameters.
-    """
+    """Turns prompts and sampling parameters into sequences, with the model's own tokenizer."""
 
     def __init__(self, config: Config) -> None:
         assert config.hf_config is not None  # Config has read it
@@ -113,18 +110,19 @@ class InputProcessor:
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
                 "pass one for each"
             )
-        requests = []
-        for index, prompt in enumerate(prompts):
-            requests.append(self._check_one(index, prompt, sampling_params[index]))
-        return requests
+        return [self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)]
 
     def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
             raise TypeError(
                 f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
             )
-        if params.stop and self.tokenizer is None and not isinstance(prompt, str):
-            raise self._no_tokenizer(index, "has stop strings")
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            what = "is text" if isinstance(prompt, str) else "has stop strings"
+            raise ValueError(
+                f"prompt {index} {what}, and {self.config.model} has no tokenizer; "
+                "pass ids (stop_token_ids)"
+            )
         token_ids = self._token_ids_of(index, prompt)
         self._check_token_ids(index, token_ids, params)
         return Request(token_ids.tolist(), params)
@@ -132,8 +130,7 @@ class InputProcessor:
     def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise self._no_tokenizer(index, "is text")
+            assert self.tokenizer is not None  # `_check_one` has seen to it
             try:
                 return array("q", self.tokenizer.encode(prompt))
             except Exception as error:  # the text has a lone surrogate, for example
@@ -157,11 +154,15 @@ class InputProcessor:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if len(outside) > 0:
-            raise self._unknown_token(index, int(outside[0]))
+        unknown = outside.tolist()
         for token_id in (*(params.stop_token_ids or ()), *(params.logit_bias or ())):
             if not 0 <= token_id < self.vocab_size:
-                raise self._unknown_token(index, token_id)
+                unknown.append(token_id)
+        if unknown:
+            raise ValueError(
+                f"prompt {index} has the token id {unknown[0]}; "
+                f"the vocabulary is 0 to {self.vocab_size - 1}"
+            )
         max_model_len = self.config.max_model_len
         if len(token_ids) >= max_model_len:
             raise ValueError(
@@ -169,23 +170,8 @@ class InputProcessor:
                 "must hold them and one more; shorten it or raise the limit"
             )
 
-    def _no_tokenizer(self, index: int, what: str) -> ValueError:
-        return ValueError(
-            f"prompt {index} {what}, and {self.config.model} has no tokenizer; "
-            "pass ids (stop_token_ids)"
-        )
-
-    def _unknown_token(self, index: int, token_id: int) -> ValueError:
-        return ValueError(
-            f"prompt {index} has the token id {token_id}; "
-            f"the vocabulary is 0 to {self.vocab_size - 1}"
-        )
-
     def make_sequences(self, request: Request, is_streamed: bool) -> list[Sequence]:
-        """Make a sequence for each of a request's n completions.
-
-        They have one `request_id`: the `seq_id` of the first.
-        """
+        """Make a sequence for each of a request's n completions, all with one `request_id`."""
         params = request.params
         room = self.config.max_model_len - len(request.token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

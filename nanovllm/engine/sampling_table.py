@@ -1,7 +1,7 @@
 """From what single sequences ask of the sampler to the tensors of a step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -24,14 +24,6 @@ PLAIN = SamplingOptions(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StepKey:
-    """What the extras of a step depend on, while no sequence is admitted."""
-
-    table_rows: bytes  # which sequences, in which order
-    may_not_end: bytes  # which of them still have to reach their `min_tokens`
-
-
 class SamplingTable:
     """What each admitted sequence asks for beyond temperature and seed: one row for each.
 
@@ -41,11 +33,7 @@ class SamplingTable:
     """
 
     def __init__(
-        self,
-        num_rows: int,
-        vocab_size: int,
-        device: torch.device,
-        to_device: Callable[..., Tensor],
+        self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., Tensor]
     ) -> None:
         """Make a table of `num_rows` plain rows.
 
@@ -62,8 +50,10 @@ class SamplingTable:
         self.numbers = np.tile(np.array(NEUTRAL, dtype=np.float32), (num_rows, 1))
         # How often each token occurs, for penalties. It is large: made for the first that has any.
         self.counts: Tensor | None = None
-        self._last_key: StepKey | None = None
+        # The extras of the last step, and all they depend on while no sequence is admitted: which
+        # sequences, in which order; which of them still have to reach their `min_tokens`.
         self._last_extras: SamplingExtras | None = None
+        self._last_key: tuple[bytes, bytes] | None = None
 
     def fill(self, seq: Sequence) -> None:
         """Take in the options of a sequence whose prefill is about to be launched."""
@@ -79,9 +69,8 @@ class SamplingTable:
             if self.counts is None:
                 shape = (self.num_rows, self.vocab_size)
                 self.counts = torch.zeros(shape, dtype=torch.int16, device=self.device)
-            set_counts(
-                self.counts, row, options.penalized_prompt_ids, options.penalized_completion_ids
-            )
+            completion_ids = options.penalized_completion_ids
+            set_counts(self.counts, row, options.penalized_prompt_ids, completion_ids)
 
     def build(self, table_rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
         """Return the extras of a step, or None if it needs none.
@@ -92,7 +81,7 @@ class SamplingTable:
         if not min_lengths.any():
             return None
         may_not_end = lengths < min_lengths
-        key = StepKey(table_rows.tobytes(), may_not_end.tobytes())
+        key = (table_rows.tobytes(), may_not_end.tobytes())
         if key != self._last_key:
             self._last_key = key
             self._last_extras = self._make_extras(table_rows, may_not_end)
@@ -106,11 +95,7 @@ class SamplingTable:
         numbers = self.numbers[table_rows]
         is_changed = SamplerNumbers(*(numbers != np.array(NEUTRAL)).any(axis=0))
         has_filters = is_changed.top_k or is_changed.top_p or is_changed.min_p
-        has_penalties = (
-            is_changed.repetition_penalty
-            or is_changed.presence_penalty
-            or is_changed.frequency_penalty
-        )
+        has_penalties = any(self.options[row].params.has_penalties for row in table_rows.tolist())
         if bias is None and logprobs is None and not has_filters and not has_penalties:
             return None  # `min_tokens` alone, and they are there
 
@@ -118,16 +103,12 @@ class SamplingTable:
         filters = None
         if has_filters:
             filters = Filters(top_k.int(), top_p, min_p)
+        extras = SamplingExtras(filters=filters, bias=bias, logprobs=logprobs)
         if not has_penalties:
-            return SamplingExtras(filters=filters, bias=bias, logprobs=logprobs)
-        return SamplingExtras(
-            filters=filters,
-            penalties=Penalties(repetition, presence, frequency),
-            counts=self.counts,
-            count_rows=self.to_device(table_rows, np.int64),
-            bias=bias,
-            logprobs=logprobs,
-        )
+            return extras
+        penalties = Penalties(repetition, presence, frequency)
+        count_rows = self.to_device(table_rows, np.int64)
+        return replace(extras, penalties=penalties, counts=self.counts, count_rows=count_rows)
 
     def _make_bias(self, table_rows: np.ndarray, may_not_end: np.ndarray) -> LogitBias | None:
         """The requests' own biases, and minus infinity for ends that would come too early."""
@@ -153,13 +134,11 @@ class SamplingTable:
         )
 
     def _make_logprob_request(self, table_rows: np.ndarray) -> LogprobRequest | None:
-        indices: list[int] = []
-        counts: list[int] = []
+        num_tops: dict[int, int] = {}  # which of the step's sequences -> how many it asks for
         for index, row in enumerate(table_rows.tolist()):
             num_top = self.options[row].params.logprobs
             if num_top is not None:
-                indices.append(index)
-                counts.append(num_top)
-        if not indices:
+                num_tops[index] = num_top
+        if not num_tops:
             return None
-        return LogprobRequest(self.to_device(indices, np.int64), max(counts))
+        return LogprobRequest(self.to_device(list(num_tops), np.int64), max(num_tops.values()))

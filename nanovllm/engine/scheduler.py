@@ -49,7 +49,6 @@ class Scheduler:
         # Rows of the model runner's arrays that no sequence has; row 0 is handed out first.
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = 0  # steps that are scheduled and not postprocessed
-        self.num_preemptions = 0
         self.preempted: list[Sequence] = []  # by the last `schedule`, for a Trace
         # Statistics; those of the engine outlive this scheduler.
         self.counters = Counter() if counters is None else counters
@@ -68,10 +67,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
-        """End those of `seqs` that have not finished.
-
-        Their blocks are free at once; tokens of theirs that are under way will be dropped.
-        """
+        """End those of `seqs` that have not finished; their blocks are free at once."""
         for seq in seqs:
             if seq.is_finished:
                 continue
@@ -172,20 +168,15 @@ class Scheduler:
         progress.
         """
         while not self.block_manager.can_append(seq):
-            if self._preempt_newest() is seq:
+            newest = self.running.pop()
+            self._release(newest)
+            newest.status = SequenceStatus.WAITING
+            self.waiting.appendleft(newest)  # to be prefilled again, before any other
+            self.preempted.append(newest)
+            self.counters["preemptions"] += 1
+            if newest is seq:
                 return False
         return True
-
-    def _preempt_newest(self) -> Sequence:
-        """Take the blocks of the newest running sequence; it will be prefilled again, first."""
-        seq = self.running.pop()
-        self._release(seq)
-        seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
-        self.preempted.append(seq)
-        self.num_preemptions += 1
-        self.counters["preemptions"] += 1
-        return seq
 
     def _release(self, seq: Sequence) -> None:
         """Take back the blocks and the row of a sequence."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -47,9 +47,7 @@ class Sequence:
 
     _ids = count()
 
-    def __init__(
-        self, token_ids: list[int], sampling_params: SamplingParams, seed: int = 0
-    ) -> None:
+    def __init__(self, token_ids: list[int], params: SamplingParams, seed: int = 0) -> None:
         self.seq_id = next(Sequence._ids)
         self.request_id = self.seq_id  # the first one's seq_id, where a request has several
         self.status = SequenceStatus.WAITING
@@ -71,17 +69,17 @@ class Sequence:
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
 
         # What the request asks for; `end_ids` and `sampling_options` are set by the scheduler.
-        self.params = sampling_params
-        self.max_tokens = sampling_params.max_tokens  # the engine makes it fit max_model_len
+        self.params = params
+        self.max_tokens = params.max_tokens  # the engine makes it fit max_model_len
         self.end_ids: dict[int, int | None] = {}  # id that ends it -> its stop_reason
-        self.temperature = 0.0 if sampling_params.is_greedy else sampling_params.temperature
+        self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
         self.logprobs: list[dict[int, float]] | None = None  # a dict for each token, if asked for
-        if sampling_params.logprobs is not None:
+        if params.logprobs is not None:
             self.logprobs = []
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
         self.stop_reason: str | int | None = None  # the stop string or stop token id that ended it
@@ -146,6 +144,7 @@ class Sequence:
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_end = token_id in self.end_ids and num_tokens > self.params.min_tokens
         is_full = num_tokens == self.max_tokens
+        stop = None  # the stop string that ends it
         if self.detokenizer is not None:
             is_hidden = is_end and not self.params.include_stop_str_in_output
             stop = self.detokenizer.append(
@@ -153,16 +152,13 @@ class Sequence:
                 is_last=is_end or is_full,
                 may_stop=num_tokens > self.params.min_tokens,
             )
-            if stop is not None:
-                self.finish("stop", stop)
-                return True
-        if is_end:
+        if stop is not None:
+            self.finish("stop", stop)
+        elif is_end:
             self.finish("stop", self.end_ids[token_id])
-            return True
-        if is_full:
+        elif is_full:
             self.finish("length")
-            return True
-        return False
+        return self.is_finished
 
     def _keep_logprobs(self, logprobs: TokenLogprobs) -> None:
         """Keep as many as this request asks for; another one of the step may ask for more."""
@@ -191,10 +187,9 @@ class Sequence:
     )
 
     def __getstate__(self) -> tuple[object, ...]:
-        values = [getattr(self, name) for name in self._SENT]
-        return (*values, self.scheduled_token_ids)
+        return (*(getattr(self, name) for name in self._SENT), self.scheduled_token_ids)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         *values, self.token_ids = state
         for name, value in zip(self._SENT, values, strict=True):
             setattr(self, name, value)

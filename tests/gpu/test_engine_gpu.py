@@ -195,7 +195,7 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
         assert llm._max_pending == 1 and bool(llm.model_runner.graphs.sizes) != eager
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))  # now with prefix hits
-        assert llm.scheduler.num_preemptions == 0
+        assert llm.scheduler.counters["preemptions"] == 0
     finally:
         llm.exit()
 
@@ -235,7 +235,7 @@ def test_however_the_work_is_cut(
     try:
         for _ in range(2):
             check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))
-        assert (llm.scheduler.num_preemptions > 2) == ("num_kvcache_blocks" in options)
+        assert (llm.scheduler.counters["preemptions"] > 2) == ("num_kvcache_blocks" in options)
         assert any(record_hits()) == options.get("enable_prefix_caching", True)
     finally:
         llm.exit()
