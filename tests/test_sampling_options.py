@@ -445,13 +445,13 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
         filters=filters([3] * 5, [0.9] * 5, [0.1] * 5),
         penalties=penalties_of(STRENGTHS),
         counts=new_counts(VOCAB, HISTORIES),
-        rows=torch.arange(1, 6, device=DEVICE),
-        bias=(
+        count_rows=torch.arange(1, 6, device=DEVICE),
+        bias=LogitBias(
             torch.tensor([4], device=DEVICE),
             torch.tensor([17], device=DEVICE),
             torch.tensor([100.0], device=DEVICE),
         ),
-        logprobs=(torch.tensor([4, 1, 2], device=DEVICE), num_top),
+        logprobs=LogprobRequest(torch.tensor([4, 1, 2], device=DEVICE), num_top),
     )
     tokens, logprobs = sample(logits, torch.full((5,), 0.7, device=DEVICE), extras)
     ids, values = logprobs

@@ -7,7 +7,8 @@ from nanovllm.quantization.weight_format import GATED
 class SiluGateUpLinear(MergedColumnParallelLinear):
     """`silu(x W_gate^T) * (x W_up^T)`, of x `[n, in]`: `[n, out / tp]`.
 
-    The two matrices, `[output_size, input_size]` over all ranks, are stacked for one GEMM. For a single token the activation is a part of it.
+    The two matrices, `[output_size, input_size]` each over all ranks, are stacked for one GEMM. For
+    a single token the activation is a part of it.
     """
 
     packed_modules_mapping = {"gate_proj": 0, "up_proj": 1}

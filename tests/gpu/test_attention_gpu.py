@@ -268,7 +268,7 @@ def check_prefill(
 ):
     """`lengths`: (new, all) tokens of each sequence; with a block_size, all keys come from the
     cache."""
-    q_lens, k_lens = zip(*lengths)
+    q_lens, k_lens = zip(*lengths, strict=True)
     scale = head_dim**-0.5
     qkv = randn(sum(q_lens), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
