@@ -33,11 +33,8 @@ class LLM(LLMEngine):
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's
         chat template. Returns and raises what `generate` does, and ValueError without a template.
         """
-        options = {
-            "add_generation_prompt": True,
-            **(chat_template_kwargs or {}),
-            **template_options,
-        }
+        options: dict[str, Any] = {"add_generation_prompt": True}
+        options.update(chat_template_kwargs or {}, **template_options)
         options["return_dict"] = False  # `generate` takes lists of token ids
         template = options.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
         if self.tokenizer is None or not template:

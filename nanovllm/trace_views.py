@@ -30,7 +30,11 @@ REQUESTS = 2
 
 
 def summary(trace: Trace) -> dict[str, float]:
-    """Print and return figures; see `Trace.summary`."""
+    """Print and return figures of the steps and of the requests that finished.
+
+    `ttft` is the time from being queued to the first token, `tpot` the time for each token after
+    the first; of both there are the mean and the 50th and 99th percentile, in ms.
+    """
     finished = [seq for seq in trace.requests.values() if seq.first_token_at and seq.finished_at]
     figures = {
         "requests_finished": len(finished),

@@ -17,10 +17,6 @@ from typing import Any
 HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this frame
 
 
-def do_nothing() -> None:
-    """What `on_death` and `on_close` are when there is nothing to do."""
-
-
 class Channel:
     """Shared memory that rank 0 writes and every worker reads, and the workers' processes.
 
@@ -48,8 +44,8 @@ class Channel:
         # A call of the user's and the thread of `watch` may both find a dead worker. The lock is
         # held by the one that deals with it, and guards `processes`, `is_closing` and `failure`.
         self.lock = threading.RLock()
-        self.on_death: Callable[[], None] = do_nothing  # ends what this rank's GPU is waiting for
-        self.on_close: Callable[[], None] = do_nothing  # called before the memory is freed
+        self.on_death: Callable[[], None] = lambda: None  # ends what this rank's GPU waits for
+        self.on_close: Callable[[], None] = lambda: None  # called before the memory is freed
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker needs no handles of its siblings, and locks cannot be sent.
@@ -170,8 +166,8 @@ class Channel:
             self.on_close()
             # They are methods of the model runner, which refers to this channel: a reference cycle,
             # which would keep the runner until Python's cycle collector comes round.
-            self.on_death = do_nothing
-            self.on_close = do_nothing
+            self.on_death = lambda: None
+            self.on_close = lambda: None
             for memory in (self.memory, self.words):
                 memory.close()
                 memory.unlink()

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -90,8 +90,6 @@ class LLMEngine:
         """What a request without parameters gets: what generation_config.json recommends."""
         return self._inputs.default_params()
 
-    # --- requests ---------------------------------------------------------------------------------
-
     def generate(
         self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[Result]:
@@ -169,8 +167,6 @@ class LLMEngine:
             self._requests[seqs[0].request_id] = seqs
         return seqs
 
-    # --- the loop ---------------------------------------------------------------------------------
-
     def is_finished(self) -> bool:
         """Whether no request is queued or running, and no result waits for `step` to report it."""
         return not self._has_work() and not self._results
@@ -197,7 +193,7 @@ class LLMEngine:
         self._check_alive()
         if not self._has_work():
             return None
-        start = time.perf_counter()
+        start = time.perf_counter()  # for a trace
         try:
             self._launch_ahead()
             step, finished = self._complete_oldest(start)
@@ -209,35 +205,28 @@ class LLMEngine:
 
     def _launch_ahead(self) -> None:
         """Launch steps until `_max_pending` of them are queued behind the oldest."""
+        model_runner = self._check_alive()
         while len(self._pending) <= self._max_pending:
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
             if self._trace is not None:
                 self._trace.scheduled(step, self.scheduler)
-            self._pending.append((step, self._launch(step)))
-
-    def _launch(self, step: Step) -> PendingTokens:
-        model_runner = self._check_alive()
-        if self._channel is None:
-            return model_runner.launch(step)
-        # Ctrl-C would stop this rank half-way and none of the others, and they would wait for it in
-        # a collective for ever. So it waits until the launch is done.
-        with uninterrupted():
-            return model_runner.launch(step)
+            # Ctrl-C would stop this rank half-way and none of the others, and they would wait for
+            # it in a collective for ever. So it waits until the launch is done.
+            with nullcontext() if self._channel is None else uninterrupted():
+                tokens = model_runner.launch(step)
+            self._pending.append((step, tokens))
 
     def _complete_oldest(self, start: float) -> tuple[Step, list[Sequence]]:
-        """Append the tokens of the oldest step; returns it and the sequences that it ended.
-
-        `start`, in seconds of `perf_counter`: when the call of `_advance` began, for a trace.
-        """
-        step, pending_tokens = self._pending.popleft()
-        token_ids, logprobs = pending_tokens.wait()
+        """Append the tokens of the oldest step; returns it and the sequences that it ended."""
+        step, tokens = self._pending.popleft()
+        token_ids, logprobs = tokens.wait()
         if self._channel is not None:
             self._channel.check_workers()  # if a rank has died, the tokens are garbage
         finished = self.scheduler.postprocess(step, token_ids, logprobs)
         if self._trace is not None:
-            self._trace.completed(step, pending_tokens, finished, start)
+            self._trace.completed(step, tokens, finished, start)
         return step, finished
 
     def _post_results(self, finished: list[Sequence]) -> None:
@@ -267,8 +256,6 @@ class LLMEngine:
             self.exit()
         if failure is not None:
             raise failure from error
-
-    # --- observation ------------------------------------------------------------------------------
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:

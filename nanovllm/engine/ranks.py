@@ -1,7 +1,4 @@
-"""The worker processes of tensor parallelism: how they start, what follows a fault, how they end.
-
-Rank 0 lives in the user's process; every other rank is a worker, which executes rank 0's commands.
-"""
+"""The worker processes of tensor parallelism: how they start, what a fault does, how they end."""
 
 import multiprocessing
 import os
@@ -57,8 +54,7 @@ def start_ranks(config: Config) -> ModelRunner:
 def start_workers(config: Config, channel: Channel, port: int) -> None:
     """Start ranks 1, 2, ... and wait until they are up; RuntimeError if one dies before it is.
 
-    `port` is the store's. The first collective would be too late to find out: rank 0 would already
-    be waiting in it.
+    The first collective would be too late to find out: rank 0 would already be waiting in it.
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     for rank in range(1, config.tensor_parallel_size):
@@ -101,16 +97,13 @@ def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
 
     1. A worker that raises puts its traceback into `channel.errors` and exits. One that is killed,
        or that crashes, exits without a word. The other ranks wait for it in their next collective.
-    2. Rank 0 finds out, by whichever of these comes first: the thread of `Channel.watch` sees the
-       process end; `Channel.check_workers`, called after each step and while a command waits to be
-       sent, sees it; or a collective raises, as gloo does when a peer is gone. A fault of rank 0's
-       own is an exception in a step, too.
-    3. Whoever found out calls `Channel.kill`, the main thread by way of this function, from
-       `LLMEngine._fail`. Under the channel's lock, and once: all workers are killed, and after them
-       `on_death` ends what rank 0's own GPU is waiting for.
-    4. That wakes the main thread, if it was the other one and is waiting for the GPU. What it then
-       has for tokens is garbage, but `check_workers` raises before anybody sees it. So it comes to
-       step 3 as well, and is told the cause.
+    2. Rank 0 finds out by whichever comes first: the thread of `Channel.watch`; `check_workers`,
+       called after each step and while a command waits to be sent; or a collective that raises, as
+       gloo's do when a peer is gone. A fault of rank 0's own is an exception in a step, too.
+    3. Whoever found out calls `Channel.kill`, the main thread from here. Under the channel's lock,
+       and once: all workers are killed, then `on_death` ends what rank 0's GPU is waiting for.
+    4. That wakes the main thread, if it is waiting for the GPU. The tokens it gets are garbage, but
+       `check_workers` raises before anybody sees them, and so it learns the cause in step 3.
     5. `LLMEngine.exit` calls `shut_down`, which frees rank 0's memory and the channel's, and the
        user's call raises the worker's traceback. The engine cannot be used again.
 

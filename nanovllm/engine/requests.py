@@ -1,15 +1,10 @@
-"""From what the user passes to Sequences: checks, tokenizer, defaults, seeds.
-
-All prompts of a call are checked before a sequence is made of the first, so a call with one wrong
-prompt raises before it has queued anything.
-"""
+"""From what the user passes to Sequences: checks, tokenizer, defaults, seeds."""
 
 import random
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -27,15 +22,8 @@ Params = SamplingParams | SequenceOf[SamplingParams] | None
 # and dicts are not meant to have an order.
 NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
 
-# Keys of generation_config.json, and the fields of SamplingParams that they recommend a value for.
-RECOMMENDED = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+# Fields of SamplingParams that generation_config.json may recommend values for.
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +47,7 @@ class InputProcessor:
         self.seeds = random.Random(config.seed)  # for the requests that bring none
 
     def find_eos(self) -> tuple[int, ...]:
-        """Collect the token ids that end a sequence.
-
-        generation_config.json, tokenizer and config.json each may name one, or a list of them, as
-        `eos_token_id`; all of them count.
-        """
+        """Collect the token ids that end a sequence: the model's files may name several."""
         named = [
             self.generation_config.get("eos_token_id"),
             getattr(self.tokenizer, "eos_token_id", None),
@@ -79,10 +63,9 @@ class InputProcessor:
 
     def default_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; a ValueError if that is invalid."""
-        options: dict[str, Any] = {}
-        for key, name in RECOMMENDED.items():
-            if self.generation_config.get(key) is not None:
-                options[name] = self.generation_config[key]
+        recommended = dict(self.generation_config)
+        recommended["max_tokens"] = recommended.get("max_new_tokens")  # its name in that file
+        options = {key: recommended[key] for key in RECOMMENDED if recommended.get(key) is not None}
         if self.generation_config.get("do_sample") is False:
             options["temperature"] = 0
         try:
@@ -93,7 +76,7 @@ class InputProcessor:
             ) from error
 
     def check(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
-        """Check and encode all prompts, and check their parameters.
+        """Check and encode all prompts, and check their parameters, before any of them is queued.
 
         Raises a TypeError or ValueError that names the first wrong prompt by its index.
         """
@@ -137,16 +120,20 @@ class InputProcessor:
                 raise ValueError(
                     f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
                 ) from error
-        if isinstance(prompt, NEVER_A_PROMPT):
-            raise not_a_prompt(index, prompt)
-        try:
-            return array("q", prompt)
-        except OverflowError as error:  # more than 64 bits
-            raise ValueError(
-                f"prompt {index} has a token id far outside the vocabulary: {error}"
-            ) from None
-        except Exception as error:  # no iterable, or not of integers
-            raise not_a_prompt(index, prompt) from error
+        cause: Exception | None = None
+        if not isinstance(prompt, NEVER_A_PROMPT):
+            try:
+                return array("q", prompt)
+            except OverflowError as error:  # more than 64 bits
+                raise ValueError(
+                    f"prompt {index} has a token id far outside the vocabulary: {error}"
+                ) from None
+            except Exception as error:  # no iterable, or not of integers
+                cause = error
+        raise TypeError(
+            f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
+            f"passed as a list of one list), not {prompt!r:.60}"
+        ) from cause
 
     def _check_token_ids(self, index: int, token_ids: "array[int]", params: SamplingParams) -> None:
         """Check the prompt's length and token ids, and the token ids that its parameters name."""
@@ -191,14 +178,6 @@ class InputProcessor:
             return [seed]
         others = random.Random(seed)
         return [seed, *(others.getrandbits(63) for _ in range(params.n - 1))]
-
-
-def not_a_prompt(index: int, prompt: object) -> TypeError:
-    """The error for a prompt of the wrong type."""
-    return TypeError(
-        f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
-        f"passed as a list of one list), not {prompt!r:.60}"
-    )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

@@ -15,13 +15,7 @@ from nanovllm.layers.sampler import LogitBias, LogprobRequest, SamplingExtras, s
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
 NEUTRAL = SamplerNumbers()  # numbers that change nothing
-PLAIN = SamplingOptions(
-    params=SamplingParams(),
-    min_length=0,
-    end_ids=(),
-    penalized_prompt_ids=[],
-    penalized_completion_ids=[],
-)
+PLAIN = SamplingOptions(SamplingParams())
 
 
 class SamplingTable:
@@ -73,24 +67,19 @@ class SamplingTable:
             set_counts(self.counts, row, options.penalized_prompt_ids, completion_ids)
 
     def build(self, table_rows: np.ndarray, lengths: np.ndarray) -> SamplingExtras | None:
-        """Return the extras of a step, or None if it needs none.
-
-        table_rows, lengths: `[n]`, the sequences' rows, and how many of their tokens are computed.
-        """
+        """The extras of sequences with these rows and computed tokens, `[n]` each; or None."""
         min_lengths = self.min_lengths[table_rows]
         if not min_lengths.any():
             return None
-        may_not_end = lengths < min_lengths
-        key = (table_rows.tobytes(), may_not_end.tobytes())
+        too_short = lengths < min_lengths  # to end yet
+        key = (table_rows.tobytes(), too_short.tobytes())
         if key != self._last_key:
             self._last_key = key
-            self._last_extras = self._make_extras(table_rows, may_not_end)
+            self._last_extras = self._make_extras(table_rows, too_short)
         return self._last_extras
 
-    def _make_extras(
-        self, table_rows: np.ndarray, may_not_end: np.ndarray
-    ) -> SamplingExtras | None:
-        bias = self._make_bias(table_rows, may_not_end)
+    def _make_extras(self, table_rows: np.ndarray, too_short: np.ndarray) -> SamplingExtras | None:
+        bias = self._make_bias(table_rows, too_short)
         logprobs = self._make_logprob_request(table_rows)
         numbers = self.numbers[table_rows]
         is_changed = SamplerNumbers(*(numbers != np.array(NEUTRAL)).any(axis=0))
@@ -110,7 +99,7 @@ class SamplingTable:
         count_rows = self.to_device(table_rows, np.int64)
         return replace(extras, penalties=penalties, counts=self.counts, count_rows=count_rows)
 
-    def _make_bias(self, table_rows: np.ndarray, may_not_end: np.ndarray) -> LogitBias | None:
+    def _make_bias(self, table_rows: np.ndarray, too_short: np.ndarray) -> LogitBias | None:
         """The requests' own biases, and minus infinity for ends that would come too early."""
         rows: list[int] = []
         token_ids: list[int] = []
@@ -121,7 +110,7 @@ class SamplingTable:
             rows += [index] * len(bias)
             token_ids += bias.keys()
             values += bias.values()
-            if may_not_end[index]:
+            if too_short[index]:
                 rows += [index] * len(options.end_ids)
                 token_ids += options.end_ids
                 values += [-inf] * len(options.end_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
@@ -28,10 +28,11 @@ class SamplingOptions:
     """What a sequence asks of the sampler beyond temperature and seed."""
 
     params: SamplingParams
-    min_length: int  # no id of `end_ids` may be drawn while prompt and completion are shorter
-    end_ids: tuple[int, ...]
-    penalized_prompt_ids: list[int]  # the prompt; empty without penalties
-    penalized_completion_ids: list[int]  # the completion so far; empty without penalties
+    min_length: int = 0  # no id of `end_ids` may be drawn while prompt and completion are shorter
+    end_ids: tuple[int, ...] = ()
+    # The prompt, and the completion so far; both are empty without penalties.
+    penalized_prompt_ids: list[int] = field(default_factory=list)
+    penalized_completion_ids: list[int] = field(default_factory=list)
 
 
 class Sequence:
@@ -134,13 +135,14 @@ class Sequence:
         )
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> bool:
-        """Add a sampled token; returns whether the sequence ends with it.
-
-        `logprobs`, of the token and of the likeliest ones, are given if the request asks for them.
-        """
+        """Add a sampled token, with logprobs if asked for; returns whether it is the last."""
         self.token_ids.append(token_id)
         if logprobs is not None:
-            self._keep_logprobs(logprobs)
+            assert self.logprobs is not None and self.params.logprobs is not None
+            # The sampled token, then the likeliest ones. Another request may have asked for more.
+            num_kept = 1 + self.params.logprobs
+            pairs = zip(logprobs.token_ids[:num_kept], logprobs.values[:num_kept], strict=True)
+            self.logprobs.append(dict(pairs))
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_end = token_id in self.end_ids and num_tokens > self.params.min_tokens
         is_full = num_tokens == self.max_tokens
@@ -159,13 +161,6 @@ class Sequence:
         elif is_full:
             self.finish("length")
         return self.is_finished
-
-    def _keep_logprobs(self, logprobs: TokenLogprobs) -> None:
-        """Keep as many as this request asks for; another one of the step may ask for more."""
-        assert self.logprobs is not None and self.params.logprobs is not None
-        num_kept = 1 + self.params.logprobs  # the sampled token, then the likeliest ones
-        pairs = zip(logprobs.token_ids[:num_kept], logprobs.values[:num_kept], strict=True)
-        self.logprobs.append(dict(pairs))
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
         """End it; a token that is still under way will be dropped."""

@@ -4,12 +4,8 @@ The engine calls `Trace.scheduled` and `Trace.completed`. What they record, trac
 figures, as a picture, and in a file for the trace viewer Perfetto.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +13,6 @@ from nanovllm import trace_views
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(slots=True)
@@ -102,11 +95,7 @@ class Trace:
     def completed(
         self, step: Step, tokens: PendingTokens, finished: list[Sequence], start: float
     ) -> None:
-        """Record the end of a step, of which the engine knows the tokens now.
-
-        `finished` are the sequences that it ended; `start`, in seconds of `perf_counter`, is when
-        the call of `LLM.step` began that is about to return.
-        """
+        """Record the end of a step and of its `finished` sequences; `start` as in StepRecord."""
         launch = self._launches.pop(id(step), None)
         if launch is None:
             return  # it was launched before the trace began
@@ -126,22 +115,8 @@ class Trace:
         for seq in finished:
             seq.finished_at = record.end
 
-    def summary(self) -> dict[str, float]:
-        """Print and return figures of the steps and of the requests that finished.
-
-        `ttft` is the time from being queued to the first token, `tpot` the time for each token
-        after the first; of both there are the mean and the 50th and 99th percentile, in ms.
-        """
-        return trace_views.summary(self)
-
-    def events(self) -> list[trace_views.Event]:
-        """Return what `save` writes; see `trace_views.events`."""
-        return trace_views.events(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write Chrome trace-event JSON, which ui.perfetto.dev opens."""
-        trace_views.save(self, path)
-
-    def plot(self) -> Figure:
-        """Draw the requests, one row each, above the use of the cache (needs extra `notebook`)."""
-        return trace_views.plot(self)
+    # Views of what was recorded: `trace.summary()`, `trace.save("trace.json")` and so on.
+    summary = trace_views.summary
+    events = trace_views.events
+    save = trace_views.save
+    plot = trace_views.plot
