@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def flash_attention_version() -> str | None:
 
 
 @lru_cache
-def _functions() -> tuple[Callable, Callable | None]:
+def _functions() -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     """The package's function for many queries a sequence and, in 2.x only, the one for decode."""
     if flash_attention_version() == "4":
         # The package's compiler warns about the package's own code.
