@@ -24,56 +24,35 @@ class Config:
 
     After construction nothing is "auto": every field holds what the engine uses. The annotations
     are those of that time: `hf_config` may be given as None, and `dtype` as a string.
-
-    Attributes:
-        model: A directory in Hugging Face format, or a hub id (the local cache is tried first).
-            Afterwards the directory.
-        max_num_batched_tokens: Most tokens that a prefill step computes; a longer prompt is
-            computed in chunks.
-        max_num_seqs: Most sequences that run at once.
-        max_model_len: Most tokens of a sequence, prompt and completion together. A model whose
-            `max_position_embeddings` is smaller lowers it to that.
-        gpu_memory_utilization: Share of the GPU's memory that may be in use, by this engine and by
-            whatever else runs there.
-        tensor_parallel_size: Number of ranks (GPUs) that the model is split over.
-        enforce_eager: Whether decode steps run without CUDA graphs.
-        kvcache_block_size: Token slots of a block of the KV cache.
-        num_kvcache_blocks: Blocks of the KV cache. -1: as many as the GPU's memory has room for
-            beside the weights; on a CPU, up to 2 GiB.
-        hf_config: The model's configuration. None: read from `model`.
-        eos: Id or ids that end a sequence. -1: those that generation_config.json, the tokenizer and
-            the model's configuration name.
-        device: "cuda" or "cpu". "auto": CUDA if there is any, else the CPU.
-        dtype: Of weights, activations and KV cache: a torch.dtype or its name. "auto": as the
-            checkpoint says (bfloat16 if it says nothing); on a CPU float32.
-        attention_backend: Whose attention kernels are used; "flash_attn+triton" prefills with the
-            first and decodes with the second. "auto": the fastest that is there. The model runner
-            puts its choice here.
-        load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no
-            weight files.
-        enable_prefix_caching: Whether prompts that begin alike share blocks of the KV cache.
-        seed: From it come the seeds of requests that bring none, and dummy weights.
-        architectures: The names of the architectures that there is code for; a model of another one
-            is an error. Only read at construction. Empty: not checked.
     """
 
-    model: str
+    model: str  # a directory in Hugging Face format, or a hub id; afterwards the directory
+    # Most tokens that a prefill step computes; a longer prompt is computed in chunks.
     max_num_batched_tokens: Annotated[int, Range(1)] = 16384
-    max_num_seqs: Annotated[int, Range(1)] = 512
+    max_num_seqs: Annotated[int, Range(1)] = 512  # most sequences that run at once
+    # Most tokens of a prompt with its completion; lowered to the model's `max_position_embeddings`.
     max_model_len: Annotated[int, Range(1)] = 4096
+    # Share of the GPU's memory that may be in use, by this engine and by whatever else runs there.
     gpu_memory_utilization: Annotated[float, Range(ABOVE_0, 1)] = 0.9
-    tensor_parallel_size: Annotated[int, Range(1, 8)] = 1
-    enforce_eager: bool = False
-    kvcache_block_size: Annotated[int, Range(1)] = 256
+    tensor_parallel_size: Annotated[int, Range(1, 8)] = 1  # ranks (GPUs) the model is split over
+    enforce_eager: bool = False  # whether decode steps run without CUDA graphs
+    kvcache_block_size: Annotated[int, Range(1)] = 256  # token slots of a block of the KV cache
+    # Blocks of the KV cache. -1: as many as fit beside the weights; on a CPU, up to 2 GiB of them.
     num_kvcache_blocks: Annotated[int, Range(-1)] = -1
-    hf_config: PretrainedConfig = None  # type: ignore[assignment]
+    hf_config: PretrainedConfig = None  # type: ignore[assignment]  # None: read from `model`
+    # Id or ids that end a sequence. -1: those of generation_config.json, tokenizer and config.json.
     eos: tuple[int, ...] | int = -1
-    device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"
+    device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"  # "auto": CUDA if there is any
+    # Of weights, activations and KV cache. "auto": the checkpoint's, or bfloat16; on a CPU float32.
     dtype: Annotated[torch.dtype, DTYPES] = "auto"  # type: ignore[assignment]
+    # Whose attention kernels are used; "flash_attn+triton" prefills with the first and decodes with
+    # the second. "auto": the fastest that is there. The model runner puts its choice here.
     attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
+    # "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no weight files.
     load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
-    enable_prefix_caching: bool = True
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of requests that bring none; of dummy weights
+    # The architectures that there is code for; a model of another one is an error. (): any will do.
     architectures: InitVar[Collection[str]] = ()
 
     @classmethod
@@ -93,7 +72,8 @@ class Config:
 
     def __post_init__(self, architectures: Collection[str]) -> None:
         if isinstance(self.dtype, torch.dtype):
-            self.dtype = dtype_name(self.dtype)  # type: ignore[assignment]  # as it is checked
+            # As config.json has it, "bfloat16" for torch.bfloat16, because strings are checked.
+            self.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[assignment]
         check_fields(self)
         self._choose_device()
         self._find_model(architectures)
@@ -104,16 +84,13 @@ class Config:
             self.check_kvcache(self.num_kvcache_blocks)
 
     def _choose_device(self) -> None:
-        """Settle `device`, and see to it that there are GPUs enough."""
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device != "cuda":
-            return
-        num_gpus = torch.cuda.device_count()
-        if num_gpus < self.tensor_parallel_size:
+        if self.device == "cuda" and torch.cuda.device_count() < self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size {self.tensor_parallel_size} with device 'cuda' needs as "
-                f"many GPUs, and {num_gpus} can be seen; lower it or pass device='cpu'"
+                f"many GPUs, and {torch.cuda.device_count()} can be seen; lower it or pass "
+                "device='cpu'"
             )
 
     def _find_model(self, architectures: Collection[str]) -> None:
@@ -130,7 +107,6 @@ class Config:
         check_architecture(self.hf_config.architectures, "hf_config", architectures)
 
     def _check_eos(self) -> None:
-        """Raise unless `eos` is -1 or holds token ids of the model's vocabulary."""
         if self.eos == -1:
             return
         if isinstance(self.eos, list):
@@ -140,18 +116,14 @@ class Config:
             check_value("an eos id", token_id, int, Range(0, self.hf_config.vocab_size - 1))
 
     def _choose_dtype(self) -> None:
-        """Turn the name in `dtype` into a torch.dtype."""
         name = str(self.dtype)
-        if name == "auto" and self.device == "cpu":
-            name = "float32"
-        elif name == "auto":
-            name = stored_dtype(self.hf_config)
+        if name == "auto":
+            name = "float32" if self.device == "cpu" else stored_dtype(self.hf_config)
         self.dtype = getattr(torch, name)
 
     def check_kvcache(self, num_blocks: int) -> None:
-        """Raise a ValueError unless so many blocks hold a sequence of max_model_len.
-
-        They must, for any request to be able to finish, even alone.
+        """Raise a ValueError unless so many blocks hold a sequence of max_model_len, as they must
+        for any request to be able to finish, even alone.
         """
         needed = -(-self.max_model_len // self.kvcache_block_size)
         if num_blocks < needed:
@@ -164,9 +136,8 @@ class Config:
 
 
 def resolve_model(model: str, needs_weights: bool) -> str:
-    """The local directory of `model`: itself, or that of a hub id, downloaded if need be.
-
-    Raises a TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
+    """The local directory of `model`: itself, or that of a hub id, downloaded if need be. Raises a
+    TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a path or a hub id, not {model!r}")
@@ -175,16 +146,13 @@ def resolve_model(model: str, needs_weights: bool) -> str:
         return str(path)
     from huggingface_hub import snapshot_download  # here, because most runs never need it
 
-    needed = ["config.json"]
-    if needs_weights:
-        needed.append("*.safetensors")
+    needed = ["config.json", "*.safetensors"] if needs_weights else ["config.json"]
     patterns = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
     download = partial(snapshot_download, repo_id=str(model), allow_patterns=patterns)
     try:
         with suppress(FileNotFoundError):  # the cache holds nothing of this id
             path = Path(download(local_files_only=True))
-            is_complete = all(any(path.glob(pattern)) for pattern in needed)
-            if is_complete:
+            if all(any(path.glob(pattern)) for pattern in needed):
                 return str(path)
         return download()  # only what the cache lacks
     except (OSError, ValueError) as error:  # the hub's own exceptions are of these
@@ -224,9 +192,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
-    """Raise a ValueError unless the first of `names` is in `supported`, or that is empty.
-
-    `names` is what `source` has under "architectures": in a file that may be anything.
+    """Raise a ValueError unless the first of `names`, which is what `source` has under
+    "architectures" (in a file that may be anything), is in `supported`, or that is empty.
     """
     name = names[0] if isinstance(names, list) and names else names
     if supported and name not in list(supported):  # a list, because `name` may not be hashable
@@ -239,9 +206,4 @@ def stored_dtype(hf_config: PretrainedConfig) -> str:
     """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
     # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
     stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
-    return dtype_name(stored or "bfloat16")
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """The name of a dtype as config.json has it: "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
+    return str(stored or "bfloat16").removeprefix("torch.")

@@ -10,10 +10,7 @@ GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them ov
 
 
 class SamplerNumbers(NamedTuple):
-    """The numbers of a request that the sampler needs besides temperature and seed.
-
-    They mean what the fields of `SamplingParams` of these names mean; the defaults change nothing.
-    """
+    """What the sampler needs besides temperature and seed; the defaults change nothing."""
 
     top_k: float = 0  # 0: off
     top_p: float = 1
@@ -25,58 +22,40 @@ class SamplerNumbers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Options of one request; a wrong one is a TypeError or ValueError that names the value.
+    """Options of one request; a wrong one is a TypeError or ValueError that names the value."""
 
-    Attributes:
-        temperature: Divisor of the logits. 1: the model's own probabilities. Below 1 likely tokens
-            become likelier still; 0 is greedy, which takes the likeliest.
-        max_tokens: Most tokens to generate. None: as many as the engine's `max_model_len` leaves
-            room for.
-        ignore_eos: Whether to go on after an end-of-sequence token, as benchmarks do.
-        seed: Of the random draws: with the same seed a request gets the same tokens. None: one that
-            follows from the engine's seed and the order of the requests.
-        n: Number of completions of the prompt, each with a seed of its own.
-        top_k: Draw among this many of the likeliest tokens. 0 or -1: among all.
-        top_p: Draw among the fewest likeliest tokens that together have this probability. 1: among
-            all.
-        min_p: Leave out tokens whose probability is less than this share of the likeliest one's. 0:
-            none.
-        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens
-            that are in the prompt or the completion: above 1 they become less likely. 1: off.
-        presence_penalty: Subtracted from the logits of tokens that are in the completion. 0: off.
-        frequency_penalty: Subtracted from them once for each time they are in the completion. 0:
-            off.
-        logit_bias: Token id -> what is added to its logit, -100 to 100. None: nothing.
-        min_tokens: Until the completion has this many tokens, only `max_tokens` or `max_model_len`
-            ends it, and tokens that would end it are not drawn. 0: it may end at once.
-        stop: Strings, or one, that end the text, which is cut before them. None: none. Kept as a
-            tuple.
-        stop_token_ids: Token ids that end the completion. None: none, besides the model's
-            end-of-sequence tokens. Kept as a tuple.
-        include_stop_str_in_output: Whether the text keeps the stop string (or token) that ended it.
-        logprobs: Return the log-probabilities of each sampled token and of this many likeliest
-            ones. None: none.
-        skip_special_tokens: Whether special tokens are left out of the text.
-    """
-
+    # Divisor of the logits. 1: the model's own probabilities. Below 1 likely tokens become likelier
+    # still; 0 is greedy, which takes the likeliest.
     temperature: Annotated[float, Range(0, 10**6)] = 1.0
-    max_tokens: Annotated[int | None, Range(1)] = 64
-    ignore_eos: bool = False
+    max_tokens: Annotated[int | None, Range(1)] = 64  # None: up to the engine's `max_model_len`
+    ignore_eos: bool = False  # whether to go on after an end-of-sequence token, as benchmarks do
+    # Of the random draws: with the same seed a request gets the same tokens. None: one that follows
+    # from the engine's seed and the order of the requests.
     seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
-    n: Annotated[int, Range(1)] = 1
-    top_k: Annotated[int, Range(-1, 2**24)] = 0
+    n: Annotated[int, Range(1)] = 1  # completions of the prompt, each with a seed of its own
+    top_k: Annotated[int, Range(-1, 2**24)] = 0  # draw among so many likeliest; 0 or -1: among all
+    # Draw among the fewest likeliest tokens that together have this probability. 1: among all.
     top_p: Annotated[float, Range(ABOVE_0, 1)] = 1.0
+    # Leave out tokens whose probability is less than this share of the likeliest one's. 0: none.
     min_p: Annotated[float, Range(0, 1)] = 0.0
+    # Divides the positive logits, and multiplies the negative ones, of tokens that are in the
+    # prompt or the completion: above 1 they become less likely. 1: off.
     repetition_penalty: Annotated[float, Range(ABOVE_0, 10**6)] = 1.0
+    # Subtracted from the logits of tokens that are in the completion. 0: off.
     presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
-    frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0
-    logit_bias: dict[int, float] | None = None
+    frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0  # the same for each time they occur
+    logit_bias: dict[int, float] | None = None  # token id -> addend of its logit, -100 to 100
+    # Until the completion has this many tokens, only `max_tokens` or `max_model_len` ends it, and
+    # tokens that would end it are not drawn. 0: it may end at once.
     min_tokens: Annotated[int, Range(0)] = 0
+    # Strings, or one, that end the text, which is cut before them. None: none. Kept as a tuple.
     stop: str | SequenceOf[str] | None = None
+    # Token ids that end the completion, besides the model's end-of-sequence ids. Kept as a tuple.
     stop_token_ids: SequenceOf[int] | None = None
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: bool = False  # whether the text keeps the stop string (or token)
+    # Return log-probabilities: of each sampled token and of this many likeliest ones. None: none.
     logprobs: Annotated[int | None, Range(0, 20)] = None
-    skip_special_tokens: bool = True
+    skip_special_tokens: bool = True  # whether special tokens are left out of the text
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -97,7 +76,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if "" in (self.stop or ()):
             raise ValueError(f"stop must hold strings of at least one character, not {stop!r}")
-        check_logit_bias(self.logit_bias)
+        if self.logit_bias is not None:
+            check_logit_bias(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -107,13 +87,7 @@ class SamplingParams:
     @property
     def sampler_numbers(self) -> SamplerNumbers:
         """The sampler's numbers, with those filters off that would change nothing."""
-        if self.is_greedy:  # no filter ever leaves out the likeliest token
-            return SamplerNumbers(
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-            )
-        return SamplerNumbers(
+        numbers = SamplerNumbers(
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
             min_p=self.min_p,
@@ -121,15 +95,14 @@ class SamplingParams:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
         )
+        if self.is_greedy:  # no filter ever leaves out the likeliest token
+            return numbers._replace(top_k=0, top_p=1, min_p=0)
+        return numbers
 
     @property
     def has_penalties(self) -> bool:
         """Whether the sampler has to know which tokens the sequence holds already."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def is_plain(self) -> bool:
@@ -153,9 +126,7 @@ def checked_tuple(name: str, values: Any, kind: type) -> tuple[Any, ...]:
 
 
 def check_logit_bias(logit_bias: Any) -> None:
-    """Raise unless it is None or a dict of token ids (at least 0) and numbers from -100 to 100."""
-    if logit_bias is None:
-        return
+    """Raise unless it is a dict of token ids (at least 0) and numbers from -100 to 100."""
     if not isinstance(logit_bias, dict):
         raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {logit_bias!r}")
     for token_id, bias in logit_bias.items():

@@ -30,16 +30,12 @@ class StepInputs:
     """
 
     is_prefill: bool = False  # prompts, or chunks of them; else one token of each sequence
-    input_ids: Tensor | None = (
-        None  # [num_tokens] int64; None in decode: what the last step sampled
-    )
+    input_ids: Tensor | None = None  # [num_tokens] int64; None in decode: the last step's samples
     positions: Tensor | None = None  # [num_tokens] int64, of each token in its sequence
-    slot_mapping: Tensor | None = None  # [num_tokens] int32: where the K and V of each token go;
-    # -1: nowhere. None before there is a cache.
+    # [num_tokens] int32: where the K and V of each token go; -1: nowhere. None: there is no cache.
+    slot_mapping: Tensor | None = None
     attention: PrefillPlan | DecodePlan | None = None  # what the attention backend has prepared
-    last_token_rows: Tensor | None = (
-        None  # [n] int32, prefill: the row of each sequence's last token
-    )
+    last_token_rows: Tensor | None = None  # [n] int32, in prefill: row of a sequence's last token
 
     # Sampling: [n] each. A sequence has a row in the model runner's tables while it is admitted.
     table_rows: Tensor | None = None  # int64

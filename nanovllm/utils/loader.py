@@ -1,8 +1,8 @@
 """From safetensors files to the model's parameters."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +11,32 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where a checkpoint tensor goes."""
-
-    param: nn.Parameter
-    shard_id: Any = None  # which of the tensors that the parameter merges; None: it merges none
-
-    def load(self, loaded: Any) -> None:
-        """Have the parameter copy what it needs of a tensor, or of a safetensors slice."""
-        load: Callable[..., None] = self.param.weight_loader  # type: ignore[attr-defined]
-        if self.shard_id is None:
-            load(self.param, loaded)
-        else:
-            load(self.param, loaded, self.shard_id)
+LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
 
 def set_weight_loader(param: nn.Parameter, loader: Callable[..., None]) -> None:
     """Have `loader(param, loaded, shard_id)` copy what this rank holds of a checkpoint tensor.
 
-    shard_id is left out where the parameter does not merge several tensors.
+    shard_id: which of the tensors that the parameter merges; left out if it merges none.
     """
     param.weight_loader = loader  # type: ignore[attr-defined]
 
 
 def load_model(model: nn.Module, path: str) -> None:
-    """Fill every parameter of `model` from the checkpoint in `path`.
-
-    Each parameter carries a `weight_loader`, which reads only this rank's slice of a tensor.
-
-    Raises:
-        ValueError: there are no weight files, one cannot be read, or a tensor is missing, unknown
-            or of the wrong shape.
+    """Fill every parameter of `model` from the checkpoint in `path`. Raises a ValueError if there
+    are no weight files, one cannot be read, or a tensor is missing, unknown or of the wrong shape.
     """
     missing = expected_tensors(model)
-    unknown: list[str] = []
-    parameters = dict(model.named_parameters())
-    is_tied = "lm_head.weight" not in parameters  # it is listed by its first name only
+    is_tied = "lm_head.weight" not in missing  # it is listed by its first name only
+    others: list[str] = []
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
         for file in weight_files(Path(path)):
-            for name, tensor in read_tensors(file):
-                destination = missing.pop(name, None)
-                if destination is None:
-                    if not is_redundant(name, is_tied):
-                        unknown.append(name)
-                    continue
-                try:
-                    destination.load(tensor)
-                except (SafetensorError, OSError) as error:
-                    raise ValueError(f"cannot read the weights in {file}: {error}") from error
-                except ValueError as error:  # of check_shape
-                    raise ValueError(f"checkpoint tensor {name!r} {error}") from error
-                progress.update()
+            try:
+                others += load_file(file, missing, progress)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"cannot read the weights in {file}: {error}") from error
+    unknown = [name for name in others if not is_redundant(name, is_tied)]
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing: {name_some(missing)}")
@@ -77,37 +49,41 @@ def load_model(model: nn.Module, path: str) -> None:
         )
 
 
-def expected_tensors(model: nn.Module) -> dict[str, Destination]:
-    """Name every tensor that a checkpoint of this model must hold, and say where it goes.
+def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
+    """Name every tensor that a checkpoint of this model must hold, and the function to load it.
 
     A module that merges several checkpoint modules has a `packed_modules_mapping`: checkpoint name
     -> shard id. Tied weights are expected once, by the name of the module that comes first.
     """
-    expected: dict[str, Destination] = {}
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
+    expected: dict[str, LoadTensor] = {}
+    for name, param in model.named_parameters():
+        load = partial(param.weight_loader, param)  # type: ignore[attr-defined]
+        module_name, _, kind = name.rpartition(".")
+        packed = getattr(model.get_submodule(module_name), "packed_modules_mapping", None)
+        if packed is None:
+            expected[name] = load
+            continue
         parent, _, _ = module_name.rpartition(".")
-        packed = getattr(module, "packed_modules_mapping", None)
-        for kind, param in module.named_parameters(recurse=False):
-            if id(param) in seen:
-                continue
-            seen.add(id(param))
-            if packed is None:
-                expected[f"{module_name}.{kind}"] = Destination(param)
-                continue
-            for source, shard_id in packed.items():
-                expected[f"{parent}.{source}.{kind}"] = Destination(param, shard_id)
+        for source, shard_id in packed.items():
+            expected[f"{parent}.{source}.{kind}"] = partial(load, shard_id=shard_id)
     return expected
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each tensor of a safetensors file, and a slice to read it through."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dict, and has no iterator
-                yield name, tensors.get_slice(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read the weights in {file}: {error}") from error
+def load_file(file: Path, missing: dict[str, LoadTensor], progress: tqdm) -> list[str]:
+    """Load the tensors of a file that are in `missing`, and remove them there; name the others."""
+    others = []
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - it is no dict, and has no iterator
+            if name not in missing:
+                others.append(name)
+                continue
+            load = missing.pop(name)
+            try:
+                load(tensors.get_slice(name))  # of a slice, the loader reads this rank's part only
+            except ValueError as error:  # of check_shape
+                raise ValueError(f"checkpoint tensor {name!r} {error}") from error
+            progress.update()
+    return others
 
 
 def is_redundant(name: str, is_tied: bool) -> bool:
@@ -122,10 +98,8 @@ def name_some(names: Collection[str]) -> str:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint: those its index names, else all there are.
-
-    Raises:
-        ValueError: there are none, one that is named is absent, or the index cannot be read.
+    """List the safetensors files of a checkpoint: those its index names, else all there are. Raises
+    a ValueError if there are none, one that is named is absent, or the index cannot be read.
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -148,23 +122,16 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check_shape(loaded: Any, expected: Iterable[int]) -> None:
-    """Raise a ValueError unless a checkpoint tensor has the shape that the configuration asks for.
-
-    loaded: a tensor or a safetensors slice.
-    """
+    """Raise a ValueError unless `loaded`, a tensor or a safetensors slice, has `expected` shape."""
     shape = list(loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape)
-    if shape != list(expected):
-        raise ValueError(
-            f"has shape {shape}, and the model's configuration asks for {list(expected)}"
-        )
+    expected = list(expected)
+    if shape != expected:
+        raise ValueError(f"has shape {shape}, and the model's configuration asks for {expected}")
 
 
 @torch.no_grad()
 def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
-    """Fill with random weights of a trained model's scale.
-
-    They are normal with deviation `std`; norms are 1 and biases 0.
-    """
+    """Fill with normal weights of deviation `std`, a trained model's; norms are 1 and biases 0."""
     for index, (name, param) in enumerate(model.named_parameters()):
         if name.endswith("norm.weight"):
             param.fill_(1.0)

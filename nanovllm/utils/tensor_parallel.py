@@ -43,9 +43,8 @@ class TensorParallel:
     def add_all_reduced(
         self, residual: Tensor, product: Tensor | PartialSums, norm: Norm | None
     ) -> Tensor | None:
-        """Add the sum of the ranks' products to `residual` `[n, out]`, in place.
-
-        Returns `norm` of the result where the kernel that adds computes it on the way, else None.
+        """Add the sum of the ranks' products to `residual` `[n, out]`, in place. Returns `norm` of
+        the result where the kernel that adds computes it on the way, else None.
         """
         if self.small_all_reduce is not None and self.small_all_reduce.takes(residual):
             x = product if isinstance(product, Tensor) else product.values
@@ -85,9 +84,8 @@ class TensorParallel:
             self.prefill_all_reduce.wait_for_all()
 
     def collect_rows(self, values: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
-        """Bring rows up to date that a sum in pieces has changed on one rank each.
-
-        values: `[m, out]`, the rows number `rows` `[m]` of `num_tokens`, as this rank has them.
+        """Bring up to date `values` `[m, out]`, this rank's copy of the rows number `rows` `[m]` of
+        `num_tokens`. A sum in pieces has changed each of them on one rank.
         """
         assert self.prefill_all_reduce is not None
         self.wait_for_pieces()
