@@ -5,7 +5,7 @@
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `flash_attention`: the same two attentions by the `flash_attn` package
-- `attention_backend`: which of these attentions an engine uses, and what they need to know of a step
+- `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `gumbel`, `penalties`, `threshold`: sampling
 - `all_reduce`, `prefill_all_reduce`: sums over the GPUs of one host, small and large ones
 - `host_words`: memory by which the GPUs of a host wait for each other

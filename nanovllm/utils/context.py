@@ -21,8 +21,8 @@ class StepInputs:
     """The inputs of one step, on the model's device.
 
     The new tokens of all n sequences lie one after the other, without padding. Example: sequence A
-    computes 3 tokens of its prompt, of which 2 were found in the cache; sequence B computes 2.
-    Blocks hold 4 tokens; A has the blocks 7 and 1, B has block 5.
+    computes the last 3 tokens of its prompt, whose first 2 an earlier chunk has computed; sequence
+    B computes 2 tokens. Blocks hold 4 tokens; A has the blocks 7 and 1, B has block 5.
 
         positions     [2, 3, 4,  0, 1]         input_ids alike
         slot_mapping  [30, 31, 4,  20, 21]     block * 4 + position % 4
