@@ -1,7 +1,5 @@
 """One rank: its part of the model and of the KV cache, and the steps it runs on them."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 
@@ -208,12 +206,9 @@ class ModelRunner:
         num_new = [seq.num_scheduled_tokens for seq in seqs]
         num_total = [seq.num_computed_tokens for seq in seqs]
         table_rows = np.array([seq.row for seq in seqs])
-        lengths = np.array(num_total, dtype=np.int64)
-
         input_ids = [token_id for seq in seqs for token_id in seq.scheduled_token_ids]
-        positions = np.concatenate(
-            [np.arange(end - num, end) for num, end in zip(num_new, num_total, strict=True)]
-        )
+        chunks = zip(num_new, num_total, strict=True)
+        positions = np.concatenate([np.arange(end - num, end) for num, end in chunks])
         blocks = self.block_tables[np.repeat(table_rows, num_new), positions // block_size]
         slots = blocks * block_size + positions % block_size
 
@@ -234,7 +229,7 @@ class ModelRunner:
             table_rows=to_device(table_rows, np.int64),
             temperatures=to_device(self.temperatures[table_rows]),
             seeds=to_device(self.seeds[table_rows]),
-            last_positions=to_device(lengths - 1),
+            last_positions=to_device(np.array(num_total) - 1, np.int64),
         )
 
     def launch_decode(

@@ -40,7 +40,6 @@ class InputProcessor:
     def __init__(self, config: Config) -> None:
         assert config.hf_config is not None  # Config has read it
         self.config = config
-        self.hf_config = config.hf_config
         self.vocab_size: int = config.hf_config.vocab_size
         self.tokenizer = load_tokenizer(config.model)
         self.generation_config = read_json(Path(config.model) / "generation_config.json")
@@ -51,7 +50,7 @@ class InputProcessor:
         named = [
             self.generation_config.get("eos_token_id"),
             getattr(self.tokenizer, "eos_token_id", None),
-            getattr(self.hf_config, "eos_token_id", None),
+            getattr(self.config.hf_config, "eos_token_id", None),
         ]
         found: dict[int, None] = {}  # a set that keeps the order
         for eos in named:
@@ -140,11 +139,9 @@ class InputProcessor:
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        unknown = outside.tolist()
-        for token_id in (*(params.stop_token_ids or ()), *(params.logit_bias or ())):
-            if not 0 <= token_id < self.vocab_size:
-                unknown.append(token_id)
+        unknown = ids[(ids < 0) | (ids >= self.vocab_size)].tolist()
+        named = (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
+        unknown += [token_id for token_id in named if not 0 <= token_id < self.vocab_size]
         if unknown:
             raise ValueError(
                 f"prompt {index} has the token id {unknown[0]}; "

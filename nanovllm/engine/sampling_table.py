@@ -29,14 +29,10 @@ class SamplingTable:
     def __init__(
         self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., Tensor]
     ) -> None:
-        """Make a table of `num_rows` plain rows.
-
-        to_device: copies a list or an array to the device, as a tensor of a given NumPy type.
-        """
         self.num_rows = num_rows
         self.vocab_size = vocab_size
         self.device = device
-        self.to_device = to_device
+        self.to_device = to_device  # copies a list or an array, as a tensor of a NumPy type
         self.options: list[SamplingOptions] = [PLAIN] * num_rows
         # Two columns of `options` as arrays, for one look at a whole step. A min_length of 0 means
         # that the row is plain: any other is at least the prompt's length.
