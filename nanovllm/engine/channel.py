@@ -25,12 +25,11 @@ class Channel:
     worker has copied the last frame out or, at the beginning, that it is up. Rank 0 waits for all
     `taken` before it writes the next frame. They are not Events: `Event.set` waits for those that
     wait for the event, and so for ever if one of them was killed meanwhile.
-
-    The names of shared-memory blocks are chosen fresh, so two engines never meet in one.
     """
 
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
         context = multiprocessing.get_context("spawn")
+        # Both have names that are chosen fresh, so two engines never meet in one.
         self.memory = SharedMemory(create=True, size=size)
         self.words = SharedMemory(create=True, size=4096)  # for the GPUs, see HostWords
         self.ready = [context.Semaphore(0) for _ in range(num_workers)]
@@ -164,8 +163,8 @@ class Channel:
                     process.join()
             self.processes.clear()
             self.on_close()
-            # They are methods of the model runner, which refers to this channel: a reference cycle,
-            # which would keep the runner until Python's cycle collector comes round.
+            # They are methods of objects which refer to this channel: a reference cycle, which would
+            # keep them until Python's cycle collector comes round.
             self.on_death = lambda: None
             self.on_close = lambda: None
             for memory in (self.memory, self.words):

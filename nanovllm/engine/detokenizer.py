@@ -40,22 +40,16 @@ class Detokenizer:
             self.token_ids.append(token_id)
             new = self.stream.step(self.tokenizer.backend_tokenizer, token_id)
             self.text += new or ""  # None: the token ends within a character
-        if is_last:
-            self._decode_the_rest()
+        if is_last:  # the stream may hold back bytes that begin a character and never end it
+            skip_special = self.skip_special_tokens
+            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=skip_special)
+            assert isinstance(whole, str)  # a list only for a batch of sequences
+            if whole.startswith(self.text):
+                self.text = whole
         return self._cut_at_stop(old_length) if may_stop else None
 
-    def _decode_the_rest(self) -> None:
-        """Add what the stream still holds back: bytes that begin a character and never end it."""
-        whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skip_special_tokens)
-        assert isinstance(whole, str)  # a list only for a batch of sequences
-        if whole.startswith(self.text):
-            self.text = whole
-
     def _cut_at_stop(self, old_length: int) -> str | None:
-        """Cut the text at the stop string that ends first, behind `old_length`, and return it.
-
-        Of several that end at the same place, it is the one that the request names first.
-        """
+        """Cut the text at the stop string that ends first, behind `old_length`, and return it."""
         first_stop = None
         first_end = len(self.text) + 1
         for stop in self.stops:
@@ -63,7 +57,7 @@ class Detokenizer:
             earliest = max(old_length + 1 - len(stop), 0)
             begin = self.text.find(stop, earliest)
             end = begin + len(stop)
-            if begin != -1 and end < first_end:
+            if begin != -1 and end < first_end:  # of two with one end, the one named first
                 first_stop = stop
                 first_end = end
         if first_stop is not None:

@@ -149,10 +149,9 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """End a request of `add_request`; the next `step` reports what there is of it."""
         seqs = self._requests.pop(request_id, None)
-        if seqs is None:
-            return
-        self.scheduler.abort(seqs)
-        self._results.append((request_id, build_result(seqs, self.tokenizer)))
+        if seqs is not None:
+            self.scheduler.abort(seqs)
+            self._results.append((request_id, build_result(seqs, self.tokenizer)))
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()

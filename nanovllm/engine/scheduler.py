@@ -69,19 +69,15 @@ class Scheduler:
     def abort(self, seqs: list[Sequence]) -> None:
         """End those of `seqs` that have not finished; their blocks are free at once."""
         for seq in seqs:
-            if seq.is_finished:
-                continue
             if seq.block_table:
                 self._release(seq)
-            seq.finish("abort")
+            if not seq.is_finished:
+                seq.finish("abort")
         self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
         self.running = deque(seq for seq in self.running if not seq.is_finished)
 
     def schedule(self) -> Step | None:
-        """Pick the sequences of the next step and give them their blocks.
-
-        None if there is nothing to do before the tokens of a pending step are known.
-        """
+        """Pick the next step and give it its blocks; None if a pending one has to end before it."""
         self.preempted = []
         # Prefill goes first: it fills the batch of the decode steps that follow. They read all
         # weights once, for however many sequences.
