@@ -51,9 +51,8 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have every worker call `method(*args)`.
-
-        A RuntimeError if a worker has died, or if an exception cut an earlier command short.
+        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or if an
+        exception cut an earlier command short.
         """
         if not self.is_whole:
             raise RuntimeError(
@@ -117,7 +116,6 @@ class Channel:
             raise RuntimeError(self.failure)
 
     def _find_failure(self) -> None:
-        """Set `failure` if a worker has failed and it is not set yet."""
         if self.failure:
             return
         ranks = enumerate(self.processes, start=1)
@@ -163,7 +161,7 @@ class Channel:
                     process.join()
             self.processes.clear()
             self.on_close()
-            # They are methods of objects which refer to this channel: a reference cycle, which would
+            # They are methods of objects that refer to this channel: a reference cycle, which would
             # keep them until Python's cycle collector comes round.
             self.on_death = lambda: None
             self.on_close = lambda: None

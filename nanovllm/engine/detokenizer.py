@@ -21,7 +21,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
         self.tokenizer = tokenizer
-        self.skip_special_tokens = params.skip_special_tokens
+        self.skips_special = params.skip_special_tokens
         self.keeps_stop = params.include_stop_str_in_output
         self.stops: tuple[str, ...] = tuple(params.stop or ())
         self.stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
@@ -41,8 +41,7 @@ class Detokenizer:
             new = self.stream.step(self.tokenizer.backend_tokenizer, token_id)
             self.text += new or ""  # None: the token ends within a character
         if is_last:  # the stream may hold back bytes that begin a character and never end it
-            skip_special = self.skip_special_tokens
-            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=skip_special)
+            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skips_special)
             assert isinstance(whole, str)  # a list only for a batch of sequences
             if whole.startswith(self.text):
                 self.text = whole
@@ -65,13 +64,10 @@ class Detokenizer:
         return first_stop
 
     def take(self, is_finished: bool) -> str:
-        """The text that is new since the last call, less an ending that could become a stop string.
-
-        Such an ending is held back until it is clear whether the text will be cut before it.
-        """
+        """The text that is new since the last call, less what may be the start of a stop string."""
         end = len(self.text)
         if not is_finished and not self.keeps_stop:
-            end -= self._num_held_back()
+            end -= self._num_held_back()  # until it is clear whether it is cut off
         start = self.num_taken
         self.num_taken = max(start, end)
         return self.text[start : self.num_taken]

@@ -31,10 +31,8 @@ COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens
 
 
 class LLMEngine:
-    """Drives a Scheduler and a rank-0 ModelRunner.
-
-    `model` and `options` are the fields of `Config`; what is not right about them is a TypeError or
-    ValueError.
+    """Drives a Scheduler and a rank-0 ModelRunner. `model` and `options` are the fields of Config,
+    which raises a TypeError or ValueError for what is not right about them.
     """
 
     def __init__(self, model: str, **options: Any) -> None:

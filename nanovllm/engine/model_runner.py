@@ -219,9 +219,8 @@ class ModelRunner:
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
     ) -> Sampled:
-        """Compute the newest token of each sequence, and sample the next one.
-
-        `[n]` each: the sequences' rows, their lengths, and the blocks of their newest tokens.
+        """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
+        sequences' rows, their lengths, and the blocks of their newest tokens.
         """
         num_seqs = len(table_rows)
         extras = self.sampling.build(table_rows, context_lens)

@@ -56,9 +56,8 @@ class ProcessGroup:
             self.prefill_all_reduce = PrefillAllReduce(rank, size, device, words, shape, dtype)
 
     def let_go(self) -> None:
-        """After another rank failed: end what this rank's GPU waits for it to do.
-
-        The sums then have any result, and the engine raises before it uses one.
+        """After another rank failed: end what this rank's GPU waits for it to do. The sums may then
+        have any result, and the engine raises before it uses one.
         """
         for all_reduce in (self.small_all_reduce, self.prefill_all_reduce):
             if all_reduce is not None:

@@ -6,7 +6,6 @@ import signal
 import threading
 import traceback
 from contextlib import closing, suppress
-from multiprocessing import parent_process
 
 import torch
 import torch.distributed as dist
@@ -20,9 +19,8 @@ HOST = "127.0.0.1"  # all ranks are on one machine
 
 
 def start_ranks(config: Config) -> ModelRunner:
-    """Make rank 0's ModelRunner, having started a worker process for every other rank.
-
-    If a rank cannot start, this raises what it failed of, and leaves nothing behind.
+    """Make rank 0's ModelRunner, having started a worker process for every other rank. If a rank
+    cannot start, this raises what it failed of, and leaves nothing behind.
     """
     size = config.tensor_parallel_size
     if size == 1:
@@ -79,7 +77,7 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
 
 def exit_with_parent() -> None:
     """In a thread of a worker: end the process once rank 0's has ended, however that came about."""
-    parent = parent_process()
+    parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)

@@ -50,8 +50,7 @@ class Scheduler:
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = 0  # steps that are scheduled and not postprocessed
         self.preempted: list[Sequence] = []  # by the last `schedule`, for a Trace
-        # Statistics; those of the engine outlive this scheduler.
-        self.counters = Counter() if counters is None else counters
+        self.counters = Counter() if counters is None else counters  # the engine's outlive this
 
     def is_finished(self) -> bool:
         """Whether no sequence is waiting or running."""
@@ -175,7 +174,6 @@ class Scheduler:
         return True
 
     def _release(self, seq: Sequence) -> None:
-        """Take back the blocks and the row of a sequence."""
         self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 
