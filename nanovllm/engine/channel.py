@@ -25,12 +25,11 @@ class Channel:
     worker has copied the last frame out or, at the beginning, that it is up. Rank 0 waits for all
     `taken` before it writes the next frame. They are not Events: `Event.set` waits for those that
     wait for the event, and so for ever if one of them was killed meanwhile.
-
-    The names of shared-memory blocks are chosen fresh, so two engines never meet in one.
     """
 
     def __init__(self, num_workers: int, size: int = 1 << 20) -> None:
         context = multiprocessing.get_context("spawn")
+        # Both have names that are chosen fresh, so two engines never meet in one.
         self.memory = SharedMemory(create=True, size=size)
         self.words = SharedMemory(create=True, size=4096)  # for the GPUs, see HostWords
         self.ready = [context.Semaphore(0) for _ in range(num_workers)]
@@ -52,9 +51,8 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have every worker call `method(*args)`.
-
-        A RuntimeError if a worker has died, or if an exception cut an earlier command short.
+        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or if an
+        exception cut an earlier command short.
         """
         if not self.is_whole:
             raise RuntimeError(
@@ -118,7 +116,6 @@ class Channel:
             raise RuntimeError(self.failure)
 
     def _find_failure(self) -> None:
-        """Set `failure` if a worker has failed and it is not set yet."""
         if self.failure:
             return
         ranks = enumerate(self.processes, start=1)
@@ -164,8 +161,8 @@ class Channel:
                     process.join()
             self.processes.clear()
             self.on_close()
-            # They are methods of the model runner, which refers to this channel: a reference cycle,
-            # which would keep the runner until Python's cycle collector comes round.
+            # They are methods of objects that refer to this channel: a reference cycle, which would
+            # keep them until Python's cycle collector comes round.
             self.on_death = lambda: None
             self.on_close = lambda: None
             for memory in (self.memory, self.words):

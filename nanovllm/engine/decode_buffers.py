@@ -21,7 +21,6 @@ class DecodeBuffers:
     """All arrays that a decode step reads, side by side in one memory: one copy uploads them all.
 
     They stay at the same addresses in every step, so that a CUDA graph can be replayed on them.
-
     There are two copies in (pinned) host memory, used in turn: while one is still being uploaded,
     the next step is written to the other. On a CPU the device's arrays are the host's.
     """

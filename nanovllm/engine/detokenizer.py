@@ -21,7 +21,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
         self.tokenizer = tokenizer
-        self.skip_special_tokens = params.skip_special_tokens
+        self.skips_special = params.skip_special_tokens
         self.keeps_stop = params.include_stop_str_in_output
         self.stops: tuple[str, ...] = tuple(params.stop or ())
         self.stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
@@ -40,22 +40,15 @@ class Detokenizer:
             self.token_ids.append(token_id)
             new = self.stream.step(self.tokenizer.backend_tokenizer, token_id)
             self.text += new or ""  # None: the token ends within a character
-        if is_last:
-            self._decode_the_rest()
+        if is_last:  # the stream may hold back bytes that begin a character and never end it
+            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skips_special)
+            assert isinstance(whole, str)  # a list only for a batch of sequences
+            if whole.startswith(self.text):
+                self.text = whole
         return self._cut_at_stop(old_length) if may_stop else None
 
-    def _decode_the_rest(self) -> None:
-        """Add what the stream still holds back: bytes that begin a character and never end it."""
-        whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skip_special_tokens)
-        assert isinstance(whole, str)  # a list only for a batch of sequences
-        if whole.startswith(self.text):
-            self.text = whole
-
     def _cut_at_stop(self, old_length: int) -> str | None:
-        """Cut the text at the stop string that ends first, behind `old_length`, and return it.
-
-        Of several that end at the same place, it is the one that the request names first.
-        """
+        """Cut the text at the stop string that ends first, behind `old_length`, and return it."""
         first_stop = None
         first_end = len(self.text) + 1
         for stop in self.stops:
@@ -63,7 +56,7 @@ class Detokenizer:
             earliest = max(old_length + 1 - len(stop), 0)
             begin = self.text.find(stop, earliest)
             end = begin + len(stop)
-            if begin != -1 and end < first_end:
+            if begin != -1 and end < first_end:  # of two with one end, the one named first
                 first_stop = stop
                 first_end = end
         if first_stop is not None:
@@ -71,13 +64,10 @@ class Detokenizer:
         return first_stop
 
     def take(self, is_finished: bool) -> str:
-        """The text that is new since the last call, less an ending that could become a stop string.
-
-        Such an ending is held back until it is clear whether the text will be cut before it.
-        """
+        """The text that is new since the last call, less what may be the start of a stop string."""
         end = len(self.text)
         if not is_finished and not self.keeps_stop:
-            end -= self._num_held_back()
+            end -= self._num_held_back()  # until it is clear whether it is cut off
         start = self.num_taken
         self.num_taken = max(start, end)
         return self.text[start : self.num_taken]

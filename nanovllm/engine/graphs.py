@@ -51,9 +51,8 @@ class DecodeGraphs:
         return self.sizes[index] if index < len(self.sizes) else num_seqs
 
     def replay(self, size: int) -> DecodeOutput | None:
-        """Run the graph of this size; None if there is none.
-
-        The output is valid until the next replay, of any size: the graphs share their memory.
+        """Run the graph of this size; None if there is none. The output is valid until the next
+        replay, of any size: the graphs share their memory.
         """
         graph = self.graphs.get(size)
         if graph is None:
@@ -62,13 +61,9 @@ class DecodeGraphs:
         return graph.output
 
     def capture(self, run_decode: Callable[[int], DecodeOutput], max_num_seqs: int) -> None:
-        """Record `run_decode(size)`, a decode step on the first `size` rows of the buffers.
-
-        The sizes are 1, 2, 4, 8, 16, 24 and so on, up to min(max_num_seqs, 512).
-        """
+        """Record `run_decode(size)`, a step of the first `size` rows of the buffers, at all sizes."""
         largest = min(max_num_seqs, MAX_GRAPH_BATCH)
-        sizes = {1, 2, 4, *range(8, largest, 8), largest}
-        sizes = {size for size in sizes if size <= largest}
+        sizes = {size for size in (1, 2, 4, *range(8, largest, 8), largest) if size <= largest}
         for size in sorted(sizes & {*SIZES_TO_COMPILE, largest}):
             run_decode(size)
         torch.cuda.synchronize()

@@ -25,8 +25,7 @@ def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.dev
     """
     block_shape = (config.kvcache_block_size, layers[0].num_kv_heads, layers[0].head_dim)
     if config.num_kvcache_blocks == -1:
-        numbers_per_block = 2 * len(layers) * math.prod(block_shape)
-        block_bytes = numbers_per_block * config.dtype.itemsize
+        block_bytes = 2 * len(layers) * math.prod(block_shape) * config.dtype.itemsize
         config.num_kvcache_blocks = num_blocks_that_fit(config, block_bytes, device)
     config.check_kvcache(config.num_kvcache_blocks)
 
@@ -51,8 +50,7 @@ def num_blocks_that_fit(config: Config, block_bytes: int, device: torch.device) 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     used = total - free  # by this process and by others
-    peak = torch.cuda.max_memory_allocated(device)
-    activations = peak - torch.cuda.memory_allocated(device)
+    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     # CUDA graphs have a memory pool of their own, which takes at most what a prefill of as many
     # sequences does.
     reserved = activations if config.enforce_eager else 2 * activations

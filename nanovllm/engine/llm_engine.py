@@ -31,10 +31,8 @@ COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens
 
 
 class LLMEngine:
-    """Drives a Scheduler and a rank-0 ModelRunner.
-
-    `model` and `options` are the fields of `Config`; what is not right about them is a TypeError or
-    ValueError.
+    """Drives a Scheduler and a rank-0 ModelRunner. `model` and `options` are the fields of Config,
+    which raises a TypeError or ValueError for what is not right about them.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -149,10 +147,9 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """End a request of `add_request`; the next `step` reports what there is of it."""
         seqs = self._requests.pop(request_id, None)
-        if seqs is None:
-            return
-        self.scheduler.abort(seqs)
-        self._results.append((request_id, build_result(seqs, self.tokenizer)))
+        if seqs is not None:
+            self.scheduler.abort(seqs)
+            self._results.append((request_id, build_result(seqs, self.tokenizer)))
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()

@@ -5,11 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.engine.channel import Channel
 from nanovllm.engine.decode_buffers import DecodeBuffers
 from nanovllm.engine.graphs import DecodeGraphs, DecodeOutput
 from nanovllm.engine.kv_cache import allocate_kv_cache
@@ -37,29 +35,19 @@ class ModelRunner:
     here: its block table, its sampling options, its newest token.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        rank: int = 0,
-        channel: Channel | None = None,
-        store: dist.Store | None = None,
-    ) -> None:
-        """Load the model, size the KV cache, and capture the CUDA graphs.
-
-        channel, store: with several ranks, how rank 0 commands the others, and where they meet.
-        """
+    def __init__(self, config: Config, group: ProcessGroup | None = None) -> None:
+        """Load the model, size the KV cache, and capture the CUDA graphs. One rank has no group."""
         self.config = config
-        self.rank = rank
-        self.channel = channel
+        self.group = group
+        self.rank = 0 if group is None else group.rank
+        self.channel = None if group is None else group.channel
         self.is_cuda = config.device == "cuda"
-        self.device = torch.device("cuda", rank) if self.is_cuda else torch.device("cpu")
+        self.device = torch.device("cuda", self.rank) if self.is_cuda else torch.device("cpu")
         if self.is_cuda:
             torch.cuda.set_device(self.device)
         self.graphs = DecodeGraphs()
-        self.group: ProcessGroup | None = None
-        if channel is not None and store is not None:
-            clear_graphs = self.graphs.clear
-            self.group = ProcessGroup(config, rank, self.device, channel, store, clear_graphs)
+        if group is not None:
+            group.clear_graphs = self.graphs.clear
         self._load_model()
         if self.is_cuda:
             self._warm_up()
@@ -111,8 +99,7 @@ class ModelRunner:
         config = self.config
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
-        borders = [num_tokens * i // num_seqs for i in range(num_seqs + 1)]
-        lengths = np.diff(borders).tolist()
+        lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
         inputs = self._make_dummy_prefill(lengths, lengths, block_tables=None)
         # Options that make float32 copies of all logits.
         zero = self._to_device([0], np.int64)
@@ -129,11 +116,9 @@ class ModelRunner:
         self, num_new: list[int], num_total: list[int], block_tables: np.ndarray | None
     ) -> StepInputs:
         """Make inputs that compute so many tokens of each sequence and store nothing."""
-        num_seqs = len(num_new)
-        num_tokens = sum(num_new)
-        zeros = self._to_device([0] * num_tokens, np.int64)
-        ones = self._to_device([1] * num_seqs, np.int64)
-        nowhere = self._to_device([-1] * num_tokens, np.int32)
+        zeros = self._to_device([0] * sum(num_new), np.int64)
+        ones = self._to_device([1] * len(num_new), np.int64)
+        nowhere = self._to_device([-1] * sum(num_new), np.int32)
         plan = self.backend.plan_prefill(num_new, num_total, block_tables, self._to_device)
         return StepInputs(
             is_prefill=True,
@@ -211,7 +196,6 @@ class ModelRunner:
         positions = np.concatenate([np.arange(end - num, end) for num, end in chunks])
         blocks = self.block_tables[np.repeat(table_rows, num_new), positions // block_size]
         slots = blocks * block_size + positions % block_size
-
         block_tables = None
         if num_total != num_new:  # some K and V are read from the cache
             width = max(len(seq.block_table) for seq in seqs)
@@ -235,9 +219,8 @@ class ModelRunner:
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
     ) -> Sampled:
-        """Compute the newest token of each sequence, and sample the next one.
-
-        `[n]` each: the sequences' rows, their lengths, and the blocks of their newest tokens.
+        """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
+        sequences' rows, their lengths, and the blocks of their newest tokens.
         """
         num_seqs = len(table_rows)
         extras = self.sampling.build(table_rows, context_lens)

@@ -21,35 +21,28 @@ class ProcessGroup:
     None, and torch.distributed does all sums.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        rank: int,
-        device: torch.device,
-        channel: Channel,
-        store: dist.Store,
-        clear_graphs: Callable[[], None],
-    ) -> None:
-        """Meet the other ranks at `store`; every rank makes one at the same time.
-
-        clear_graphs: destroys the CUDA graphs that hold kernels of NCCL.
-        """
-        self.is_cuda = device.type == "cuda"
-        self.clear_graphs = clear_graphs
+    def __init__(self, config: Config, rank: int, channel: Channel, store: dist.Store) -> None:
+        """Meet the other ranks at `store`; every rank makes one at the same time."""
+        self.rank = rank
+        self.channel = channel
+        self.is_cuda = config.device == "cuda"
+        # Destroys the CUDA graphs that hold kernels of NCCL: the model runner sets it.
+        self.clear_graphs: Callable[[], None] = lambda: None
         self.small_all_reduce: SmallAllReduce | None = None
         self.prefill_all_reduce: PrefillAllReduce | None = None
         size = config.tensor_parallel_size
+        device = None
+        if self.is_cuda:
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
         backend = "nccl" if self.is_cuda else "gloo"
-        device_id = device if self.is_cuda else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, device_id=device_id
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
         if rank == 0:
             channel.on_death = self.let_go
             threading.Thread(target=channel.watch, daemon=True).start()
 
         row_bytes = config.hf_config.hidden_size * config.dtype.itemsize
-        if not self.is_cuda or row_bytes % 4:
+        if device is None or row_bytes % 4:
             return
         peers = [peer for peer in range(size) if peer != rank]
         if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in peers):
@@ -63,14 +56,12 @@ class ProcessGroup:
             self.prefill_all_reduce = PrefillAllReduce(rank, size, device, words, shape, dtype)
 
     def let_go(self) -> None:
-        """After another rank failed: end what this rank's GPU waits for it to do.
-
-        The sums then have any result, and the engine raises before it uses one.
+        """After another rank failed: end what this rank's GPU waits for it to do. The sums may then
+        have any result, and the engine raises before it uses one.
         """
-        if self.small_all_reduce is not None:
-            self.small_all_reduce.release()
-        if self.prefill_all_reduce is not None:
-            self.prefill_all_reduce.release()
+        for all_reduce in (self.small_all_reduce, self.prefill_all_reduce):
+            if all_reduce is not None:
+                all_reduce.release()
         if self.is_cuda and dist.is_initialized():
             # NCCL ends its kernels first, and then goes on until no CUDA graph holds one of them.
             abort = threading.Thread(target=abort_nccl, daemon=True)

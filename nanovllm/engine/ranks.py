@@ -6,7 +6,6 @@ import signal
 import threading
 import traceback
 from contextlib import closing, suppress
-from multiprocessing import parent_process
 
 import torch
 import torch.distributed as dist
@@ -14,14 +13,14 @@ import torch.distributed as dist
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.process_group import ProcessGroup
 
 HOST = "127.0.0.1"  # all ranks are on one machine
 
 
 def start_ranks(config: Config) -> ModelRunner:
-    """Make rank 0's ModelRunner, having started a worker process for every other rank.
-
-    If a rank cannot start, this raises what it failed of, and leaves nothing behind.
+    """Make rank 0's ModelRunner, having started a worker process for every other rank. If a rank
+    cannot start, this raises what it failed of, and leaves nothing behind.
     """
     size = config.tensor_parallel_size
     if size == 1:
@@ -36,8 +35,16 @@ def start_ranks(config: Config) -> ModelRunner:
         # Where the ranks meet to form a process group. Port 0: any free one, so that two engines
         # never meet.
         store = dist.TCPStore(HOST, 0, size, is_master=True, wait_for_workers=False)
-        start_workers(config, channel, store.port)
-        model_runner = ModelRunner(config, 0, channel, store)
+        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        for rank in range(1, size):
+            arguments = (config, rank, channel, store.port)
+            process = context.Process(target=run_worker, args=arguments, daemon=True)
+            process.start()
+            channel.processes.append(process)
+        # If one cannot start, the first collective would be too late to find out: rank 0 would
+        # already be waiting in it.
+        channel.wait_until_up()
+        model_runner = ModelRunner(config, ProcessGroup(config, 0, channel, store))
         channel.check_workers()
         return model_runner
     except BaseException as error:
@@ -51,20 +58,6 @@ def start_ranks(config: Config) -> ModelRunner:
         raise
 
 
-def start_workers(config: Config, channel: Channel, port: int) -> None:
-    """Start ranks 1, 2, ... and wait until they are up; RuntimeError if one dies before it is.
-
-    The first collective would be too late to find out: rank 0 would already be waiting in it.
-    """
-    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-    for rank in range(1, config.tensor_parallel_size):
-        arguments = (config, rank, channel, port)
-        process = context.Process(target=run_worker, args=arguments, daemon=True)
-        process.start()
-        channel.processes.append(process)
-    channel.wait_until_up()
-
-
 def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
     """Be a worker: the entry of its process, which ends when rank 0 says so, fails or is gone."""
     # The terminal sends Ctrl-C to all processes; what follows from it is rank 0's decision.
@@ -76,7 +69,7 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
             torch.zeros(1, device=torch.device("cuda", rank))
         channel.report_up(rank)
         store = dist.TCPStore(HOST, port, config.tensor_parallel_size, is_master=False)
-        ModelRunner(config, rank, channel, store).loop()
+        ModelRunner(config, ProcessGroup(config, rank, channel, store)).loop()
     except Exception:
         channel.errors.put((rank, traceback.format_exc()))
         os._exit(1)  # at once: an orderly exit would wait for the GPU, which may wait for rank 0's
@@ -84,7 +77,7 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
 
 def exit_with_parent() -> None:
     """In a thread of a worker: end the process once rank 0's has ended, however that came about."""
-    parent = parent_process()
+    parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)

@@ -18,8 +18,7 @@ Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
 
-# Iterating over these may give integers, and yet they are no token ids: bytes are text, and sets
-# and dicts are not meant to have an order.
+# These may hold integers, but no token ids: bytes are text, and sets and dicts have no order.
 NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
 
 # Fields of SamplingParams that generation_config.json may recommend values for.
@@ -47,13 +46,12 @@ class InputProcessor:
 
     def find_eos(self) -> tuple[int, ...]:
         """Collect the token ids that end a sequence: the model's files may name several."""
-        named = [
+        found: dict[int, None] = {}  # a set that keeps the order
+        for eos in (
             self.generation_config.get("eos_token_id"),
             getattr(self.tokenizer, "eos_token_id", None),
             getattr(self.config.hf_config, "eos_token_id", None),
-        ]
-        found: dict[int, None] = {}  # a set that keeps the order
-        for eos in named:
+        ):
             for token_id in eos if isinstance(eos, list) else [eos]:
                 # Some files name ids outside the vocabulary, or no integer (type: a bool is none).
                 if type(token_id) is int and 0 <= token_id < self.vocab_size:
@@ -160,21 +158,18 @@ class InputProcessor:
         room = self.config.max_model_len - len(request.token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         needs_text = is_streamed or bool(params.stop)  # while it grows, not only at its end
-        seqs = [Sequence(request.token_ids, params, seed) for seed in self._seeds_of(params)]
+        # A seed for each completion: the request's own, and others that follow from it.
+        seeds = [self.seeds.getrandbits(63) if params.seed is None else params.seed]
+        if params.n > 1:
+            others = random.Random(seeds[0])
+            seeds += [others.getrandbits(63) for _ in range(params.n - 1)]
+        seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.max_tokens = max_tokens
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params)
         return seqs
-
-    def _seeds_of(self, params: SamplingParams) -> list[int]:
-        """A seed for each completion: the request's own, and others that follow from it."""
-        seed = self.seeds.getrandbits(63) if params.seed is None else params.seed
-        if params.n == 1:
-            return [seed]
-        others = random.Random(seed)
-        return [seed, *(others.getrandbits(63) for _ in range(params.n - 1))]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

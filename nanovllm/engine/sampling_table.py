@@ -29,8 +29,7 @@ class SamplingTable:
     def __init__(
         self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., Tensor]
     ) -> None:
-        self.num_rows = num_rows
-        self.vocab_size = vocab_size
+        self.shape = (num_rows, vocab_size)  # of `counts`
         self.device = device
         self.to_device = to_device  # copies a list or an array, as a tensor of a NumPy type
         self.options: list[SamplingOptions] = [PLAIN] * num_rows
@@ -57,8 +56,7 @@ class SamplingTable:
         self._last_key = None
         if options.params.has_penalties:
             if self.counts is None:
-                shape = (self.num_rows, self.vocab_size)
-                self.counts = torch.zeros(shape, dtype=torch.int16, device=self.device)
+                self.counts = torch.zeros(self.shape, dtype=torch.int16, device=self.device)
             completion_ids = options.penalized_completion_ids
             set_counts(self.counts, row, options.penalized_prompt_ids, completion_ids)
 

@@ -50,8 +50,7 @@ class Scheduler:
         self.free_rows = list(reversed(range(self.max_num_seqs)))
         self.num_pending = 0  # steps that are scheduled and not postprocessed
         self.preempted: list[Sequence] = []  # by the last `schedule`, for a Trace
-        # Statistics; those of the engine outlive this scheduler.
-        self.counters = Counter() if counters is None else counters
+        self.counters = Counter() if counters is None else counters  # the engine's outlive this
 
     def is_finished(self) -> bool:
         """Whether no sequence is waiting or running."""
@@ -69,19 +68,15 @@ class Scheduler:
     def abort(self, seqs: list[Sequence]) -> None:
         """End those of `seqs` that have not finished; their blocks are free at once."""
         for seq in seqs:
-            if seq.is_finished:
-                continue
             if seq.block_table:
                 self._release(seq)
-            seq.finish("abort")
+            if not seq.is_finished:
+                seq.finish("abort")
         self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
         self.running = deque(seq for seq in self.running if not seq.is_finished)
 
     def schedule(self) -> Step | None:
-        """Pick the sequences of the next step and give them their blocks.
-
-        None if there is nothing to do before the tokens of a pending step are known.
-        """
+        """Pick the next step and give it its blocks; None if a pending one has to end before it."""
         self.preempted = []
         # Prefill goes first: it fills the batch of the decode steps that follow. They read all
         # weights once, for however many sequences.
@@ -179,7 +174,6 @@ class Scheduler:
         return True
 
     def _release(self, seq: Sequence) -> None:
-        """Take back the blocks and the row of a sequence."""
         self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 

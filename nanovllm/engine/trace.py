@@ -1,8 +1,4 @@
-"""What the engine did, step by step and request by request.
-
-The engine calls `Trace.scheduled` and `Trace.completed`. What they record, trace_views.py shows: as
-figures, as a picture, and in a file for the trace viewer Perfetto.
-"""
+"""What the engine did, step by step and request by request; trace_views.py shows it."""
 
 from dataclasses import dataclass, field
 from time import perf_counter
