@@ -183,9 +183,6 @@ class Rank:
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.copy_(self.exchange.sum(self.rank, x.clone()))
 
-    def all_reduce_product(self, product: Tensor) -> Tensor:
-        return self.all_reduce(product)
-
     def add_all_reduced(self, residual: Tensor, product: Tensor, norm: Any) -> None:
         residual.add_(self.all_reduce(product))
 

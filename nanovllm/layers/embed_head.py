@@ -58,8 +58,8 @@ class ParallelLMHead(VocabParallelEmbedding):
         self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
     ) -> Tensor | PartialSums:
         """Multiply with the rows of real tokens; see `WeightFormat.matmul`."""
-        return UNQUANTIZED.multiply(self.weight[: self.num_tokens], x, None, epilogue, norm)
+        return UNQUANTIZED.multiply_matrix(self.weight[: self.num_tokens], x, None, epilogue, norm)
 
-    def forward(self, hidden: Normed) -> Any:  # type: ignore[override]  # of the lookup
+    def forward(self, normed: Normed) -> Any:  # type: ignore[override]  # of the lookup
         """Compute this rank's logits `[n, num_tokens]` of hidden states `[n, hidden]`."""
-        return hidden.multiply(self, PLAIN)
+        return normed.project(self, PLAIN)

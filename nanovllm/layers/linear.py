@@ -86,7 +86,7 @@ class LinearBase(nn.Module):
     def forward(self, x: Tensor | Normed) -> Any:
         """Compute `x W^T + b` of x `[n, in]`, with what `epilogue` makes of it: `[n, out]`."""
         if isinstance(x, Normed):
-            return x.multiply(self, self.epilogue)
+            return x.project(self, self.epilogue)
         return self.matmul(x, self.epilogue)
 
 

@@ -3,17 +3,19 @@
 A decoder-only transformer alternates between two operations on its hidden states h `[n, hidden]`:
 it normalises them for the next layer to read, and it adds that layer's output to them. Done one by
 one, each is a kernel that reads and writes h once more. The fast ways all combine an operation with
-its neighbours, and which combination is best depends on the step:
+its neighbours, and which combination is best depends on the step. On a GPU:
 
-- One token, on a GPU: the GEMV that multiplies by the layer's weight also adds the product to h,
-  and the GEMV that reads the norm next computes it on the way.
-- Few tokens: the matmul is split along its inner dimension (split-K), and one kernel adds up the
-  partial sums, adds them to h and normalises the result.
-- Otherwise, on one rank: the GEMM adds to h as it writes. The norm is a kernel of its own.
-- Several ranks, a small sum (up to 2 MiB): all-reduce, addition and norm are one kernel.
-- Several ranks, a large prefill: its rows are summed over the ranks piece by piece, while the GEMM
-  of the next piece runs. Addition and norm are done in between.
-- Several ranks, other steps: an all-reduce, then the addition; the norm is a kernel of its own.
+| the step has     | addition and norm, on one rank      | on several ranks                        |
+|------------------|-------------------------------------|-----------------------------------------|
+| 1 token          | the GEMV that multiplies adds to h; | the all-reduce adds to h; the GEMV that |
+|                  | the GEMV that reads the norm, norms | reads the norm, norms                   |
+| few, in a decode | one kernel adds the partial sums of | one kernel sums over the ranks, adds to |
+| step             | split-K, adds them to h, and norms  | h, and norms (sums of up to 2 MiB)      |
+| 4,096 and more   | as below                            | the ranks sum one piece of the rows     |
+|                  |                                     | while the GEMM of the next one runs;    |
+|                  |                                     | each norms the rows that it has summed  |
+| otherwise        | the GEMM adds to h as it writes; the| an all-reduce, then an addition; the    |
+|                  | norm is a kernel of its own         | norm is a kernel of its own             |
 
 A model should not have to know this. So the stream is lazy by exactly one addition: `add` only
 records it, and `normed`, which comes next and knows the norm, finishes both in the best way. What
@@ -39,7 +41,13 @@ from torch import Tensor
 
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.quantization.weight_format import READER_SUMS, Epilogue, Norm, PartialSums
+from nanovllm.quantization.weight_format import (
+    READER_SUMS,
+    Epilogue,
+    Norm,
+    PartialSums,
+    uses_gemv,
+)
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
@@ -90,21 +98,21 @@ class Addition(NamedTuple):
         x = self.x.piece(rows) if isinstance(self.x, Normed) else self.x[rows]
         if self.before is not None:
             x = self.before(x)
-        return self.layer(x)
+        return self.layer(x)  # complete: what is copied to another rank is one tensor
 
 
 class Normed:
     """`norm(h)` `[n, hidden]`, for one or more layers to read.
 
     It either has the values already, because the kernel that made the sum computed them on the way,
-    or it computes them when they are first asked for. A GEMV does not ask: it normalises its input
-    itself. The values must be asked for before the stream changes again.
+    or it computes them when they are first asked for, which must be before the stream changes; then
+    it keeps them. A GEMV does not ask: it normalises its input itself.
 
-    The values of a sum in pieces come from all ranks, piece by piece. While they are arriving,
-    whoever reads them must wait; and the next such sum overwrites them.
+    The values of a sum in pieces come from all ranks, piece by piece, and are waited for when they
+    are read. They are gone when the stream changes, because the next such sum overwrites them.
     """
 
-    __slots__ = ("_came_in_pieces", "_is_arriving", "_stream", "_values", "_version", "norm")
+    __slots__ = ("_in_pieces", "_stream", "_values", "_version", "norm")
 
     def __init__(
         self,
@@ -117,8 +125,7 @@ class Normed:
         self._stream = stream
         self._version = stream.version
         self._values = values
-        self._came_in_pieces = in_pieces
-        self._is_arriving = in_pieces
+        self._in_pieces = in_pieces
 
     def _check_version(self) -> None:
         assert self._version == self._stream.version, "the stream changed before its norm was read"
@@ -131,11 +138,9 @@ class Normed:
 
     def values(self) -> Tensor:
         """`[n, hidden]`; computed once, however many layers read them."""
-        if self._came_in_pieces:
+        if self._in_pieces:
             self._check_version()
-        if self._is_arriving:
             self._stream.tp.wait_for_pieces()
-            self._is_arriving = False
         if self._values is None:
             self._values = self.norm(self.hidden)
         return self._values
@@ -146,22 +151,22 @@ class Normed:
             return self.values()[rows]
         return self._values[rows]
 
-    def multiply(self, layer: Projection, epilogue: Epilogue) -> Tensor | PartialSums:
+    def project(self, layer: Projection, epilogue: Epilogue) -> Tensor | PartialSums:
         """Multiply the values with the weight of `layer`, in the best way for this step."""
-        if self._values is None and self.hidden.is_cuda and len(self.hidden) == 1:
-            return layer.matmul(self.hidden, epilogue, self.norm)  # by a GEMV, which normalises
-        if self._is_arriving and not epilogue.is_gated:
-            return self._multiply_while_arriving(layer)
+        if self._values is None and uses_gemv(self.hidden):
+            return layer.matmul(self.hidden, epilogue, self.norm)
+        if self._in_pieces and not epilogue.is_gated:
+            return self._project_while_arriving(layer)
         return layer.matmul(self.values(), epilogue)
 
-    def _multiply_while_arriving(self, layer: Projection) -> Tensor:
+    def _project_while_arriving(self, layer: Projection) -> Tensor:
         """Multiply the rows that are here while the last piece is still on its way."""
+        self._check_version()
         assert self._values is not None
         num_tokens = len(self._values)
         out = self._values.new_empty(num_tokens, layer.output_size)
         for rows in self._stream.tp.arriving(num_tokens):
             layer.matmul(self._values[rows], Epilogue(out=out[rows]))
-        self._is_arriving = False
         return out
 
 
@@ -176,7 +181,7 @@ class ResidualStream:
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
         self.version = 0  # counts the changes of `hidden`; a `Normed` belongs to one version
-        self.tp = TensorParallel()  # the ranks that the last layer added belongs to
+        self.tp = TensorParallel()  # one rank, until a layer is added that knows its ranks
         self._open: Addition | None = None
         self._has_own_rows_only = False
 
@@ -190,10 +195,13 @@ class ResidualStream:
     ) -> None:
         """Add `scale * post_norm(layer(before(x)))`. Computed when the norm that follows is known.
 
-        before: a layer that works row by row, so that large prefills can be computed in pieces.
+        before: a layer that x goes through first. It works row by row, so that large prefills can
+            be computed in pieces.
+        post_norm, scale: as families with a norm on the output (Gemma, OLMo) or a residual
+            multiplier (Granite) need them. These additions are made plainly.
         """
         if self._open is not None:
-            self._finish(None)
+            self._make_addition(None)
         if isinstance(x, Attended):
             if x.rows is not None:
                 self.keep(x.rows)
@@ -203,14 +211,16 @@ class ResidualStream:
 
     def normed(self, norm: RMSNorm) -> Normed:
         """Finish the open addition, if there is one, and return the norm of the result."""
-        if self._open is None:
-            return Normed(self, norm)
-        return self._finish(norm) or Normed(self, norm)
+        values = None
+        if self._open is not None:
+            values = self._make_addition(norm)
+        in_pieces = values is not None and self._has_own_rows_only
+        return Normed(self, norm, values, in_pieces)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, `[m]` integers."""
         if self._open is not None:
-            self._finish(None)
+            self._make_addition(None)
         hidden = self.hidden[rows]
         if self._has_own_rows_only:
             hidden = self.tp.collect_rows(hidden, rows, len(self.hidden))
@@ -218,8 +228,8 @@ class ResidualStream:
         self.hidden = hidden
         self.version += 1
 
-    def _finish(self, norm: RMSNorm | None) -> Normed | None:
-        """Make the open addition. Returns the norm of the sum where it was computed on the way."""
+    def _make_addition(self, norm: RMSNorm | None) -> Tensor | None:
+        """Make the open addition. Returns the norm of the sum, if it was computed on the way."""
         addition = self._open
         assert addition is not None
         values: Tensor | None = None
@@ -233,9 +243,7 @@ class ResidualStream:
             values = self._add_on_one_rank(addition, norm)
         self._open = None
         self.version += 1
-        if values is None or norm is None:
-            return None
-        return Normed(self, norm, values, in_pieces=self._has_own_rows_only)
+        return values
 
     def _add_on_one_rank(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
         x = addition.layer_input()
@@ -251,7 +259,7 @@ class ResidualStream:
         self._complete_rows()
         x = addition.layer_input()
         product = addition.layer.matmul(x, READER_SUMS)
-        if len(x) == 1:
+        if uses_gemv(x):
             norm = None  # the GEMV that reads the norm computes it
         return self.tp.add_all_reduced(self.hidden, product, norm)
 
@@ -268,11 +276,9 @@ class ResidualStream:
     def _add_changed(self, addition: Addition) -> None:
         """Add an output that is normalised or scaled first, which takes the complete sum."""
         self._complete_rows()
-        product = addition.layer.matmul(addition.layer_input(), READER_SUMS)
+        output = addition.layer(addition.layer_input())
         if self.tp.size > 1:
-            output = self.tp.all_reduce_product(product)
-        else:
-            output = product.sum() if isinstance(product, PartialSums) else product
+            output = self.tp.all_reduce(output)
         if addition.post_norm is not None:
             output = addition.post_norm(output)
         self.hidden.add_(output, alpha=addition.scale)

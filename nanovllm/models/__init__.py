@@ -25,13 +25,13 @@ def build_model(config: Config, device: torch.device) -> Qwen3ForCausalLM:
         ValueError: the checkpoint does not match the configuration.
     """
     hf_config = config.hf_config
-    before = torch.get_default_dtype()
+    previous_dtype = torch.get_default_dtype()
     torch.set_default_dtype(config.dtype)
     try:
         with device:
             model = model_class(hf_config)(hf_config, config.max_model_len)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous_dtype)
     if config.load_format == "dummy":
         fill_dummy(model, getattr(hf_config, "initializer_range", 0.02), config.seed)
     else:

@@ -148,6 +148,6 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(input_ids, positions)
 
-    def compute_logits(self, hidden: Normed) -> Tensor:
-        """`[n, hidden_size]`: logits `[n, vocab_size / tp]`."""
-        return self.lm_head(hidden)
+    def compute_logits(self, normed: Normed) -> Tensor:
+        """Compute logits `[n, vocab_size / tp]` of what `forward` returns."""
+        return self.lm_head(normed)

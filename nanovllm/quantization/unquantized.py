@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
 from nanovllm.kernels.split_gemm import num_splits, split_gemm
-from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard, WeightFormat
+from nanovllm.quantization.weight_format import (
+    Epilogue,
+    Norm,
+    PartialSums,
+    Shard,
+    WeightFormat,
+    uses_gemv,
+)
 from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import check_shape
 
@@ -44,7 +51,7 @@ def choose_matmul(x: Tensor, weight: Tensor, reader_sums: bool) -> MatmulChoice:
     reader_sums: whether the kernel that reads the product adds up the partial sums of split-K.
         Where it does not, an addition of its own would cost what splitting gains.
     """
-    if x.is_cuda and x.shape[0] == 1:
+    if uses_gemv(x):
         return GEMV
     if get_context().is_prefill:
         # A prefill is launched kernel by kernel, and launching split_gemm takes the host 26 us more
@@ -77,10 +84,10 @@ class Unquantized(WeightFormat):
         norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply by the kernel that `choose_matmul` names; see `WeightFormat.matmul`."""
-        return self.multiply(cast(Tensor, layer.weight), x, bias, epilogue, norm)
+        return self.multiply_matrix(cast(Tensor, layer.weight), x, bias, epilogue, norm)
 
     @staticmethod
-    def multiply(
+    def multiply_matrix(
         weight: Tensor, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
     ) -> Tensor | PartialSums:
         """`matmul`, given the weight `[out, in]` itself."""

@@ -9,6 +9,14 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 
+def uses_gemv(x: Tensor) -> bool:
+    """Whether x `[n, in]` is multiplied by a GEMV: a single token on a GPU.
+
+    Every format has one, and it takes in the norm before it: see `WeightFormat.matmul`.
+    """
+    return x.is_cuda and x.shape[0] == 1
+
+
 class Norm(Protocol):
     """An RMSNorm, as far as a matmul has to know it."""
 
@@ -55,7 +63,7 @@ class Epilogue(NamedTuple):
     as long.
     """
 
-    add_to: Tensor | None = None  # [n, out]: the product may be added to this tensor, in place
+    add_to: Tensor | None = None  # [n, out]: add the product to this, unless it is in partial sums
     reader_sums: bool = False  # whoever reads the product adds up partial sums, if there are any
     is_gated: bool = False  # W is a gate above an up projection; `silu(gate) * up` is wanted
     out: Tensor | None = None  # [n, out]: where the product is to be written
@@ -95,9 +103,8 @@ class WeightFormat(ABC):
     ) -> Tensor | PartialSums:
         """Multiply x `[n, in]` with the weight of `layer`: `x W^T + bias`.
 
-        norm: x is to be normalised first. It is given only with a single token on a GPU, where the
-            kernel that multiplies can do that on the way.
-        epilogue: with `add_to`, the result is either that tensor, the product having been added to
-            it, or PartialSums, which the caller has to add. With `reader_sums` it may be
-            PartialSums. Otherwise it is a tensor `[n, out]`.
+        norm: x is to be normalised first. Given only where `uses_gemv(x)`.
+        epilogue: with `add_to`, a result that is a tensor is that tensor, with the product added;
+            PartialSums have not been added yet: that is left to the caller. With `reader_sums` the
+            result may be PartialSums. Otherwise it is a tensor `[n, out]`.
         """

@@ -36,10 +36,6 @@ class TensorParallel:
         dist.all_reduce(x)
         return x
 
-    def all_reduce_product(self, product: Tensor | PartialSums) -> Tensor:
-        """Sum a product `[n, out]`, which may still be in parts, over the ranks."""
-        return self.all_reduce(product if isinstance(product, Tensor) else product.sum())
-
     def add_all_reduced(
         self, residual: Tensor, product: Tensor | PartialSums, norm: Norm | None
     ) -> Tensor | None:
@@ -51,7 +47,7 @@ class TensorParallel:
             if norm is None:
                 return self.small_all_reduce(x, residual)[1]
             return self.small_all_reduce(x, residual, norm.weight, norm.eps)[1]
-        residual.add_(self.all_reduce_product(product))
+        residual.add_(self.all_reduce(product if isinstance(product, Tensor) else product.sum()))
         return None
 
     def sums_in_pieces(self, num_tokens: int) -> bool:
@@ -119,9 +115,9 @@ def tensor_parallel(
 ) -> Iterator[TensorParallel]:
     """Have the layers that are built inside the `with` belong to this rank."""
     global _current
-    before = _current
+    previous = _current
     _current = TensorParallel(rank, size, small_all_reduce, prefill_all_reduce)
     try:
         yield _current
     finally:
-        _current = before
+        _current = previous
