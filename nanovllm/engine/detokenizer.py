@@ -48,7 +48,7 @@ class Detokenizer:
         return self._cut_at_stop(old_length) if may_stop else None
 
     def _cut_at_stop(self, old_length: int) -> str | None:
-        """Cut the text at the stop string that ends first, behind `old_length`, and return it."""
+        """Cut the text at the first stop string to end behind `old_length`; returns that string."""
         first_stop = None
         first_end = len(self.text) + 1
         for stop in self.stops:

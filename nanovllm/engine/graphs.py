@@ -61,7 +61,7 @@ class DecodeGraphs:
         return graph.output
 
     def capture(self, run_decode: Callable[[int], DecodeOutput], max_num_seqs: int) -> None:
-        """Record `run_decode(size)`, a step of the first `size` rows of the buffers, at all sizes."""
+        """Record `run_decode(size)`, on the first `size` rows of the buffers, for every size."""
         largest = min(max_num_seqs, MAX_GRAPH_BATCH)
         sizes = {size for size in (1, 2, 4, *range(8, largest, 8), largest) if size <= largest}
         for size in sorted(sizes & {*SIZES_TO_COMPILE, largest}):
