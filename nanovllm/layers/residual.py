@@ -10,12 +10,12 @@ its neighbours, and which combination is best depends on the step. On a GPU:
 | 1 token          | the GEMV that multiplies adds to h; | the all-reduce adds to h; the GEMV that |
 |                  | the GEMV that reads the norm, norms | reads the norm, norms                   |
 | few, in a decode | one kernel adds the partial sums of | one kernel sums over the ranks, adds to |
-| step             | split-K, adds them to h, and norms  | h, and norms (sums of up to 2 MiB)      |
+| step             | split-K, adds them to h, and norms  | h, and norms (any sum of up to 2 MiB)   |
 | 4,096 and more   | as below                            | the ranks sum one piece of the rows     |
 |                  |                                     | while the GEMM of the next one runs;    |
 |                  |                                     | each norms the rows that it has summed  |
-| otherwise        | the GEMM adds to h as it writes; the| an all-reduce, then an addition; the    |
-|                  | norm is a kernel of its own         | norm is a kernel of its own             |
+| otherwise        | the GEMM adds to h as it writes;    | an all-reduce, then an addition;        |
+|                  | the norm is a kernel of its own     | the norm is a kernel of its own         |
 
 A model should not have to know this. So the stream is lazy by exactly one addition: `add` only
 records it, and `normed`, which comes next and knows the norm, finishes both in the best way. What
