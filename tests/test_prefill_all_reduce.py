@@ -29,6 +29,22 @@ def test_pieces_cover_all_rows_once(ranks: int) -> None:
         assert all(rows.start % ranks == 0 for rows in cut)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_each_row_is_owned_by_the_rank_that_sums_it(ranks: int) -> None:
+    sums = [PrefillAllReduce.__new__(PrefillAllReduce) for _ in range(ranks)]
+    for rank, one in enumerate(sums):
+        one.rank, one.size = rank, ranks
+    for num_rows in [*range(2 * MIN_ROWS, 2 * MIN_ROWS + 30), 5003, 10_241, 16384]:
+        owned = torch.zeros(ranks, num_rows, dtype=torch.bool)
+        for rank, one in enumerate(sums):
+            for rows in pieces(num_rows, ranks):
+                first, length = one._owned_rows(rank, rows.stop - rows.start)
+                owned[rank, rows.start + first : rows.start + first + length] = True
+        rows = torch.randperm(num_rows)[:500].int()
+        found = torch.stack([one.owns(rows, num_rows) for one in sums])
+        assert torch.equal(found, owned[:, rows.long()]) and (found.sum(0) == 1).all()
+
+
 @pytest.mark.skipif(
     not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
 )

@@ -15,7 +15,7 @@ from nanovllm.kernels.attention_backend import PrefillPlan
 from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.residual import Attended, Normed, ResidualStream
+from nanovllm.layers.residual import Attended, ResidualStream
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.quantization import unquantized
 from nanovllm.quantization.unquantized import MatmulChoice, MatmulKernel
@@ -225,9 +225,9 @@ class Rank:
             self.last[rows] = values
         self.pieces = []
 
-    def collect_rows(self, values: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
+    def collect_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
         self.wait_for_pieces()
-        mine = values.masked_fill(~self.owned(num_tokens)[rows.long()].unsqueeze(1), 0)
+        mine = hidden[rows].masked_fill(~self.owned(len(hidden))[rows.long()].unsqueeze(1), 0)
         return self.exchange.sum(self.rank, mine)
 
 
@@ -286,8 +286,8 @@ def test_ranks_agree_with_transformers(tmp_path: Any, in_pieces: bool, num_layer
     assert ranks[0].num_sums_in_pieces == (2 * (num_layers - 1) if in_pieces else 0)
 
 
-def test_all_rows_are_completed_before_a_sum_that_needs_them() -> None:
-    """Behind a sum in pieces comes one with a norm of its own, which cannot be cut."""
+def test_all_rows_are_completed_where_they_are_needed() -> None:
+    """Behind a sum in pieces: for a second norm of it, and for an addition that cannot be cut."""
     exchange, norm = Exchange(2), make_norm()
     layers = []
     for rank in range(2):
@@ -300,9 +300,14 @@ def test_all_rows_are_completed_before_a_sum_that_needs_them() -> None:
     def work(rank: int) -> None:
         stream = ResidualStream(hidden.clone())
         stream.add(layers[rank], x[rank])
-        assert isinstance(stream.normed(norm), Normed)
+        first = stream.normed(norm)
+        values = first.values().clone()
+        assert torch.equal(stream.normed(norm).values(), values)
         stream.add(layers[rank], x[rank], scale=2.0)
         results[rank] = stream.normed(norm).values()
+        for read in (first.values, lambda: first.piece(slice(2))):  # the next sum overwrites it
+            with pytest.raises(AssertionError, match="the stream changed"):
+                read()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:

@@ -84,6 +84,10 @@ class LLMEngine:
         """The checkpoint's tokenizer, of `transformers`; None if it has none."""
         return self._inputs.tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._inputs.tokenizer = tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without parameters gets: what generation_config.json recommends."""
         return self._inputs.default_params()
@@ -120,7 +124,8 @@ class LLMEngine:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
             self.reset()
             raise
-        return [results[request_id] for request_id in request_ids]
+        # A request that a reset() from elsewhere has dropped has no result.
+        return [results.get(request_id, {}) for request_id in request_ids]  # type: ignore[typeddict-item]
 
     def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, Result]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""

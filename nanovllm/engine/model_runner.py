@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.attention_backend import select_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
-from nanovllm.models import build_model
+from nanovllm.models import build_model, head_size
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
@@ -62,6 +62,15 @@ class ModelRunner:
 
     def _load_model(self) -> None:
         config = self.config
+        # Before the weights, which may take minutes to load: a wrong option is told at once.
+        self.backend = select_backend(
+            config.attention_backend,
+            config.device,
+            block_size=config.kvcache_block_size,
+            head_dim=head_size(config.hf_config),
+            dtype=config.dtype,
+        )
+        config.attention_backend = self.backend.name
         size = config.tensor_parallel_size
         small_all_reduce = None if self.group is None else self.group.small_all_reduce
         prefill_all_reduce = None if self.group is None else self.group.prefill_all_reduce
@@ -69,12 +78,6 @@ class ModelRunner:
             self.model = build_model(config, self.device)
             self.sampler = Sampler(self.model.lm_head.vocab_start, config.hf_config.vocab_size)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        block_size = config.kvcache_block_size
-        head_dim = self.attention_layers[0].head_dim
-        self.backend = select_backend(
-            config.attention_backend, config.device, block_size, head_dim, config.dtype
-        )
-        config.attention_backend = self.backend.name
         for layer in self.attention_layers:
             layer.backend = self.backend
         self.attention_layers[-1].only_last_tokens = True

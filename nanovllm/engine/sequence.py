@@ -146,6 +146,8 @@ class Sequence:
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_end = token_id in self.end_ids and num_tokens > self.params.min_tokens
         is_full = num_tokens == self.max_tokens
+        if not is_end and not is_full and self.detokenizer is None:
+            return False  # nearly always
         stop = None  # the stop string that ends it
         if self.detokenizer is not None:
             is_hidden = is_end and not self.params.include_stop_str_in_output

@@ -16,9 +16,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
-except (
-    ImportError
-):  # macOS, Windows: the kernels cannot be launched, but the PyTorch references run
+except ImportError:  # macOS, Windows: no kernel can be launched, but the PyTorch references run
     from unittest.mock import Mock
 
     triton = tl = libdevice = Mock()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ class AttentionBackend:
         block_tables: `[n, max_blocks]` int32 on the host; None if nothing is cached.
         to_device: copies an array to the model's device, without waiting.
         """
-        cu_seqlens_q = np.cumsum([0, *num_queries], dtype=np.int32)
-        cu_seqlens_k = np.cumsum([0, *num_keys], dtype=np.int32)
+        cu_seqlens_q = np.array([0, *accumulate(num_queries)], dtype=np.int32)
+        cu_seqlens_k = np.array([0, *accumulate(num_keys)], dtype=np.int32)
         return PrefillPlan(
             cu_seqlens_q=to_device(cu_seqlens_q),
             cu_seqlens_k=to_device(cu_seqlens_k),

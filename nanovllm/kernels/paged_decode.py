@@ -121,9 +121,8 @@ def _paged_decode_kernel(
     tiles_per_split, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N)
     if split >= used_splits:
         return
-    group = tl.arange(
-        0, BLOCK_G
-    )  # at least 16 rows, as tl.dot needs; those from GROUP on are padding
+    # At least 16 rows, as tl.dot needs them; those from GROUP on are padding.
+    group = tl.arange(0, BLOCK_G)
     heads = kv_head * GROUP + group
     dims = tl.arange(0, BLOCK_D)
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]

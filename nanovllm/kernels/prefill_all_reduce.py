@@ -152,9 +152,8 @@ class Piece:
     index: int  # among the pieces of the sum
     first_row: int  # of the prefill
     count: int  # how many pieces this rank had begun with it, in all sums; what its words tell
-    addends: (
-        Tensor  # `[n, hidden]`, this rank's; alive until copied, which the allocator cannot know
-    )
+    # `[n, hidden]`, this rank's. Kept alive until it is copied, which the allocator cannot know.
+    addends: Tensor
 
 
 class PrefillAllReduce:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from nanovllm.layers.residual import Normed
 from nanovllm.quantization.unquantized import UNQUANTIZED
@@ -37,6 +38,24 @@ def divide(what: str, num: int, parts: int) -> int:
             f"{what} ({num}) cannot be split over tensor_parallel_size {parts}; use a divisor of it"
         )
     return num // parts
+
+
+def check_sharding(config: PretrainedConfig, tp_size: int) -> None:
+    """Raise a ValueError if heads or MLP of a model cannot be split over so many ranks."""
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
+    divide("num_attention_heads", heads, tp_size)
+    divide("intermediate_size", config.intermediate_size, tp_size)
+    # Either a rank has several KV heads, or several ranks share one.
+    if kv_heads % tp_size and tp_size % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads ({kv_heads}) and tensor_parallel_size {tp_size}: one must "
+            "divide the other"
+        )
 
 
 class LinearBase(nn.Module):
@@ -83,11 +102,15 @@ class LinearBase(nn.Module):
         """Compute this rank's `x W^T + b`; see `WeightFormat.matmul`."""
         return self.weight_format.matmul(self, x, self.bias, epilogue, norm)
 
+    def project(self, x: Tensor | Normed, epilogue: Epilogue) -> Any:
+        """`matmul`, of an input that may still have to be normalised."""
+        if isinstance(x, Normed):
+            return x.project(self, epilogue)
+        return self.matmul(x, epilogue)
+
     def forward(self, x: Tensor | Normed) -> Any:
         """Compute `x W^T + b` of x `[n, in]`, with what `epilogue` makes of it: `[n, out]`."""
-        if isinstance(x, Normed):
-            return x.project(self, self.epilogue)
-        return self.matmul(x, self.epilogue)
+        return self.project(x, self.epilogue)
 
 
 class MergedColumnParallelLinear(LinearBase):

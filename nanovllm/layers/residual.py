@@ -89,9 +89,12 @@ class Addition(NamedTuple):
 
     def layer_input(self) -> Tensor:
         """What the layer multiplies, for all rows."""
+        x = self.x
+        if isinstance(x, Normed):
+            x.keeps_values = False  # this is the last reader
         if self.before is not None:
-            return self.before(self.x)
-        return self.x.values() if isinstance(self.x, Normed) else self.x
+            return self.before(x)
+        return x.values() if isinstance(x, Normed) else x
 
     def piece(self, rows: slice) -> Tensor:
         """This rank's product for some rows only, before it is summed over the ranks."""
@@ -112,7 +115,7 @@ class Normed:
     are read. They are gone when the stream changes, because the next such sum overwrites them.
     """
 
-    __slots__ = ("_in_pieces", "_stream", "_values", "_version", "norm")
+    __slots__ = ("_in_pieces", "_stream", "_values", "_version", "keeps_values", "norm")
 
     def __init__(
         self,
@@ -126,6 +129,9 @@ class Normed:
         self._version = stream.version
         self._values = values
         self._in_pieces = in_pieces
+        # Off for the last reader. The activation of an MLP is the peak of a prefill's memory, and
+        # runs when the gate and up projection has read the values.
+        self.keeps_values = True
 
     def _check_version(self) -> None:
         assert self._version == self._stream.version, "the stream changed before its norm was read"
@@ -141,21 +147,24 @@ class Normed:
         if self._in_pieces:
             self._check_version()
             self._stream.tp.wait_for_pieces()
-        if self._values is None:
-            self._values = self.norm(self.hidden)
-        return self._values
+        values = self._values
+        if values is None:
+            values = self.norm(self.hidden)
+        self._values = values if self.keeps_values else None
+        return values
 
     def piece(self, rows: slice) -> Tensor:
         """Some rows of the values, which `TensorParallel.add_in_pieces` has waited for."""
+        self._check_version()
         if self._values is None:
-            return self.values()[rows]
+            self._values = self.norm(self.hidden)
         return self._values[rows]
 
     def project(self, layer: Projection, epilogue: Epilogue) -> Tensor | PartialSums:
         """Multiply the values with the weight of `layer`, in the best way for this step."""
         if self._values is None and uses_gemv(self.hidden):
             return layer.matmul(self.hidden, epilogue, self.norm)
-        if self._in_pieces and not epilogue.is_gated:
+        if self._in_pieces:
             return self._project_while_arriving(layer)
         return layer.matmul(self.values(), epilogue)
 
@@ -211,9 +220,10 @@ class ResidualStream:
 
     def normed(self, norm: RMSNorm) -> Normed:
         """Finish the open addition, if there is one, and return the norm of the result."""
-        values = None
-        if self._open is not None:
-            values = self._make_addition(norm)
+        if self._open is None:
+            self._complete_rows()
+            return Normed(self, norm)
+        values = self._make_addition(norm)
         in_pieces = values is not None and self._has_own_rows_only
         return Normed(self, norm, values, in_pieces)
 
@@ -221,11 +231,11 @@ class ResidualStream:
         """Go on with these rows only, `[m]` integers."""
         if self._open is not None:
             self._make_addition(None)
-        hidden = self.hidden[rows]
         if self._has_own_rows_only:
-            hidden = self.tp.collect_rows(hidden, rows, len(self.hidden))
+            self.hidden = self.tp.collect_rows(self.hidden, rows)
             self._has_own_rows_only = False
-        self.hidden = hidden
+        else:
+            self.hidden = self.hidden[rows]
         self.version += 1
 
     def _make_addition(self, norm: RMSNorm | None) -> Tensor | None:
@@ -286,7 +296,6 @@ class ResidualStream:
     def _complete_rows(self) -> None:
         """Bring all rows of `hidden` up to date, after sums in pieces."""
         if self._has_own_rows_only:
-            num_rows = len(self.hidden)
-            rows = torch.arange(num_rows, device=self.hidden.device)
-            self.hidden = self.tp.collect_rows(self.hidden, rows, num_rows)
+            rows = torch.arange(len(self.hidden), device=self.hidden.device)
+            self.hidden = self.tp.collect_rows(self.hidden, rows)
             self._has_own_rows_only = False

@@ -4,8 +4,10 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.qwen3 import Qwen3ForCausalLM, head_size
 from nanovllm.utils.loader import fill_dummy, load_model
+
+__all__ = ["MODELS", "build_model", "head_size", "model_class"]
 
 # Qwen2 is Qwen3 with a QKV bias and without the norms on q and k: one class reads from the
 # configuration which of them it is.

@@ -13,7 +13,7 @@ from nanovllm.layers.activation import SiluGateUpLinear
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, divide
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
 
@@ -109,7 +109,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     @staticmethod
     def check_config(config: PretrainedConfig, tp_size: int) -> None:
-        """Raise a ValueError for what this code would run wrongly, or cannot split over ranks."""
+        """Raise a ValueError for what this code would run wrongly, or could not be split."""
         rope_theta(config)
         if config.hidden_act != "silu":
             raise ValueError(
@@ -124,30 +124,12 @@ class Qwen3ForCausalLM(nn.Module):
             raise ValueError(
                 "quantised checkpoints are not supported; use a bf16, fp16 or fp32 one"
             )
-        heads = config.num_attention_heads
-        kv_heads = config.num_key_value_heads
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(
-                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads "
-                f"({kv_heads})"
-            )
-        divide("num_attention_heads", heads, tp_size)
-        divide("intermediate_size", config.intermediate_size, tp_size)
-        # Either a rank has several KV heads, or several ranks share one.
-        if kv_heads % tp_size and tp_size % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads ({kv_heads}) and tensor_parallel_size {tp_size}: one must "
-                "divide the other"
-            )
+        check_sharding(config, tp_size)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Normed:
-        """Compute hidden states `[n, hidden_size]`, normalised, of `[num_tokens]` int64 inputs.
-
-        They are those of all tokens; of a prefill only those of each sequence's last token, once
-        the model runner has set `only_last_tokens` in the last attention layer.
-        """
+        """Compute hidden states `[n, hidden_size]`, normalised, of `[num_tokens]` int64 inputs."""
         return self.model(input_ids, positions)
 
     def compute_logits(self, normed: Normed) -> Tensor:
-        """Compute logits `[n, vocab_size / tp]` of what `forward` returns."""
+        """Compute logits of what `forward` returns."""
         return self.lm_head(normed)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
 from nanovllm.kernels.split_gemm import num_splits, split_gemm
 from nanovllm.quantization.weight_format import (
     Epilogue,
@@ -111,18 +110,11 @@ class Unquantized(WeightFormat):
         assert norm is None, "only the GEMV normalises its input"
         if choice.kernel is MatmulKernel.SPLIT_K:
             sums = PartialSums(split_gemm(x, weight, bias, choice.splits))
-            if reader_sums:
-                return sums
-            product = sums.sum()  # of one split: nothing is added
-        elif residual is not None:
+            return sums if reader_sums else sums.sum()  # of one split: nothing is added
+        if residual is not None:
             residual.addmm_(x, weight.t())  # the GEMM adds as it writes
             return residual if bias is None else residual.add_(bias)
-        else:
-            product = F.linear(x, weight, bias)
-
-        if epilogue.is_gated:
-            return silu_mul(product) if product.is_cuda else silu_mul_torch(product)
-        return product
+        return F.linear(x, weight, bias)
 
 
 UNQUANTIZED = Unquantized()

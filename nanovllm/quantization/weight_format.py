@@ -65,7 +65,7 @@ class Epilogue(NamedTuple):
 
     add_to: Tensor | None = None  # [n, out]: add the product to this, unless it is in partial sums
     reader_sums: bool = False  # whoever reads the product adds up partial sums, if there are any
-    is_gated: bool = False  # W is a gate above an up projection; `silu(gate) * up` is wanted
+    is_gated: bool = False  # W is a gate above an up projection: `silu(gate) * up`; for a GEMV only
     out: Tensor | None = None  # [n, out]: where the product is to be written
 
 

