@@ -28,7 +28,6 @@ TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.
 OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
 GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
-ROWS_AT_ONCE = 4096  # of two tensors that are compared
 
 
 # --- where the files are ------------------------------------------------------------------------
@@ -235,12 +234,13 @@ def find_tensors(path: Path) -> dict[str, Path]:
 def are_equal(files: dict[str, Path], first: str, second: str, dtype: torch.dtype) -> bool:
     """Whether two tensors of a checkpoint hold the same values once they are read as `dtype`."""
     with open_weights(files[first]) as first_file, open_weights(files[second]) as second_file:
-        ours = first_file.get_slice(first)
-        theirs = second_file.get_slice(second)
-        if ours.get_shape() != theirs.get_shape():
+        ours = first_file.get_tensor(first)  # mapped from the file, not copied
+        theirs = second_file.get_tensor(second)
+        if ours.shape != theirs.shape:
             return False
-        for row in range(0, ours.get_shape()[0], ROWS_AT_ONCE):
-            rows = slice(row, row + ROWS_AT_ONCE)
-            if not torch.equal(ours[rows].to(dtype), theirs[rows].to(dtype)):
-                return False
-    return True
+        if ours.dtype == theirs.dtype and ours.nbytes % 8 == 0:
+            # Eight bytes at a time: a third of what it takes as bfloat16, and mostly it is enough.
+            pair = [tensor.flatten().view(torch.int64) for tensor in (ours, theirs)]
+            if torch.equal(*pair):
+                return True
+        return torch.equal(ours.to(dtype), theirs.to(dtype))

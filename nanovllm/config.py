@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,7 @@ class Config:
             raise TypeError(
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
+        self.hf_config = deepcopy(self.hf_config)  # so that the caller may change its own
         check_architecture(self.hf_config.architectures, "hf_config", architectures)
         named = getattr(self.hf_config, "transformers_weights", None)
         if named is not None and needs_weights:
