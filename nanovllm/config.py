@@ -117,12 +117,11 @@ class Config:
             )
 
     def _check_eos(self) -> None:
-        if self.eos is None:
-            self.eos = -1
-        ids = self.eos if isinstance(self.eos, (list, tuple)) else (plain_number(self.eos),)
-        if ids == (-1,):
+        eos = plain_number(self.eos)
+        if eos is None or (isinstance(eos, int) and eos == -1):
             self.eos = -1
             return
+        ids = eos if isinstance(eos, (list, tuple)) else (eos,)
         limits = Range(0, self.hf_config.vocab_size - 1)
         self.eos = tuple(check_value("an eos id", token_id, int, limits) for token_id in ids)
 
