@@ -1,4 +1,4 @@
-"""Which files and tensors are the checkpoint, in a directory or on the hub.
+"""What a checkpoint is, in a directory or on the hub: its configuration, files and tensors.
 
 A directory may hold more: shards of an older version, an adapter, the same weights in another
 format. None of it may be taken for the model's weights. Where `transformers` has a rule it is
@@ -8,7 +8,7 @@ followed here; where files contradict each other, that is an error which names t
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which shard holds which tensor
@@ -114,6 +115,61 @@ def can_run(path: Path, needs_weights: bool) -> bool:
         return False
 
 
+# --- what its configuration says -----------------------------------------------------------------
+
+
+def read_hf_config(path: Path, architectures: Collection[str] = ()) -> PretrainedConfig:
+    """Read config.json; a ValueError if there is none, or none that this engine can run."""
+    file = path / "config.json"
+    if not file.is_file():
+        advice = "pass the directory of a checkpoint in Hugging Face format"
+        raise ValueError(f"{path} has no config.json; {other_formats(path) or advice}")
+    # Before transformers reads the file, whose error for an unknown architecture would say less.
+    check_architecture(read_json(file).get("architectures"), str(file), architectures)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ValueError(f"transformers cannot read {file}: {reason_of(error)}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
+    if not file.is_file():
+        return {}
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds {str(contents)[:40]!r} and not a configuration")
+    return contents
+
+
+def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
+    """Raise a ValueError unless the first of `names`, which is what `source` has under
+    "architectures" (in a file that may be anything), is in `supported`, or that is empty.
+    """
+    name = names[0] if isinstance(names, list) and names else names
+    if supported and name not in list(supported):  # a list, because `name` may not be hashable
+        raise ValueError(
+            f"{source} names the architecture {name!r}; supported: {', '.join(supported)}"
+        )
+
+
+def stored_dtype(hf_config: PretrainedConfig) -> str:
+    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
+    # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
+    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    return str(stored or "bfloat16").removeprefix("torch.")
+
+
+def reason_of(error: Exception) -> str:
+    """Say why transformers cannot read a file, without its advice to trust remote code."""
+    if "trust_remote_code" in str(error):
+        return "it takes code of the checkpoint's own (auto_map), which is never run here"
+    return str(error)
+
+
 # --- which of them hold the weights -------------------------------------------------------------
 
 
@@ -189,13 +245,6 @@ def other_formats(path: Path) -> str:
         f"{listed} cannot be read here: fetch the model's *.safetensors, or load it with "
         "transformers and write them with save_pretrained"
     )
-
-
-def reason_of(error: Exception) -> str:
-    """Say why transformers cannot read a file, without its advice to trust remote code."""
-    if "trust_remote_code" in str(error):
-        return "it takes code of the checkpoint's own (auto_map), which is never run here"
-    return str(error)
 
 
 # --- which tensors are in them ------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Every option of the engine, validated in one place."""
 
 import difflib
-import json
 from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import InitVar, dataclass, fields
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from nanovllm.checkpoint import other_formats, reason_of, resolve_model
+from nanovllm.checkpoint import check_architecture, read_hf_config, resolve_model, stored_dtype
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
@@ -143,48 +142,3 @@ class Config:
                 f"{needed} blocks; lower max_model_len, or raise num_kvcache_blocks or "
                 "gpu_memory_utilization"
             )
-
-
-def read_hf_config(path: Path, architectures: Collection[str] = ()) -> PretrainedConfig:
-    """Read config.json; a ValueError if there is none, or none that this engine can run."""
-    file = path / "config.json"
-    if not file.is_file():
-        advice = "pass the directory of a checkpoint in Hugging Face format"
-        raise ValueError(f"{path} has no config.json; {other_formats(path) or advice}")
-    # Before transformers reads the file, whose error for an unknown architecture would say less.
-    check_architecture(read_json(file).get("architectures"), str(file), architectures)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever a malformed file makes transformers raise
-        raise ValueError(f"transformers cannot read {file}: {reason_of(error)}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
-    if not file.is_file():
-        return {}
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file} holds {str(contents)[:40]!r} and not a configuration")
-    return contents
-
-
-def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
-    """Raise a ValueError unless the first of `names`, which is what `source` has under
-    "architectures" (in a file that may be anything), is in `supported`, or that is empty.
-    """
-    name = names[0] if isinstance(names, list) and names else names
-    if supported and name not in list(supported):  # a list, because `name` may not be hashable
-        raise ValueError(
-            f"{source} names the architecture {name!r}; supported: {', '.join(supported)}"
-        )
-
-
-def stored_dtype(hf_config: PretrainedConfig) -> str:
-    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
-    # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
-    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
-    return str(stored or "bfloat16").removeprefix("torch.")

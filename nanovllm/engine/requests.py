@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.checkpoint import reason_of
-from nanovllm.config import Config, read_json
+from nanovllm.checkpoint import read_json, reason_of
+from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
