@@ -19,6 +19,23 @@ from nanovllm.engine.model_runner import ModelRunner
 HOST = "127.0.0.1"  # all ranks are on one machine
 
 
+def check_process() -> None:
+    """Raise a RuntimeError if this process cannot start others, which import its main script."""
+    # This raises if we are such another process, whose script has no `if __name__ == "__main__"`.
+    script = multiprocessing.spawn.get_preparation_data("rank").get("init_main_from_path")
+    remedy = "or pass tensor_parallel_size=1"
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            "the ranks of tensor parallelism cannot start in a daemonic process, such as a worker "
+            f"of multiprocessing.Pool; use concurrent.futures.ProcessPoolExecutor, {remedy}"
+        )
+    if script is not None and not os.path.exists(script):
+        raise RuntimeError(
+            "the ranks of tensor parallelism import the main script, and there is no file "
+            f"{script!r} (a script on stdin is none); save it as a file, {remedy}"
+        )
+
+
 def start_ranks(config: Config) -> ModelRunner:
     """Make rank 0's ModelRunner, having started a worker process for every other rank.
 
@@ -51,23 +68,6 @@ def start_ranks(config: Config) -> ModelRunner:
         if failure is not None and isinstance(error, Exception):
             raise failure from error
         raise
-
-
-def check_process() -> None:
-    """Raise a RuntimeError if this process cannot start others, which import its main script."""
-    # This raises if we are such another process, whose script has no `if __name__ == "__main__"`.
-    script = multiprocessing.spawn.get_preparation_data("rank").get("init_main_from_path")
-    remedy = "or pass tensor_parallel_size=1"
-    if multiprocessing.current_process().daemon:
-        raise RuntimeError(
-            "the ranks of tensor parallelism cannot start in a daemonic process, such as a worker "
-            f"of multiprocessing.Pool; use concurrent.futures.ProcessPoolExecutor, {remedy}"
-        )
-    if script is not None and not os.path.exists(script):
-        raise RuntimeError(
-            "the ranks of tensor parallelism import the main script, and there is no file "
-            f"{script!r} (a script on stdin is none); save it as a file, {remedy}"
-        )
 
 
 def start_workers(config: Config, channel: Channel, port: int) -> None:
