@@ -1,26 +1,27 @@
 """Every option of the engine, validated in one place."""
 
 import difflib
-import json
 from collections.abc import Collection
-from contextlib import suppress
+from copy import deepcopy
 from dataclasses import InitVar, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value
+from nanovllm.checkpoint import check_architecture, read_hf_config, resolve_model, stored_dtype
+from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as PyTorch and vLLM call them, too
 ATTENTION_BACKENDS = Choice("auto", "triton", "flash_attn", "flash_attn+triton", "torch")
 
 
 @dataclass(slots=True)
 class Config:
     """Options of an engine; a wrong one is a TypeError or ValueError that names value and remedy.
+    None for an option whose default is a number means that number.
 
     After construction nothing is "auto": every field holds what the engine uses. The annotations
     are those of that time: `hf_config` may be given as None, and `dtype` as a string.
@@ -71,9 +72,10 @@ class Config:
         return cls(model, **options, architectures=architectures)
 
     def __post_init__(self, architectures: Collection[str]) -> None:
-        if isinstance(self.dtype, torch.dtype):
+        if isinstance(self.dtype, (torch.dtype, str)):
             # As config.json has it, "bfloat16" for torch.bfloat16, because strings are checked.
-            self.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[assignment]
+            name = str(self.dtype).removeprefix("torch.")
+            self.dtype = DTYPE_ALIASES.get(name, name)  # type: ignore[assignment]
         check_fields(self)
         self._choose_device()
         self._find_model(architectures)
@@ -104,16 +106,23 @@ class Config:
             raise TypeError(
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
+        self.hf_config = deepcopy(self.hf_config)  # so that the caller may change its own
         check_architecture(self.hf_config.architectures, "hf_config", architectures)
+        named = getattr(self.hf_config, "transformers_weights", None)
+        if named is not None and needs_weights:
+            raise ValueError(
+                f"config.json names {named!r} as the weights (transformers_weights), which is not "
+                "supported; name that file model.safetensors and remove the entry"
+            )
 
     def _check_eos(self) -> None:
-        if self.eos == -1:
+        eos = plain_number(self.eos)
+        if eos is None or (isinstance(eos, int) and eos == -1):
+            self.eos = -1
             return
-        if isinstance(self.eos, list):
-            self.eos = tuple(self.eos)
-        ids = self.eos if isinstance(self.eos, tuple) else (self.eos,)
-        for token_id in ids:
-            check_value("an eos id", token_id, int, Range(0, self.hf_config.vocab_size - 1))
+        ids = eos if isinstance(eos, (list, tuple)) else (eos,)
+        limits = Range(0, self.hf_config.vocab_size - 1)
+        self.eos = tuple(check_value("an eos id", token_id, int, limits) for token_id in ids)
 
     def _choose_dtype(self) -> None:
         name = str(self.dtype)
@@ -133,77 +142,3 @@ class Config:
                 f"{needed} blocks; lower max_model_len, or raise num_kvcache_blocks or "
                 "gpu_memory_utilization"
             )
-
-
-def resolve_model(model: str, needs_weights: bool) -> str:
-    """The local directory of `model`: itself, or that of a hub id, downloaded if need be. Raises a
-    TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
-    """
-    if not isinstance(model, (str, Path)):
-        raise TypeError(f"model must be a path or a hub id, not {model!r}")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    from huggingface_hub import snapshot_download  # here, because most runs never need it
-
-    needed = ["config.json", "*.safetensors"] if needs_weights else ["config.json"]
-    patterns = ["*.json", "*.txt", "*.jinja", "*.model", *needed]
-    download = partial(snapshot_download, repo_id=str(model), allow_patterns=patterns)
-    try:
-        with suppress(FileNotFoundError):  # the cache holds nothing of this id
-            path = Path(download(local_files_only=True))
-            if all(any(path.glob(pattern)) for pattern in needed):
-                return str(path)
-        return download()  # only what the cache lacks
-    except (OSError, ValueError) as error:  # the hub's own exceptions are of these
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"model {str(model)!r} is neither a directory here nor a hub id that could be fetched "
-            f"({reason}); pass the path of a checkpoint in Hugging Face format"
-        ) from error
-
-
-def read_hf_config(path: Path, architectures: Collection[str] = ()) -> PretrainedConfig:
-    """Read config.json; a ValueError if there is none, or none that this engine can run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{path} has no config.json; pass the directory of a checkpoint in Hugging Face format"
-        )
-    # Before transformers reads the file, whose error for an unknown architecture would say less.
-    check_architecture(read_json(file).get("architectures"), str(file), architectures)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever a malformed file makes transformers raise
-        raise ValueError(f"transformers cannot read {file}: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
-    if not file.is_file():
-        return {}
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file} holds {str(contents)[:40]!r} and not a configuration")
-    return contents
-
-
-def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
-    """Raise a ValueError unless the first of `names`, which is what `source` has under
-    "architectures" (in a file that may be anything), is in `supported`, or that is empty.
-    """
-    name = names[0] if isinstance(names, list) and names else names
-    if supported and name not in list(supported):  # a list, because `name` may not be hashable
-        raise ValueError(
-            f"{source} names the architecture {name!r}; supported: {', '.join(supported)}"
-        )
-
-
-def stored_dtype(hf_config: PretrainedConfig) -> str:
-    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
-    # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
-    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
-    return str(stored or "bfloat16").removeprefix("torch.")

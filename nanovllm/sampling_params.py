@@ -4,9 +4,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value
+from nanovllm.frozen import FrozenDict, FrozenList
+from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
 
 GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
+NOTHING = FrozenList()  # as `stop` and `stop_token_ids`
 
 
 class SamplerNumbers(NamedTuple):
@@ -22,7 +24,11 @@ class SamplerNumbers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Options of one request; a wrong one is a TypeError or ValueError that names the value."""
+    """Options of one request; a wrong one is a TypeError or ValueError that names the value.
+
+    What is kept is a copy that cannot be changed: lists and dicts of the caller's can be used anew.
+    None for an option whose default is a number means that number, except for `max_tokens`.
+    """
 
     # Divisor of the logits. 1: the model's own probabilities. Below 1 likely tokens become likelier
     # still; 0 is greedy, which takes the likeliest.
@@ -48,16 +54,20 @@ class SamplingParams:
     # Until the completion has this many tokens, only `max_tokens` or `max_model_len` ends it, and
     # tokens that would end it are not drawn. 0: it may end at once.
     min_tokens: Annotated[int, Range(0)] = 0
-    # Strings, or one, that end the text, which is cut before them. None: none. Kept as a tuple.
+    # Strings, or one, that end the text, which is cut before them. None: none. Kept as a
+    # FrozenList, which equals a list of the same strings.
     stop: str | SequenceOf[str] | None = None
-    # Token ids that end the completion, besides the model's end-of-sequence ids. Kept as a tuple.
+    # Token ids that end the completion, besides the model's end-of-sequence ids. Kept the same way.
     stop_token_ids: SequenceOf[int] | None = None
     include_stop_str_in_output: bool = False  # whether the text keeps the stop string (or token)
     # Return log-probabilities: of each sampled token and of this many likeliest ones. None: none.
+    # True and False count as 1 and None.
     logprobs: Annotated[int | None, Range(0, 20)] = None
     skip_special_tokens: bool = True  # whether special tokens are left out of the text
 
     def __post_init__(self) -> None:
+        if isinstance(self.logprobs, bool):
+            self._set("logprobs", 1 if self.logprobs else None)
         check_fields(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
@@ -68,16 +78,14 @@ class SamplingParams:
                 "n must be 1 when temperature is 0 (all completions would be the same), "
                 f"not {self.n}"
             )
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        # The dataclass is frozen, so that nobody changes a value past these checks. This is how it
-        # sets a field of its own.
-        object.__setattr__(self, "stop", checked_tuple("stop", stop, str))
-        stop_token_ids = checked_tuple("stop_token_ids", self.stop_token_ids, int)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
-        if "" in (self.stop or ()):
-            raise ValueError(f"stop must hold strings of at least one character, not {stop!r}")
+        self._set("stop", checked_stop(self.stop))
+        self._set("stop_token_ids", checked_stop_token_ids(self.stop_token_ids))
         if self.logit_bias is not None:
-            check_logit_bias(self.logit_bias)
+            self._set("logit_bias", checked_logit_bias(self.logit_bias))
+
+    def _set(self, name: str, value: object) -> None:
+        """Set a field. The dataclass is frozen, so that nobody changes one past the checks."""
+        object.__setattr__(self, name, value)
 
     @property
     def is_greedy(self) -> bool:
@@ -115,20 +123,38 @@ class SamplingParams:
         )
 
 
-def checked_tuple(name: str, values: Any, kind: type) -> tuple[Any, ...]:
-    """A list or tuple of `kind` as a tuple, None as an empty one; a TypeError if it is neither."""
-    if not values:
-        return ()
-    is_list = isinstance(values, (list, tuple))
-    if not is_list or any(type(value) is not kind for value in values):  # True is an int, but no id
-        raise TypeError(f"{name} must be a list of {kind.__name__}, not {values!r}")
-    return tuple(values)
+def checked_stop(stop: Any) -> FrozenList:
+    """Turn None, a string, or a list or tuple of strings into a list; raise if it is none of them,
+    or holds an empty string.
+    """
+    if stop is None:
+        return NOTHING
+    strings = [stop] if isinstance(stop, str) else stop
+    is_list = isinstance(strings, (list, tuple))
+    if not is_list or not all(isinstance(string, str) for string in strings):
+        raise TypeError(f"stop must be a string, a list of strings or None, not {stop!r}")
+    if "" in strings:
+        raise ValueError(f"stop must hold strings of at least one character, not {strings!r}")
+    return FrozenList(strings)
 
 
-def check_logit_bias(logit_bias: Any) -> None:
-    """Raise unless it is a dict of token ids (at least 0) and numbers from -100 to 100."""
+def checked_stop_token_ids(token_ids: Any) -> FrozenList:
+    """Turn None, or a list or tuple of integers, into a list; a TypeError if it is none of them."""
+    if token_ids is None:
+        return NOTHING
+    ids = [plain_number(i) for i in token_ids] if isinstance(token_ids, (list, tuple)) else [None]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):  # True is an int, but no id
+        raise TypeError(f"stop_token_ids must be a list of integers or None, not {token_ids!r}")
+    return FrozenList(ids)
+
+
+def checked_logit_bias(logit_bias: Any) -> FrozenDict:
+    """Copy a dict of token ids (at least 0) and numbers from -100 to 100; raise if it is none."""
     if not isinstance(logit_bias, dict):
         raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {logit_bias!r}")
+    checked = {}
     for token_id, bias in logit_bias.items():
-        check_value("a token id in logit_bias", token_id, int, Range(0))
-        check_value(f"logit_bias of token {token_id}", bias, float, Range(-100, 100))
+        token_id = check_value("a token id in logit_bias", token_id, int, Range(0))
+        name = f"logit_bias of token {token_id}"
+        checked[token_id] = check_value(name, bias, float, Range(-100, 100))
+    return FrozenDict(checked)

@@ -12,9 +12,11 @@ def load_transformers(
     """The model at `path` as transformers runs it: its weights, or as many random ones."""
     logging.set_verbosity_error()  # newer versions warn of names that work in all of them
     if not has_random_weights:
-        model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, torch_dtype=dtype, trust_remote_code=False
+        )
         return model.eval().to(device)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, torch_dtype=dtype).eval()
 

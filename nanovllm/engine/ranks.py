@@ -1,6 +1,7 @@
 """The worker processes of tensor parallelism: how they start, what a fault does, how they end."""
 
 import multiprocessing
+import multiprocessing.spawn
 import os
 import signal
 import threading
@@ -18,6 +19,23 @@ from nanovllm.engine.process_group import ProcessGroup
 HOST = "127.0.0.1"  # all ranks are on one machine
 
 
+def check_process() -> None:
+    """Raise a RuntimeError if this process cannot start others, which import its main script."""
+    # This raises if we are such another process, whose script has no `if __name__ == "__main__"`.
+    script = multiprocessing.spawn.get_preparation_data("rank").get("init_main_from_path")
+    remedy = "or pass tensor_parallel_size=1"
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            "the ranks of tensor parallelism cannot start in a daemonic process, such as a worker "
+            f"of multiprocessing.Pool; use concurrent.futures.ProcessPoolExecutor, {remedy}"
+        )
+    if script is not None and not os.path.exists(script):
+        raise RuntimeError(
+            "the ranks of tensor parallelism import the main script, and there is no file "
+            f"{script!r} (a script on stdin is none); save it as a file, {remedy}"
+        )
+
+
 def start_ranks(config: Config) -> ModelRunner:
     """Make rank 0's ModelRunner, having started a worker process for every other rank. If a rank
     cannot start, this raises what it failed of, and leaves nothing behind.
@@ -25,6 +43,7 @@ def start_ranks(config: Config) -> ModelRunner:
     size = config.tensor_parallel_size
     if size == 1:
         return ModelRunner(config)
+    check_process()
     if dist.is_initialized():
         raise ValueError(
             f"tensor_parallel_size {size} needs torch.distributed's default process group, and it "

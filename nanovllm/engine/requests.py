@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.config import Config, read_json
+from nanovllm.checkpoint import read_json, reason_of
+from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -178,6 +179,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     if not any((Path(path) / file).is_file() for file in files):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        # Otherwise transformers may ask on stdin whether to run code of the checkpoint's own.
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
-        raise ValueError(f"transformers cannot read the tokenizer in {path}: {error}") from error
+        reason = reason_of(error)
+        raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error

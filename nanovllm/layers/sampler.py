@@ -177,7 +177,8 @@ class Sampler(nn.Module):
         """Compute the log-probabilities of the drawn and of the likeliest tokens."""
         wanted = logits[request.rows].float()
         drawn = token_ids[request.rows].unsqueeze(1)
-        ids = torch.cat((drawn, wanted.topk(request.num_top, dim=1).indices), dim=1)
+        num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
+        ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
         return Logprobs(ids, wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True))
 
 

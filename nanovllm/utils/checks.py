@@ -2,6 +2,7 @@
 
 The fields of a dataclass say in their annotations what they may hold, as in
 `seed: Annotated[int | None, Range(0, 2**63 - 1)] = None`, and `check_fields` checks them all.
+NumPy's numbers are accepted and kept as Python's. None stands for a number that is the default.
 """
 
 from dataclasses import Field, dataclass, fields
@@ -9,6 +10,8 @@ from functools import lru_cache
 from math import inf
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+import numpy as np
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -71,22 +74,35 @@ def check_fields(options: "DataclassInstance") -> None:
         if value is rule.field.default:  # as most are: this keeps a SamplingParams cheap to make
             continue
         if isinstance(rule.limits, Choice):
-            if value not in rule.limits.names:
+            if not isinstance(value, str) or value not in rule.limits.names:
                 choices = ", ".join(rule.limits.names)
                 raise ValueError(f"{name} must be one of {choices}, not {value!r}")
         elif rule.kind in NOUNS and not (rule.may_be_none and value is None):
-            check_value(name, value, rule.kind, rule.limits, rule.may_be_none)
+            if value is None and rule.kind is not bool:
+                checked = rule.field.default
+            else:
+                checked = check_value(name, value, rule.kind, rule.limits, rule.may_be_none)
+            if checked is not value:
+                object.__setattr__(options, name, checked)  # it may be a frozen dataclass
 
 
-def check_value(name: str, value: Any, kind: type, limits: Range, or_none: bool = False) -> None:
-    """Raise unless `value` is of `kind`, which is bool, int or float, and within `limits`.
+def check_value(name: str, value: Any, kind: type, limits: Range, or_none: bool = False) -> Any:
+    """Return `value` as Python's own bool, int or float, whichever `kind` is, or raise unless it is
+    one and within `limits`.
 
     An int is good enough for a float. `or_none` only adds to the message that None would do.
     """
     alternative = " or None" if or_none else ""
-    is_kind = isinstance(value, (int, float) if kind is float else kind)
-    is_bool = isinstance(value, bool)  # Python counts True and False as ints; here they are not
+    number = plain_number(value)
+    is_kind = isinstance(number, (int, float) if kind is float else kind)
+    is_bool = isinstance(number, bool)  # Python counts True and False as ints; here they are not
     if not is_kind or is_bool != (kind is bool):
         raise TypeError(f"{name} must be {NOUNS[kind]}{alternative}, not {value!r}")
-    if not limits.low <= value <= limits.high:
+    if not limits.low <= number <= limits.high:
         raise ValueError(f"{name} must be {limits}{alternative}, not {value!r}")
+    return number
+
+
+def plain_number(value: Any) -> Any:
+    """Python's own number for one of NumPy's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,17 +1,20 @@
 """From safetensors files to the model's parameters."""
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
+from nanovllm.checkpoint import are_equal, find_tensors, open_weights
+
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # may be one tensor (tied)
+DTYPES = ("BF16", "F16", "F32", "F64")  # of safetensors; others are of quantised weights
 
 
 def set_weight_loader(param: nn.Parameter, loader: Callable[..., None]) -> None:
@@ -26,26 +29,50 @@ def load_model(model: nn.Module, path: str) -> None:
     """Fill every parameter of `model` from the checkpoint in `path`. Raises a ValueError if there
     are no weight files, one cannot be read, or a tensor is missing, unknown or of the wrong shape.
     """
-    missing = expected_tensors(model)
-    is_tied = "lm_head.weight" not in missing  # it is listed by its first name only
-    others: list[str] = []
-    # Small checkpoints load before a bar would show; a large one keeps a person waiting.
-    with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
-        for file in weight_files(Path(path)):
-            try:
-                others += load_file(file, missing, progress)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"cannot read the weights in {file}: {error}") from error
-    unknown = [name for name in others if not is_redundant(name, is_tied)]
+    expected = expected_tensors(model)
+    files = find_tensors(Path(path))
+    if HEAD in files and HEAD not in expected:  # tied, which is listed by its first name only
+        dtype = model.get_parameter(EMBEDDING).dtype
+        settle_tied_head(expected, files, dtype)
+    unknown = {
+        name: file.name
+        for name, file in files.items()
+        if name not in expected and not name.endswith("rotary_emb.inv_freq")  # it is computed
+    }
+    missing = expected.keys() - files.keys()
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing: {name_some(missing)}")
     if unknown:
-        problems.append(f"{len(unknown)} unknown: {name_some(unknown)}")
+        where = name_some(set(unknown.values()))
+        problems.append(f"{len(unknown)} unknown: {name_some(unknown)}, in {where}")
     if problems:
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the "
             "checkpoint is incomplete or of another model"
+        )
+    # Small checkpoints load before a bar would show; a large one keeps a person waiting.
+    with tqdm(total=len(expected), desc="Loading weights", delay=1.0, leave=False) as progress:
+        for file in dict.fromkeys(files.values()):
+            load_file(file, expected, progress)
+
+
+def settle_tied_head(
+    expected: dict[str, LoadTensor], files: dict[str, Path], dtype: torch.dtype
+) -> None:
+    """Decide what an `lm_head.weight` is for a model that has the embedding in its place.
+
+    A file may hold the shared tensor under either name, or under both. If these differ, then
+    transformers 5 uses both, and older versions, and vLLM, drop the head: a ValueError.
+    """
+    if EMBEDDING not in files:
+        expected[HEAD] = expected.pop(EMBEDDING)
+    elif are_equal(files, EMBEDDING, HEAD, dtype):
+        del files[HEAD]
+    else:
+        raise ValueError(
+            f"{files[HEAD]} holds an {HEAD} that differs from {EMBEDDING}, and config.json has "
+            "tie_word_embeddings; set that to false to use the head, or remove the tensor"
         )
 
 
@@ -69,56 +96,26 @@ def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
     return expected
 
 
-def load_file(file: Path, missing: dict[str, LoadTensor], progress: tqdm) -> list[str]:
-    """Load the tensors of a file that are in `missing`, and remove them there; name the others."""
-    others = []
-    with safe_open(file, framework="pt") as tensors:
+def load_file(file: Path, expected: dict[str, LoadTensor], progress: tqdm) -> None:
+    """Load those tensors of a file that are expected."""
+    with open_weights(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118 - it is no dict, and has no iterator
-            if name not in missing:
-                others.append(name)
+            if name not in expected:
                 continue
-            load = missing.pop(name)
+            loaded = tensors.get_slice(name)  # of which the loader reads this rank's part only
             try:
-                load(tensors.get_slice(name))  # of a slice, the loader reads this rank's part only
-            except ValueError as error:  # of check_shape
+                if loaded.get_dtype() not in DTYPES:
+                    raise ValueError(f"is {loaded.get_dtype()} and not {', '.join(DTYPES)}")
+                expected[name](loaded)
+            except ValueError as error:  # of check_shape, too
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
             progress.update()
-    return others
-
-
-def is_redundant(name: str, is_tied: bool) -> bool:
-    """Whether a tensor only repeats others, or follows from the configuration."""
-    return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
 
 
 def name_some(names: Collection[str]) -> str:
     """List the first five names, in order."""
     listed = ", ".join(sorted(names)[:5])
     return f"{listed}, ..." if len(names) > 5 else listed
-
-
-def weight_files(path: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint: those its index names, else all there are. Raises
-    a ValueError if there are none, one that is named is absent, or the index cannot be read.
-    """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [path / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a valid index of weight files: {error!r}") from error
-    elif (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]  # and not, say, a consolidated copy beside it
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    absent = [file.name for file in files if not file.is_file()]
-    if absent or not files:
-        raise ValueError(
-            f"{path} lacks weight files ({', '.join(absent) or '*.safetensors'}); fetch the whole "
-            "checkpoint, or pass load_format='dummy' for random weights"
-        )
-    return files
 
 
 def check_shape(loaded: Any, expected: Iterable[int]) -> None:

@@ -1,0 +1,295 @@
+"""What a checkpoint is, in a directory or on the hub: its configuration, files and tensors.
+
+A directory may hold more: shards of an older version, an adapter, the same weights in another
+format. None of it may be taken for the model's weights. Where `transformers` has a rule it is
+followed here; where files contradict each other, that is an error which names them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # which shard holds which tensor
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+# Files of the hub that are read, if a model has them, besides its weights.
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+# Any of these makes a tokenizer.
+TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
+NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
+GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
+
+
+# --- where the files are ------------------------------------------------------------------------
+
+
+def resolve_model(model: str | Path, needs_weights: bool) -> str:
+    """The local directory of `model`: itself, or that of a hub id, downloaded if need be. Raises a
+    TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
+    """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model must be a path or a hub id, not {model!r}")
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return str(path)
+    if os.path.exists(path):
+        raise ValueError(
+            f"model {str(model)!r} is a file; pass the path of a checkpoint in Hugging Face "
+            "format, which is a directory with config.json and *.safetensors"
+        )
+    if HUB_ID.fullmatch(str(model)):
+        return fetch(str(model), needs_weights)
+    missing = Path(path)
+    while not os.path.isdir(missing.parent):
+        missing = missing.parent
+    raise ValueError(
+        f"model {str(model)!r} is neither a directory here nor a hub id: there is no directory "
+        f"{missing.name!r} in {missing.parent.absolute()}; pass the path of a checkpoint in "
+        "Hugging Face format"
+    )
+
+
+def fetch(hub_id: str, needs_weights: bool) -> str:
+    """The directory of a model of the hub, in the hub's cache; what the cache lacks is fetched."""
+    from huggingface_hub import snapshot_download  # here, because most runs never need it
+
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if needs_weights else [])]
+    download = partial(snapshot_download, repo_id=hub_id, allow_patterns=patterns)
+    cached: Path | None = None
+    with suppress(OSError, ValueError):  # the cache holds nothing of this id, or not all of it
+        cached = Path(download(local_files_only=True))
+        if is_whole(cached, needs_weights):
+            return str(cached)
+    try:
+        path = Path(download())
+    except (OSError, ValueError) as error:  # the hub's own exceptions are of these
+        if cached is None or not can_run(cached, needs_weights):
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"model {hub_id!r} is neither a directory here nor a hub id that could be fetched "
+                f"({reason}); pass the path of a checkpoint in Hugging Face format"
+            ) from error
+        path = cached
+    if needs_weights and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{hub_id!r} has no *.safetensors files, on the hub or in its cache; weights in other "
+            "formats (pytorch_model.bin, GGUF) are not read"
+        )
+    return str(path)
+
+
+def is_whole(path: Path, needs_weights: bool) -> bool:
+    """Whether a directory of the hub's cache holds all that a model usually has.
+
+    An interrupted download leaves a part, and so do programs that need only a part. A model that
+    has less is looked up on the hub each time, which does no harm.
+    """
+    tokenizer_config = path / "tokenizer_config.json"
+    if not (path / "generation_config.json").is_file() or not tokenizer_config.is_file():
+        return False
+    has_template = "chat_template" in tokenizer_config.read_text(encoding="utf-8")
+    if not has_template and not (path / "chat_template.jinja").is_file():
+        return False
+    has_tokenizer = any(all((path / name).is_file() for name in names) for names in TOKENIZERS)
+    return has_tokenizer and can_run(path, needs_weights)
+
+
+def can_run(path: Path, needs_weights: bool) -> bool:
+    """Whether a directory holds what is needed at least, with prompts of token ids."""
+    if not (path / "config.json").is_file():
+        return False
+    try:
+        return not needs_weights or bool(weight_files(path))
+    except ValueError:
+        return False
+
+
+# --- what its configuration says -----------------------------------------------------------------
+
+
+def read_hf_config(path: Path, architectures: Collection[str] = ()) -> PretrainedConfig:
+    """Read config.json; a ValueError if there is none, or none that this engine can run."""
+    file = path / "config.json"
+    if not file.is_file():
+        advice = "pass the directory of a checkpoint in Hugging Face format"
+        raise ValueError(f"{path} has no config.json; {other_formats(path) or advice}")
+    # Before transformers reads the file, whose error for an unknown architecture would say less.
+    check_architecture(read_json(file).get("architectures"), str(file), architectures)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ValueError(f"transformers cannot read {file}: {reason_of(error)}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no such file, a ValueError if it holds something else."""
+    if not file.is_file():
+        return {}
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds {str(contents)[:40]!r} and not a configuration")
+    return contents
+
+
+def check_architecture(names: object, source: str, supported: Collection[str]) -> None:
+    """Raise a ValueError unless the first of `names`, which is what `source` has under
+    "architectures" (in a file that may be anything), is in `supported`, or that is empty.
+    """
+    name = names[0] if isinstance(names, list) and names else names
+    if supported and name not in list(supported):  # a list, because `name` may not be hashable
+        raise ValueError(
+            f"{source} names the architecture {name!r}; supported: {', '.join(supported)}"
+        )
+
+
+def stored_dtype(hf_config: PretrainedConfig) -> str:
+    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
+    # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
+    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    return str(stored or "bfloat16").removeprefix("torch.")
+
+
+def reason_of(error: Exception) -> str:
+    """Say why transformers cannot read a file, without its advice to trust remote code."""
+    if "trust_remote_code" in str(error):
+        return "it takes code of the checkpoint's own (auto_map), which is never run here"
+    return str(error)
+
+
+# --- which of them hold the weights -------------------------------------------------------------
+
+
+def weight_files(path: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint, in order.
+
+    `model.safetensors` counts alone, as in transformers, unless the index names it among others;
+    without it the index counts, and without an index the shards that are there. Raises a ValueError
+    if there are none, one is absent, shards of two checkpoints are there, or the index is invalid.
+    """
+    index = path / INDEX
+    names = read_index(index) if index.is_file() else []
+    if (path / WEIGHTS).is_file() and WEIGHTS not in names:
+        names = [WEIGHTS]  # an index beside it is one of older shards
+    elif not index.is_file():
+        names = find_shards(path)
+    absent = [name for name in names if not (path / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{path} lacks weight files ({', '.join(absent[:5])}); fetch the whole checkpoint, or "
+            "pass load_format='dummy' for random weights"
+        )
+    if not names:
+        raise ValueError(
+            f"{path} lacks weight files (*.safetensors); "
+            f"{other_formats(path) or 'fetch the whole checkpoint'}, or pass load_format='dummy' "
+            "for random weights"
+        )
+    return [path / name for name in names]
+
+
+def read_index(index: Path) -> list[str]:
+    """Read the names of the files that an index names, in order."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        return [os.fspath(name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a valid index of weight files: {error!r}") from error
+
+
+def find_shards(path: Path) -> list[str]:
+    """List weight files that no index names: the shards of one checkpoint, else all there are."""
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    # Names with a dot in front are made by file systems: "._model.safetensors" is no copy of it.
+    names = [name for name in names if not name.startswith((".", NO_LAYER))]
+    shards: dict[tuple[str, str], list[str]] = {}  # what they are shards of, and how many -> names
+    for name in names:
+        if match := SHARD.fullmatch(name):
+            shards.setdefault((match[1], match[3]), []).append(name)
+    if len(shards) > 1:
+        examples = ", ".join(some[0] for some in shards.values())
+        raise ValueError(
+            f"{path} has shards of several checkpoints ({examples}) and no {INDEX}; remove those "
+            "that are not of this model"
+        )
+    for (prefix, total), found in shards.items():
+        if len(found) == int(total):
+            return found
+        numbers = (str(number + 1).zfill(len(total)) for number in range(int(total)))
+        return [f"{prefix}-{number}-of-{total}.safetensors" for number in numbers]
+    return names
+
+
+def other_formats(path: Path) -> str:
+    """Say which files of a directory hold weights that are not read; "" if there are none."""
+    patterns = (*OTHER_FORMATS, f"{NO_LAYER}*.safetensors")
+    found = sorted(file.name for pattern in patterns for file in path.glob(pattern))
+    if not found:
+        return ""
+    listed = ", ".join(found[:3])
+    return (
+        f"{listed} cannot be read here: fetch the model's *.safetensors, or load it with "
+        "transformers and write them with save_pretrained"
+    )
+
+
+# --- which tensors are in them ------------------------------------------------------------------
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; a ValueError if it, or later a tensor in it, cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        reason = str(error)
+        with suppress(OSError), file.open("rb") as contents:
+            if contents.read(len(GIT_LFS)) == GIT_LFS:
+                reason = "only a pointer of Git LFS is there; run `git lfs pull`"
+        raise ValueError(f"cannot read the weights in {file}: {reason}") from error
+
+
+def find_tensors(path: Path) -> dict[str, Path]:
+    """Name each tensor of a checkpoint and its file; a ValueError if two files hold the same."""
+    found: dict[str, Path] = {}
+    for file in weight_files(path):
+        with open_weights(file) as tensors:
+            names = list(tensors.keys())
+        for name in names:
+            if name in found:
+                raise ValueError(
+                    f"{found[name]} and {file.name} both hold the tensor {name!r}; remove the file "
+                    "that is not of this checkpoint"
+                )
+            found[name] = file
+    return found
+
+
+def are_equal(files: dict[str, Path], first: str, second: str, dtype: torch.dtype) -> bool:
+    """Whether two tensors of a checkpoint hold the same values once they are read as `dtype`."""
+    with open_weights(files[first]) as first_file, open_weights(files[second]) as second_file:
+        ours = first_file.get_tensor(first)  # mapped from the file, not copied
+        theirs = second_file.get_tensor(second)
+        if ours.shape != theirs.shape:
+            return False
+        if ours.dtype == theirs.dtype and ours.nbytes % 8 == 0:
+            # Eight bytes at a time: a third of what it takes as bfloat16, and mostly it is enough.
+            pair = [tensor.flatten().view(torch.int64) for tensor in (ours, theirs)]
+            if torch.equal(*pair):
+                return True
+        return torch.equal(ours.to(dtype), theirs.to(dtype))
