@@ -63,7 +63,7 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens {self.max_tokens}, not {self.min_tokens}"
             )
-        if self.n > 1 and self.is_greedy:
+        if self.n > 1 and self.temperature < GREEDY_BELOW:
             raise ValueError(
                 "n must be 1 when temperature is 0 (all completions would be the same), "
                 f"not {self.n}"
@@ -81,8 +81,10 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the likeliest one, not a drawn one."""
-        return self.temperature < GREEDY_BELOW
+        """Whether each token is the likeliest one, not a drawn one; of exactly tied ones the one of
+        the lowest id, with top_k=1 too.
+        """
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def sampler_numbers(self) -> SamplerNumbers:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm.auto import tqdm
+
+from nanovllm.utils.progress import ProgressBar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
@@ -30,7 +31,9 @@ def load_model(model: nn.Module, path: str) -> None:
     is_tied = "lm_head.weight" not in missing  # it is listed by its first name only
     others: list[str] = []
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
-    with tqdm(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as progress:
+    with ProgressBar(
+        total=len(missing), desc="Loading weights", delay=1.0, leave=False
+    ) as progress:
         for file in weight_files(Path(path)):
             try:
                 others += load_file(file, missing, progress)
@@ -69,7 +72,7 @@ def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
     return expected
 
 
-def load_file(file: Path, missing: dict[str, LoadTensor], progress: tqdm) -> list[str]:
+def load_file(file: Path, missing: dict[str, LoadTensor], progress: ProgressBar) -> list[str]:
     """Load the tensors of a file that are in `missing`, and remove them there; name the others."""
     others = []
     with safe_open(file, framework="pt") as tensors:
