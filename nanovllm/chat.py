@@ -95,7 +95,7 @@ def list_of_conversations(messages: Any) -> list[Conversation]:
     """One conversation or a list of them, as a list; TypeError if it is neither."""
     is_list = isinstance(messages, (list, tuple))
     if is_list and messages and is_conversation(messages):
-        return [messages]  # type: ignore[list-item]
+        return [messages]
     if is_list and all(is_conversation(item) for item in messages):
         return list(messages)
     raise TypeError(

@@ -64,6 +64,12 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
     return result
 
 
+def has_failed(result: Result) -> bool:
+    """Whether all completions of a request ended with an error."""
+    completions = result.get("completions", [result])
+    return all(completion["finish_reason"] == "error" for completion in completions)
+
+
 def build_completion(seq: Sequence, text: str, start: int = 0) -> Completion:
     """Build a completion, or what there is of it from token number `start` on; `text` is given."""
     return {

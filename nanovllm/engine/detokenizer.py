@@ -65,6 +65,7 @@ class Detokenizer:
         `may_stop` none is looked for, and the result is None.
         """
         old = self._searched
+        old_settled = self._num_settled
         if token_id is not None:
             self._add(token_id)
         if is_last:  # the whole, in case that a decoder is of a kind that this one does not know
@@ -73,8 +74,8 @@ class Detokenizer:
                 self._searched = whole
         if not self.stops or not may_stop:
             return None
-        is_rewritten = not self._searched.startswith(old)  # the run of bytes at its end
-        return self._cut_at_stop(self._num_settled if is_rewritten else len(old))
+        is_rewritten = not self._searched.startswith(old)  # a run of bytes at its end
+        return self._cut_at_stop(old_settled if is_rewritten else len(old))
 
     def _add(self, token_id: int) -> None:
         old_length = len(self._searched)

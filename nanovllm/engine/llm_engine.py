@@ -22,7 +22,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.models import MODELS, model_class
-from nanovllm.outputs import Result, build_result
+from nanovllm.outputs import Result, build_result, has_failed
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 from nanovllm.utils.progress import ProgressBar
@@ -123,7 +123,7 @@ class LLMEngine:
             self.reset()
             raise
         in_order = [results[request_id] for request_id in request_ids]
-        if in_order and all(result["finish_reason"] == "error" for result in in_order):
+        if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
 
