@@ -29,7 +29,7 @@ class SamplingParams:
     temperature: Annotated[float, Range(0, 10**6)] = 1.0
     max_tokens: Annotated[int | None, Range(1)] = 64  # None: up to the engine's `max_model_len`
     ignore_eos: bool = False  # whether to go on after an end-of-sequence token, as benchmarks do
-    # Of the random draws: with the same seed a request gets the same tokens, whatever its place in a
+    # Of the random draws: with the same seed a request gets the same tokens, wherever it is in a
     # list of prompts; so several prompts with one seed get the same noise. None: one that follows
     # from the engine's seed and the order of the requests.
     seed: Annotated[int | None, Range(0, 2**63 - 1)] = None

@@ -23,7 +23,7 @@ from transformers import (
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.progress import progress_bar
 from nanovllm.utils.text_decoder import decoder_of
 
 NO_CHARACTER = "\ufffd"
@@ -299,9 +299,9 @@ def test_a_bar_that_cannot_be_drawn_ends_nothing(
     monkeypatch.setattr(sys, "stderr", stream)
     llm = LLM(DEMO_MODEL, device="cpu")
     assert len(llm.generate(["Hello"] * 8, greedy(8))) == 8
-    with ProgressBar(total=3, desc="Loading", delay=0) as progress:
-        progress.update()
-    with pytest.raises(KeyError), ProgressBar(total=3):
+    with progress_bar(total=3, desc="Loading", delay=0) as update:
+        update()
+    with pytest.raises(KeyError), progress_bar(total=3):
         raise KeyError
 
 

@@ -25,7 +25,7 @@ from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import Result, build_result, has_failed
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
-from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.progress import progress_bar
 
 COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions")
 
@@ -132,14 +132,14 @@ class LLMEngine:
         results: dict[int, Result] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with ProgressBar(total=num_requests, **options) as progress:
+        with progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self.step()
                 seconds = time.perf_counter() - start
                 phase = "prefill" if num_tokens > 0 else "decode"
                 rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
-                progress.update(len(finished), rates)
+                update(len(finished), rates)
                 results.update(finished)
         return results
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nanovllm.utils.progress import ProgressBar
+from nanovllm.utils.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
@@ -31,12 +31,10 @@ def load_model(model: nn.Module, path: str) -> None:
     is_tied = "lm_head.weight" not in missing  # it is listed by its first name only
     others: list[str] = []
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
-    with ProgressBar(
-        total=len(missing), desc="Loading weights", delay=1.0, leave=False
-    ) as progress:
+    with progress_bar(total=len(missing), desc="Loading weights", delay=1.0, leave=False) as update:
         for file in weight_files(Path(path)):
             try:
-                others += load_file(file, missing, progress)
+                others += load_file(file, missing, update)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"cannot read the weights in {file}: {error}") from error
     unknown = [name for name in others if not is_redundant(name, is_tied)]
@@ -72,7 +70,7 @@ def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
     return expected
 
 
-def load_file(file: Path, missing: dict[str, LoadTensor], progress: ProgressBar) -> list[str]:
+def load_file(file: Path, missing: dict[str, LoadTensor], update: Update) -> list[str]:
     """Load the tensors of a file that are in `missing`, and remove them there; name the others."""
     others = []
     with safe_open(file, framework="pt") as tensors:
@@ -85,7 +83,7 @@ def load_file(file: Path, missing: dict[str, LoadTensor], progress: ProgressBar)
                 load(tensors.get_slice(name))  # of a slice, the loader reads this rank's part only
             except ValueError as error:  # of check_shape
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
-            progress.update()
+            update()
     return others
 
 

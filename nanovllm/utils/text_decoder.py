@@ -37,6 +37,9 @@ class TextDecoder:
         for token_id, token in tokenizer.added_tokens_decoder.items():
             if token.special:
                 self.special_ids.add(token_id)
+        tokens = tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
+        # The longest ones first: one may begin with another.
+        self.special_strings = sorted(filter(None, tokens), key=len, reverse=True)
         self.byte_ids: dict[int, int] = {}  # the byte tokens of a byte-fallback tokenizer
         vocabulary = tokenizer.get_vocab()
         for byte in range(256):
@@ -119,11 +122,9 @@ class TextDecoder:
 
     def special_strings_in(self, stops: Iterable[str]) -> re.Pattern[str] | None:
         """A pattern of all special tokens' strings if any of `stops` holds one of them."""
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
-        strings = sorted(filter(None, tokens), key=len, reverse=True)
-        if not any(string in stop for string in strings for stop in stops):
+        if not any(string in stop for string in self.special_strings for stop in stops):
             return None
-        return re.compile("|".join(map(re.escape, strings)))
+        return re.compile("|".join(map(re.escape, self.special_strings)))
 
 
 @lru_cache(maxsize=4)
