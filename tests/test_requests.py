@@ -1100,7 +1100,7 @@ def test_engines_of_two_threads_do_not_meet(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "messages", [["hi"], [], "hi", [[{"role": "user", "content": "a"}], "b"], None], ids=str
+    "messages", [["hi"], "hi", [[{"role": "user", "content": "a"}], "b"], None], ids=str
 )
 def test_what_is_no_conversation_is_a_type_error(demo: LLM, messages: Any) -> None:
     with pytest.raises(TypeError, match="messages must be a conversation"):
