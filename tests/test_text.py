@@ -23,8 +23,8 @@ from transformers import (
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.utils.progress import progress_bar
-from nanovllm.utils.text_decoder import decoder_of
+from nanovllm.progress import progress_bar
+from nanovllm.text_decoder import decoder_of
 
 NO_CHARACTER = "\ufffd"
 PIECES = ("▁", "a", "b", "▁a", "▁hello", "é", "中", "\n", "▁▁", "hello", "END")

@@ -23,9 +23,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import Result, build_result, has_failed
+from nanovllm.progress import progress_bar
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
-from nanovllm.utils.progress import progress_bar
 
 COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions")
 

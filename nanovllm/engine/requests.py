@@ -14,7 +14,7 @@ from nanovllm.config import Config, read_json
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.text_decoder import decoder_of
+from nanovllm.text_decoder import decoder_of
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nanovllm.utils.progress import Update, progress_bar
+from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
