@@ -5,12 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.chat import Conversation, apply_chat_template
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.outputs import Result, StreamedCompletion, StreamPart
 from nanovllm.utils.interrupts import uninterrupted
-
-Conversation = list[dict[str, Any]]
 
 
 class LLM(LLMEngine):
@@ -31,18 +30,12 @@ class LLM(LLMEngine):
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's
-        chat template. Returns and raises what `generate` does, and ValueError without a template.
+        chat template; one that it does not know is a TypeError. Content is a string or a list of
+        text parts. Returns and raises what `generate` does, and a ValueError without a template,
+        or for messages that it refuses.
         """
-        options: dict[str, Any] = {"add_generation_prompt": True}
-        options.update(chat_template_kwargs or {}, **template_options)
-        options["return_dict"] = False  # `generate` takes lists of token ids
-        template = options.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
-        if self.tokenizer is None or not template:
-            raise ValueError(
-                f"{self.config.model} has no chat template; pass chat_template=..., or use generate"
-            )
-        conversations = list_of_conversations(messages)
-        prompts: Any = self.tokenizer.apply_chat_template(conversations, **options)
+        options = {**(chat_template_kwargs or {}), **template_options}
+        prompts = apply_chat_template(self.tokenizer, messages, options, self.config.model)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -83,20 +76,3 @@ class LLM(LLMEngine):
                     # With no other requests, nobody would complete the steps launched ahead.
                     while self._pending and scheduler.is_finished():
                         self._advance()
-
-
-def list_of_conversations(messages: Any) -> list[Conversation]:
-    """One conversation or a list of them, as a list; TypeError if it is neither."""
-    is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
-    if is_list and is_conversation(messages):
-        return [messages]
-    if is_list and all(is_conversation(item) for item in messages):
-        return messages
-    raise TypeError(
-        f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
-    )
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether it is a list or tuple of dicts."""
-    return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)

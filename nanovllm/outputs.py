@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from nanovllm.text_decoder import decoder_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,9 +26,11 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    # "stop", "length" (of max_tokens or max_model_len), "abort"; None: a stream is not at its end.
+    # "stop", "length" (of max_tokens or max_model_len), "abort", "error"; None: a stream is not at
+    # its end.
     finish_reason: str | None
-    stop_reason: str | int | None  # the stop string or stop token id that ended it, if one did
+    # The stop string or stop token id that ended it, if one did; after an "error" what went wrong.
+    stop_reason: str | int | None
     # If asked for: for each token a dict of token id -> log-probability, the sampled token first.
     logprobs: list[dict[int, float]] | None
 
@@ -60,6 +64,12 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
     return result
 
 
+def has_failed(result: Result) -> bool:
+    """Whether all completions of a request ended with an error."""
+    completions = result.get("completions", [result])
+    return all(completion["finish_reason"] == "error" for completion in completions)
+
+
 def build_completion(seq: Sequence, text: str, start: int = 0) -> Completion:
     """Build a completion, or what there is of it from token number `start` on; `text` is given."""
     return {
@@ -72,7 +82,10 @@ def build_completion(seq: Sequence, text: str, start: int = 0) -> Completion:
 
 
 def completion_text(seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the text of a completion that has ended; "" without a tokenizer."""
+    """Return the text of a completion that has ended; "" without a tokenizer.
+
+    If the tokenizer fails, the completion ends with an "error", and the others go on.
+    """
     if tokenizer is None:
         return ""
     if seq.detokenizer is not None:  # it has followed the completion, and cut it at a stop string
@@ -80,9 +93,13 @@ def completion_text(seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) ->
     token_ids = seq.completion_token_ids
     if seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output:
         token_ids = token_ids[:-1]  # the token that ended it is not part of the text
-    text = tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
-    assert isinstance(text, str)  # (it would be a list if we had passed several completions)
-    return text
+    try:
+        decoder = decoder_of(tokenizer)
+        context = decoder.context_of(seq.token_ids[: seq.num_prompt_tokens])
+        return decoder.completion_text(token_ids, seq.params.skip_special_tokens, context)
+    except Exception as error:  # whatever a tokenizer written in Python may raise
+        seq.fail(f"the tokenizer cannot decode the completion: {error!r}")
+        return ""
 
 
 @dataclass(slots=True)
@@ -96,11 +113,11 @@ class StreamedCompletion:
     is_done: bool = False  # whether `take` has returned the last one
 
     def take(self) -> StreamPart | None:
-        """Return what is new since the last call; None if no token is."""
+        """Return what is new since the last call; None if no token is, and it has not ended."""
         seq = self.seq
         start = self.num_taken
         num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
-        if num_tokens == start:
+        if num_tokens == start and not seq.is_finished:
             return None
         text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
         self.num_taken = num_tokens

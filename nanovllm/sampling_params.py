@@ -35,11 +35,13 @@ class SamplingParams:
     temperature: Annotated[float, Range(0, 10**6)] = 1.0
     max_tokens: Annotated[int | None, Range(1)] = 64  # None: up to the engine's `max_model_len`
     ignore_eos: bool = False  # whether to go on after an end-of-sequence token, as benchmarks do
-    # Of the random draws: with the same seed a request gets the same tokens. None: one that follows
+    # Of the random draws: with the same seed a request gets the same tokens, wherever it is in a
+    # list of prompts; so several prompts with one seed get the same noise. None: one that follows
     # from the engine's seed and the order of the requests.
     seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
     n: Annotated[int, Range(1)] = 1  # completions of the prompt, each with a seed of its own
-    top_k: Annotated[int, Range(-1, 2**24)] = 0  # draw among so many likeliest; 0 or -1: among all
+    # Draw among so many likeliest tokens; 0 or -1: among all; 1: greedy.
+    top_k: Annotated[int, Range(-1, 2**24)] = 0
     # Draw among the fewest likeliest tokens that together have this probability. 1: among all.
     top_p: Annotated[float, Range(ABOVE_0, 1)] = 1.0
     # Leave out tokens whose probability is less than this share of the likeliest one's. 0: none.
@@ -52,10 +54,10 @@ class SamplingParams:
     frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0  # the same for each time they occur
     logit_bias: dict[int, float] | None = None  # token id -> addend of its logit, -100 to 100
     # Until the completion has this many tokens, only `max_tokens` or `max_model_len` ends it, and
-    # tokens that would end it are not drawn. 0: it may end at once.
+    # tokens that would end it, but for `ignore_eos`, are not drawn. 0: it may end at once.
     min_tokens: Annotated[int, Range(0)] = 0
-    # Strings, or one, that end the text, which is cut before them. None: none. Kept as a
-    # FrozenList, which equals a list of the same strings.
+    # Strings, or one, that end the text, which is cut before them; they may hold special tokens.
+    # None: none. Kept as a FrozenList, which equals a list of the same strings.
     stop: str | SequenceOf[str] | None = None
     # Token ids that end the completion, besides the model's end-of-sequence ids. Kept the same way.
     stop_token_ids: SequenceOf[int] | None = None
@@ -73,7 +75,7 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens {self.max_tokens}, not {self.min_tokens}"
             )
-        if self.n > 1 and self.is_greedy:
+        if self.n > 1 and self.temperature < GREEDY_BELOW:
             raise ValueError(
                 "n must be 1 when temperature is 0 (all completions would be the same), "
                 f"not {self.n}"
@@ -89,8 +91,10 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the likeliest one, not a drawn one."""
-        return self.temperature < GREEDY_BELOW
+        """Whether each token is the likeliest one, not a drawn one; of exactly tied ones the one of
+        the lowest id, with top_k=1 too.
+        """
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def sampler_numbers(self) -> SamplerNumbers:

@@ -160,6 +160,25 @@ def test_triton_equals_torch_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("draw", BACKENDS)
+@pytest.mark.parametrize("vocab", [3, 127, 4099])
+@pytest.mark.parametrize("first_id", [0, 1])
+@pytest.mark.parametrize("has_thresholds", [False, True])
+def test_logits_that_are_no_numbers_draw_no_token(
+    draw: Draw, vocab: int, first_id: int, has_thresholds: bool
+) -> None:
+    logits, *rest = inputs(10, vocab, seed=vocab)
+    thresholds = logits.float().min(dim=1).values if has_thresholds else None
+    good = draw(logits, *rest, first_id, thresholds)[1].tolist()
+    for row, (columns, value) in enumerate(
+        [(slice(None), math.nan), (0, math.nan), (-1, math.nan), (1, math.inf)]
+    ):
+        logits[2 * row, columns] = value  # rows with a temperature and greedy ones
+    logits[8] = -math.inf
+    got = draw(logits, *rest, first_id, thresholds)[1].tolist()
+    assert got == [-1 if row % 2 == 0 else good[row] for row in range(10)]
+
+
+@pytest.mark.parametrize("draw", BACKENDS)
 def test_the_parts_of_a_vocabulary_agree_with_the_whole(draw: Draw) -> None:
     """As tensor parallelism splits it: the best of the ranks' winners is the winner of all."""
     logits, *rest = inputs(50, 101)

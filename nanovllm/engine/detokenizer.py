@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from tokenizers.decoders import DecodeStream
+from nanovllm.text_decoder import NO_CHARACTER, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nanovllm.sampling_params import SamplingParams
 
+WINDOW = 8  # the tokens that are decoded again with each new one; any number will do
+
 
 class Detokenizer:
     """The text of one completion while it grows, for requests with stop strings or a reader.
 
-    `text` ends with a whole character: a token with only some of its bytes adds nothing until the
-    rest is there. `tokenizer` must be a fast one, with the tokenizers library beneath.
+    After each token there is the text that the completion would have if it ended there, and in that
+    stop strings are searched. How much of it the next tokens cannot change any more is counted, and
+    so much a reader gets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
-        self.tokenizer = tokenizer
-        self.skips_special = params.skip_special_tokens
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        params: SamplingParams,
+        prompt_ids: list[int] | None = None,
+    ) -> None:
+        self.decoder = decoder_of(tokenizer)
         self.keeps_stop = params.include_stop_str_in_output
         self.stops: tuple[str, ...] = tuple(params.stop or ())
-        self.stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        # With a special token in a stop string, the text that is searched has to show those
+        # tokens. If the request skips them, they are taken out of what the reader gets.
+        self.hidden: re.Pattern[str] | None = None
+        if self.stops and params.skip_special_tokens:
+            self.hidden = self.decoder.special_strings_in(self.stops)
+        self.skips_special = params.skip_special_tokens and self.hidden is None
+        self.context = self.decoder.context_of(prompt_ids or [])
         self.token_ids: list[int] = []
-        self.text = ""
-        self.num_taken = 0  # characters that `take` has returned
+        self._searched = ""  # the text so far, with the tokens that `hidden` hides
+        self._ending = ""  # the stop string that ended it, if the text keeps that
+        self._num_settled = 0  # characters of `_searched` that no further token changes
+        self._num_taken = 0  # characters of `_searched` that `take` has been over
+        # The newest tokens, which are decoded again with each new one; `_head` is the text before
+        # them and of the first of them, whose own text has so many characters.
+        self._window = list(self.context)
+        self._head = ""
+        self._num_first = len(self.decoder.decode(self._window, self.skips_special))
+
+    @property
+    def text(self) -> str:
+        """The text as it would be if the completion ended here."""
+        return self._visible(self._searched) + self._ending
+
+    def _visible(self, text: str) -> str:
+        return text if self.hidden is None else self.hidden.sub("", text)
 
     def append(self, token_id: int | None, is_last: bool, may_stop: bool) -> str | None:
         """Add a token (None: one that is not shown); returns the stop string that it completes.
@@ -35,48 +64,71 @@ class Detokenizer:
         The text is then cut before it, or behind it if the request keeps stop strings. Without
         `may_stop` none is looked for, and the result is None.
         """
-        old_length = len(self.text)
+        old = self._searched
+        old_settled = self._num_settled
         if token_id is not None:
-            self.token_ids.append(token_id)
-            new = self.stream.step(self.tokenizer.backend_tokenizer, token_id)
-            self.text += new or ""  # None: the token ends within a character
-        if is_last:  # the stream may hold back bytes that begin a character and never end it
-            whole = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skips_special)
-            assert isinstance(whole, str)  # a list only for a batch of sequences
-            if whole.startswith(self.text):
-                self.text = whole
-        return self._cut_at_stop(old_length) if may_stop else None
+            self._add(token_id)
+        if is_last:  # the whole, in case that a decoder is of a kind that this one does not know
+            whole = self.decoder.completion_text(self.token_ids, self.skips_special, self.context)
+            if whole.startswith(self._searched[: self._num_taken]):
+                self._searched = whole
+        if not self.stops or not may_stop:
+            return None
+        is_rewritten = not self._searched.startswith(old)  # a run of bytes at its end
+        return self._cut_at_stop(old_settled if is_rewritten else len(old))
+
+    def _add(self, token_id: int) -> None:
+        old_length = len(self._searched)
+        self.token_ids.append(token_id)
+        self._window.append(token_id)
+        new = self.decoder.decode(self._window, self.skips_special)
+        is_whole = not new.endswith(NO_CHARACTER)
+        if not is_whole:
+            new = self.decoder.without_partial(new, self._window, self.skips_special)
+        self._searched = self._head + new[self._num_first :]
+        if not self.decoder.ends_run(token_id):
+            return
+        self._num_settled = len(self._searched)
+        # The window may begin with a token that shows: a space is dropped before the first one.
+        if len(self._window) > WINDOW and is_whole and len(self._searched) > old_length:
+            self._window = [token_id]
+            self._head = self._searched
+            self._num_first = len(self.decoder.decode(self._window, self.skips_special))
 
     def _cut_at_stop(self, old_length: int) -> str | None:
         """Cut the text at the first stop string to end behind `old_length`; returns that string."""
         first_stop = None
-        first_end = len(self.text) + 1
+        first_end = len(self._searched) + 1
         for stop in self.stops:
             # A match that begins earlier ends in the old text, which had its turn in earlier calls.
             earliest = max(old_length + 1 - len(stop), 0)
-            begin = self.text.find(stop, earliest)
+            begin = self._searched.find(stop, earliest)
             end = begin + len(stop)
             if begin != -1 and end < first_end:  # of two with one end, the one named first
                 first_stop = stop
                 first_end = end
         if first_stop is not None:
-            self.text = self.text[: first_end if self.keeps_stop else first_end - len(first_stop)]
+            self._searched = self._searched[: first_end - len(first_stop)]
+            self._ending = first_stop if self.keeps_stop else ""
         return first_stop
 
     def take(self, is_finished: bool) -> str:
-        """The text that is new since the last call, less what may be the start of a stop string."""
-        end = len(self.text)
-        if not is_finished and not self.keeps_stop:
-            end -= self._num_held_back()  # until it is clear whether it is cut off
-        start = self.num_taken
-        self.num_taken = max(start, end)
-        return self.text[start : self.num_taken]
+        """The text that is new since the last call, less what further tokens may change and what
+        may be the start of a stop string.
+        """
+        start = self._num_taken
+        if is_finished:
+            self._num_taken = len(self._searched)
+            return self._visible(self._searched[start:]) + self._ending
+        end = min(self._num_settled, len(self._searched) - self._num_held_back())
+        self._num_taken = max(start, end)
+        return self._visible(self._searched[start : self._num_taken])
 
     def _num_held_back(self) -> int:
         """How many characters at the end of the text are the beginning of a stop string."""
         longest = 0
         for stop in self.stops:
             for length in range(longest + 1, len(stop)):
-                if self.text.endswith(stop[:length]):
+                if self._searched.endswith(stop[:length]):
                     longest = length
         return longest

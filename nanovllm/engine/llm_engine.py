@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
@@ -23,7 +22,8 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.models import MODELS, model_class
-from nanovllm.outputs import Result, build_result
+from nanovllm.outputs import Result, build_result, has_failed
+from nanovllm.progress import progress_bar
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -109,7 +109,9 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
-            RuntimeError: while other requests are unfinished, and after `exit`.
+            RuntimeError: while other requests are unfinished, after `exit`, and if all requests of
+                the call end with an error. If only some do, that is their `finish_reason`, and
+                their `stop_reason` says what went wrong.
         """
         if not self.is_finished():
             raise RuntimeError(
@@ -124,23 +126,26 @@ class LLMEngine:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
             self.reset()
             raise
-        # A request that a reset() from elsewhere has dropped has no result.
-        return [results.get(request_id, {}) for request_id in request_ids]  # type: ignore[typeddict-item]
+        if len(results) < len(request_ids):
+            raise RuntimeError("requests of generate were dropped by a reset() while it ran")
+        in_order = [results[request_id] for request_id in request_ids]
+        if in_order and all(has_failed(result) for result in in_order):
+            raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
+        return in_order
 
     def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, Result]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
         results: dict[int, Result] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with tqdm(total=num_requests, **options) as progress:
+        with progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self.step()
                 seconds = time.perf_counter() - start
                 phase = "prefill" if num_tokens > 0 else "decode"
                 rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
-                progress.set_postfix(rates, refresh=False)
-                progress.update(len(finished))
+                update(len(finished), rates)
                 results.update(finished)
         return results
 

@@ -297,7 +297,8 @@ class ModelRunner:
         sampled: Sampled = self.sampler(
             logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras
         )
-        self.last_tokens.index_copy_(0, inputs.table_rows, sampled.token_ids)
+        # A -1 ends its sequence, but the next step may be launched before the host has read it.
+        self.last_tokens.index_copy_(0, inputs.table_rows, sampled.token_ids.clamp(min=0))
         return sampled
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: type | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 import random
 from array import array
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text_decoder import decoder_of
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
@@ -42,6 +44,10 @@ class InputProcessor:
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
         self.tokenizer = load_tokenizer(config.model)
+        self.bos_ids: list[int] = []  # what the tokenizer puts before every text
+        if self.tokenizer is not None:
+            decoder_of(self.tokenizer)  # fails now, if at all
+            self.bos_ids = find_bos(self.tokenizer)
         self.generation_config = read_json(Path(config.model) / "generation_config.json")
         self.seeds = random.Random(config.seed)  # for the requests that bring none
 
@@ -113,11 +119,15 @@ class InputProcessor:
         if isinstance(prompt, str):
             assert self.tokenizer is not None  # `_check_one` has seen to it
             try:
-                return array("q", self.tokenizer.encode(prompt))
+                token_ids = self.tokenizer.encode(prompt)
             except Exception as error:  # the text has a lone surrogate, for example
                 raise ValueError(
                     f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
                 ) from error
+            num_bos = len(self.bos_ids)
+            if token_ids[: 2 * num_bos] == self.bos_ids * 2:  # a chat template has put it there
+                token_ids = token_ids[num_bos:]
+            return array("q", token_ids)
         cause: Exception | None = None
         if not isinstance(prompt, NEVER_A_PROMPT):
             try:
@@ -169,7 +179,7 @@ class InputProcessor:
             seq.request_id = seqs[0].seq_id
             seq.max_tokens = max_tokens
             if needs_text and self.tokenizer is not None:
-                seq.detokenizer = Detokenizer(self.tokenizer, params)
+                seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs
 
 
@@ -184,3 +194,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # whatever a malformed file makes transformers raise
         reason = reason_of(error)
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error
+
+
+def find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find out which tokens, such as BOS, a tokenizer puts before every text."""
+    with suppress(Exception):  # a tokenizer of a text that it cannot encode
+        plain = tokenizer.encode("a", add_special_tokens=False)
+        token_ids = tokenizer.encode("a")
+        for start in range(len(token_ids)):
+            if plain and token_ids[start : start + len(plain)] == plain:
+                return token_ids[:start]
+    return []

@@ -105,9 +105,9 @@ class SamplingTable:
             token_ids += bias.keys()
             values += bias.values()
             if too_short[index]:
-                rows += [index] * len(options.end_ids)
-                token_ids += options.end_ids
-                values += [-inf] * len(options.end_ids)
+                rows += [index] * len(options.early_ids)
+                token_ids += options.early_ids
+                values += [-inf] * len(options.early_ids)
         if not rows:
             return None
         return LogitBias(

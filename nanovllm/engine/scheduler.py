@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nanovllm.config import Config
     from nanovllm.outputs import TokenLogprobs
 
+NO_NUMBERS = (
+    "the model's logits are NaN or infinite; check the checkpoint's weights, or try a wider dtype"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -59,6 +63,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
         seq.end_ids = {token_id: token_id for token_id in seq.params.stop_token_ids or ()}
+        seq.early_ids = (*seq.end_ids, *self.eos)
         if not seq.params.ignore_eos:
             seq.end_ids |= dict.fromkeys(self.eos)  # no stop_reason, even if it was asked for
         self.counters["requests"] += 1
@@ -182,7 +187,8 @@ class Scheduler:
     ) -> list[Sequence]:
         """Account for the oldest pending step, whose tokens are now known.
 
-        `token_ids` has one for each sequence of the step; after an unfinished chunk it is ignored.
+        `token_ids` has one for each sequence of the step, -1 where its logits were no numbers;
+        after an unfinished chunk it is ignored.
         `logprobs` has an entry for each sequence that asks for them, in the order of the step.
         Returns the sequences that finished; their blocks are free again.
         """
@@ -196,9 +202,13 @@ class Scheduler:
             if not yields or seq.is_finished:
                 num_ignored += 1
                 continue
-            is_last = seq.append(token_id, entry)
-            self.block_manager.register(seq)
-            if is_last:
+            if token_id < 0:
+                seq.fail(NO_NUMBERS)
+                num_ignored += 1
+            else:
+                seq.append(token_id, entry)
+                self.block_manager.register(seq)
+            if seq.is_finished:
                 self._release(seq)
                 finished.append(seq)
         self.counters["completion_tokens"] += len(token_ids) - num_ignored

@@ -28,8 +28,8 @@ class SamplingOptions:
     """What a sequence asks of the sampler beyond temperature and seed."""
 
     params: SamplingParams
-    min_length: int = 0  # no id of `end_ids` may be drawn while prompt and completion are shorter
-    end_ids: tuple[int, ...] = ()
+    min_length: int = 0  # no id of `early_ids` may be drawn while prompt and completion are shorter
+    early_ids: tuple[int, ...] = ()
     # The prompt, and the completion so far; both are empty without penalties.
     penalized_prompt_ids: list[int] = field(default_factory=list)
     penalized_completion_ids: list[int] = field(default_factory=list)
@@ -69,10 +69,12 @@ class Sequence:
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
 
-        # What the request asks for; `end_ids` and `sampling_options` are set by the scheduler.
+        # What the request asks for; the ids and `sampling_options` are set by the scheduler.
         self.params = params
         self.max_tokens = params.max_tokens  # the engine makes it fit max_model_len
         self.end_ids: dict[int, int | None] = {}  # id that ends it -> its stop_reason
+        # Not drawn before there are `min_tokens`: the ids that end it, or would but for ignore_eos.
+        self.early_ids: tuple[int, ...] = ()
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
@@ -82,8 +84,9 @@ class Sequence:
         self.logprobs: list[dict[int, float]] | None = None  # a dict for each token, if asked for
         if params.logprobs is not None:
             self.logprobs = []
-        self.finish_reason: str | None = None  # "stop", "length" or "abort"
-        self.stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+        self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+        # The stop string or stop token id that ended it; or what went wrong.
+        self.stop_reason: str | int | None = None
 
         # Seconds on the clock of perf_counter; a Trace fills in the others.
         self.queued_at = perf_counter()
@@ -129,7 +132,7 @@ class Sequence:
         return SamplingOptions(
             params=self.params,
             min_length=self.num_prompt_tokens + self.params.min_tokens,
-            end_ids=tuple(self.end_ids),
+            early_ids=self.early_ids,
             penalized_prompt_ids=history[: self.num_prompt_tokens],
             penalized_completion_ids=history[self.num_prompt_tokens :],
         )
@@ -151,11 +154,15 @@ class Sequence:
         stop = None  # the stop string that ends it
         if self.detokenizer is not None:
             is_hidden = is_end and not self.params.include_stop_str_in_output
-            stop = self.detokenizer.append(
-                token_id=None if is_hidden else token_id,
-                is_last=is_end or is_full,
-                may_stop=num_tokens > self.params.min_tokens,
-            )
+            try:
+                stop = self.detokenizer.append(
+                    token_id=None if is_hidden else token_id,
+                    is_last=is_end or is_full,
+                    may_stop=num_tokens > self.params.min_tokens,
+                )
+            except Exception as error:  # a tokenizer in Python: its failure is not the neighbours'
+                self.fail(f"the tokenizer cannot decode the completion: {error!r}")
+                return True
         if stop is not None:
             self.finish("stop", stop)
         elif is_end:
@@ -170,6 +177,10 @@ class Sequence:
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.num_tokens = len(self.token_ids)
+
+    def fail(self, reason: str) -> None:
+        """End it with what went wrong; the other sequences go on."""
+        self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get
     # these attributes and the tokens that the step computes (of a long prompt a chunk), no others.

@@ -60,6 +60,7 @@ def _gumbel_argmax_kernel(
     mask = (column >= 0) & (column < vocab_size)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
     scores = tl.load(row_ptr + column, mask=mask, other=-float("inf")).to(tl.float32)
+    scores = tl.where(scores == scores, scores, float("inf"))  # a NaN, which a maximum may lose
     temperature = tl.load(temperatures_ptr + row)
     if thresholds_ptr is not None:
         scores = tl.where(scores >= tl.load(thresholds_ptr + row), scores, -float("inf"))
@@ -100,8 +101,10 @@ def _best_tile_kernel(
         values_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf")
     )
     value, best = tl.max(values, axis=0, return_indices=True)
+    best_id = tl.load(ids_ptr + row * num_tiles + best)
+    is_finite = (value > -float("inf")) & (value < float("inf"))
     tl.store(value_ptr + row, value)
-    tl.store(id_ptr + row, tl.load(ids_ptr + row * num_tiles + best))
+    tl.store(id_ptr + row, tl.where(is_finite, best_id, -1))
 
 
 def gumbel_argmax(
@@ -115,7 +118,8 @@ def gumbel_argmax(
     """Draw one token a row; at temperature 0 the most likely one, the lowest id among equals.
 
     Returns the best scores, `[n]` float32, which ranks with other parts of the vocabulary can
-    compare, and their token ids, `[n]` int64.
+    compare, and their token ids, `[n]` int64. Where a score is not finite, because logits are NaN
+    or infinite, the token id is -1.
 
     logits: `[n, vocab]` bf16, fp16 or fp32, rows contiguous: of the token ids from first_id on.
     temperatures: `[n]` float32.
@@ -182,8 +186,8 @@ def gumbel_argmax_torch(
         noise = -torch.log(-torch.log1p(-uniform))
         divisors = temperatures.unsqueeze(1)
         scores = torch.where(divisors > 0, scores / divisors + noise, scores)
-    values, indices = scores.max(dim=1)
-    return values, indices + first_id
+    values, indices = scores.max(dim=1)  # of a row with a NaN that is NaN
+    return values, torch.where(values.isfinite(), indices + first_id, -1)
 
 
 def philox_torch(seeds: Tensor, c0: Tensor, c1: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Logprobs(NamedTuple):
 class Sampled(NamedTuple):
     """What a step samples."""
 
-    token_ids: Tensor  # [n] int64
+    token_ids: Tensor  # [n] int64; -1 where the logits are NaN or infinite
     logprobs: Logprobs | None  # of the sequences that asked
 
 
@@ -104,11 +104,12 @@ class Sampler(nn.Module):
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
 
+        indices = token_ids.clamp(min=0)
         if extras.penalties is not None:
-            self._count(token_ids, extras)
+            self._count(indices, extras)
         if extras.logprobs is None:
             return Sampled(token_ids, None)
-        return Sampled(token_ids, self._logprobs(logits, token_ids, extras.logprobs))
+        return Sampled(token_ids, self._logprobs(logits, indices, extras.logprobs))
 
     def _draw(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor

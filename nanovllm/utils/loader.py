@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from nanovllm.checkpoint import are_equal, find_tensors, open_weights
+from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
@@ -52,9 +52,10 @@ def load_model(model: nn.Module, path: str) -> None:
             "checkpoint is incomplete or of another model"
         )
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
-    with tqdm(total=len(expected), desc="Loading weights", delay=1.0, leave=False) as progress:
+    total = len(expected)
+    with progress_bar(total=total, desc="Loading weights", delay=1.0, leave=False) as update:
         for file in dict.fromkeys(files.values()):
-            load_file(file, expected, progress)
+            load_file(file, expected, update)
 
 
 def settle_tied_head(
@@ -96,7 +97,7 @@ def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
     return expected
 
 
-def load_file(file: Path, expected: dict[str, LoadTensor], progress: tqdm) -> None:
+def load_file(file: Path, expected: dict[str, LoadTensor], update: Update) -> None:
     """Load those tensors of a file that are expected."""
     with open_weights(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118 - it is no dict, and has no iterator
@@ -109,7 +110,7 @@ def load_file(file: Path, expected: dict[str, LoadTensor], progress: tqdm) -> No
                 expected[name](loaded)
             except ValueError as error:  # of check_shape, too
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
-            progress.update()
+            update()
 
 
 def name_some(names: Collection[str]) -> str:

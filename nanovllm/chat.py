@@ -1,0 +1,180 @@
+"""From conversations to prompts: the messages are brought into the form that chat templates expect,
+and the tokenizer's template is applied.
+
+Templates are programs that come with the checkpoint. Most of them take `content` for a string and
+`arguments` for a dict, and say nothing about a message or an option that they do not understand. So
+what a caller may well pass in OpenAI's form is converted here, and what would be lost is refused.
+"""
+
+import difflib
+import inspect
+import json
+import re
+from typing import Any
+
+from jinja2 import Environment, TemplateError, meta
+from jinja2.ext import loopcontrols
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Conversation = list[Message]
+
+# `generate` takes lists of token ids, whatever the caller asks the tokenizer for.
+FORCED = {"tokenize": True, "return_dict": False, "return_tensors": None, "padding": False}
+
+# A tag of transformers' own, around what the assistant says; jinja2 alone does not know it.
+GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase | None, messages: Any, options: dict[str, Any], model: str
+) -> list[list[int]]:
+    """Return the token ids of one conversation, or of each of a list of them.
+
+    Raises:
+        TypeError: for messages that are no conversation, and for an option that neither
+            transformers nor the template knows.
+        ValueError: without a template, and for messages that it refuses.
+    """
+    conversations = list_of_conversations(messages)
+    template = find_template(tokenizer, options, model)
+    assert tokenizer is not None  # `find_template` has seen to it
+    check_options(tokenizer, template, options)
+    if not conversations:
+        return []
+    continues = bool(options.get("continue_final_message"))
+    options = {"add_generation_prompt": not continues, **options, **FORCED}
+    checked = [check_conversation(index, item) for index, item in enumerate(conversations)]
+    try:
+        prompts: Any = tokenizer.apply_chat_template(checked, **options)
+    except Exception as error:  # jinja's own, or whatever a template's expression raises
+        raise ValueError(
+            f"the chat template of {model} cannot be applied to these messages: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return prompts
+
+
+def find_template(
+    tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any], model: str
+) -> str:
+    """The template that will be used: the one passed (or its name), or the tokenizer's."""
+    chosen = options.get("chat_template")
+    if tokenizer is None or not (chosen or getattr(tokenizer, "chat_template", None)):
+        raise ValueError(f"{model} has no chat template; pass chat_template=..., or use generate")
+    if chosen is not None and not isinstance(chosen, str):
+        raise TypeError(f"chat_template must be a string, not {chosen!r}")
+    return tokenizer.get_chat_template(chosen, options.get("tools"))
+
+
+def check_options(
+    tokenizer: PreTrainedTokenizerBase, template: str, options: dict[str, Any]
+) -> None:
+    """Raise unless every option is one of transformers or a variable of the template, which would
+    ignore any other.
+    """
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+    known = parameters.keys() - {"conversation", "kwargs"}
+    others = options.keys() - known
+    if not others:
+        return
+    try:
+        variables = meta.find_undeclared_variables(
+            Environment(extensions=[loopcontrols]).parse(GENERATION_TAG.sub("", template))
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error
+    for name in sorted(others - variables):
+        names = [*variables, *known, "sampling_params", "use_tqdm"]
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise TypeError(f"neither chat nor the chat template has an option {name!r}{hint}")
+
+
+def list_of_conversations(messages: Any) -> list[Conversation]:
+    """One conversation or a list of them, as a list; TypeError if it is neither."""
+    is_list = isinstance(messages, (list, tuple))
+    if is_list and messages and is_conversation(messages):
+        return [messages]
+    if is_list and all(is_conversation(item) for item in messages):
+        return list(messages)
+    raise TypeError(
+        f"messages must be a conversation (a list of dicts) or a list of them, not {messages!r}"
+    )
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether it is a list or tuple of dicts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)
+
+
+def check_conversation(index: int, conversation: Conversation) -> Conversation:
+    """Check the messages of conversation number `index`, and return them as templates expect."""
+    if not conversation:
+        raise ValueError(f"conversation {index} is empty; it must have at least one message")
+    return [
+        check_message(f"message {number} of conversation {index}", message)
+        for number, message in enumerate(conversation)
+    ]
+
+
+def check_message(name: str, message: Message) -> Message:
+    """Return a copy of a message, with a string as its content and its arguments as dicts."""
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise ValueError(f'{name} must have a "role", such as "user": {message!r:.100}')
+    calls = message.get("tool_calls")
+    if "content" not in message and not calls:
+        raise ValueError(f'{name} has no "content": {message!r:.100}')
+    checked = {**message, "content": content_text(name, message.get("content"))}
+    if calls:
+        if not isinstance(calls, (list, tuple)):
+            raise TypeError(f"tool_calls of {name} must be a list, not {calls!r:.100}")
+        checked["tool_calls"] = [check_tool_call(name, call) for call in calls]
+    elif "tool_calls" in message:
+        del checked["tool_calls"]  # None or empty: some templates ask only whether it is there
+    return checked
+
+
+def content_text(name: str, content: Any) -> str:
+    """The content of a message as one string: of text parts, joined with newlines, or of None."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(
+            f"content of {name} must be a string or a list of text parts, not {content!r:.100}"
+        )
+    texts = []
+    for part in content:
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text")
+            if part.get("type", "text") not in ("text", "input_text", "output_text"):
+                text = None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"content of {name} has a part that is no text: {part!r:.100}; only parts like "
+                '{"type": "text", "text": "..."} can be used'
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def check_tool_call(name: str, call: Any) -> Any:
+    """Return a tool call whose arguments, if they are a JSON string, are what that stands for."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise TypeError(f"a tool call of {name} must be a dict of a function, not {call!r:.100}")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise ValueError(
+            f"the arguments of a tool call of {name} are not valid JSON: {arguments!r:.100}"
+        ) from error
+    function = {**function, "arguments": parsed}
+    return {**call, "function": function} if "function" in call else function
