@@ -16,6 +16,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.process_group import ProcessGroup
 
 HOST = "127.0.0.1"  # all ranks are on one machine
+MAX_STEP_SECONDS = 10.0  # so long `shut_down` waits for a step of another thread
 
 
 def start_ranks(config: Config) -> ModelRunner:
@@ -79,7 +80,9 @@ def exit_with_parent() -> None:
     """In a thread of a worker: end the process once rank 0's has ended, however that came about."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    # `parent` is a pipe, which a fork of rank 0's process would keep open. So look at the pid too.
+    while parent.is_alive() and os.getppid() == parent.pid:
+        parent.join(timeout=1.0)
     os._exit(1)
 
 
@@ -109,16 +112,29 @@ def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
     return channel.kill()
 
 
-def shut_down(model_runner: ModelRunner) -> None:
-    """End all ranks and free their memory, in good order if the workers can still be told."""
-    channel = model_runner.channel
-    if channel is None:
-        model_runner.exit()
+def shut_down(model_runner: ModelRunner, lock: threading.RLock, pid: int) -> None:
+    """End all ranks and free their memory, in good order if the workers can still be told.
+
+    `lock` is the engine's, and `pid` the process that made it: a fork of that leaves all as it is.
+    """
+    if os.getpid() != pid:
         return
-    with closing(channel):
-        if channel.is_whole and all(process.is_alive() for process in channel.processes):
-            channel.is_closing = True  # so that `watch` does not take their end for a failure
-            model_runner.call("exit")
-        else:
-            channel.kill()
-            model_runner.exit()
+    # Another thread may be in a step. When that is done it finds the engine ended, and raises.
+    is_idle = lock.acquire(timeout=MAX_STEP_SECONDS)
+    channel = model_runner.channel
+    try:
+        if channel is None:
+            if is_idle:  # otherwise the memory is freed with the last reference to it
+                model_runner.exit()
+            return
+        with closing(channel):
+            workers = channel.processes
+            if is_idle and channel.is_whole and all(worker.is_alive() for worker in workers):
+                channel.is_closing = True  # so that `watch` does not take their end for a failure
+                model_runner.call("exit")
+            else:
+                channel.kill()
+                model_runner.exit()
+    finally:
+        if is_idle:
+            lock.release()
