@@ -89,7 +89,11 @@ class LLMEngine:
         self._lock = threading.RLock()  # held while an exclusive method runs
         self._is_busy = False  # whether one runs, perhaps in this thread, to which the lock is open
         # Not in the modes of the user's thread: what is made here is used outside of them, too.
-        with torch.inference_mode(False), torch.autocast(config.device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.autocast(config.device, enabled=False),
+            torch.device("cpu"),
+        ):
             self.model_runner: ModelRunner | None = start_ranks(config)
         self._channel = self.model_runner.channel  # to the other ranks; None if there are none
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
@@ -100,7 +104,8 @@ class LLMEngine:
         # waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
-        self._traces: list[Trace] = []  # those under way; the last one records
+        self._traces: list[Trace] = []  # those under way, perhaps of several threads
+        self._trace: Trace | None = None  # the last of them, which records
         self._reset()
 
     @exclusive
@@ -337,8 +342,8 @@ class LLMEngine:
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
-            if self._traces:
-                self._traces[-1].scheduled(step, self.scheduler)
+            if self._trace is not None:
+                self._trace.scheduled(step, self.scheduler)
             # Ctrl-C would stop this rank half-way and none of the others, and they would wait for
             # it in a collective for ever. So it waits until the launch is done.
             with nullcontext() if self._channel is None else uninterrupted():
@@ -352,8 +357,8 @@ class LLMEngine:
         if self._channel is not None:
             self._channel.check_workers()  # if a rank has died, the tokens are garbage
         finished = self.scheduler.postprocess(step, token_ids, logprobs)
-        if self._traces:
-            self._traces[-1].completed(step, tokens, finished, start)
+        if self._trace is not None:
+            self._trace.completed(step, tokens, finished, start)
         return step, finished
 
     def _post_results(self, finished: list[Sequence]) -> None:
@@ -390,12 +395,13 @@ class LLMEngine:
     @contextmanager
     def trace(self) -> Iterator[Trace]:
         """`with llm.trace() as trace:` records what runs inside it and inside no inner trace."""
-        trace = Trace(is_cuda=self.config.device == "cuda")
+        trace = self._trace = Trace(is_cuda=self.config.device == "cuda")
         self._traces.append(trace)
         try:
             yield trace
         finally:
             self._traces.remove(trace)
+            self._trace = self._traces[-1] if self._traces else None
 
     def stats(self) -> dict[str, int]:
         """Counters since the engine was made, and numbers of the cache's blocks as they are now.
