@@ -5,19 +5,15 @@ ranks.py starts these processes; its `kill_ranks` tells in order how a fault end
 
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.process
-import os
 import pickle
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
-_channels: "weakref.WeakSet[Channel]" = weakref.WeakSet()  # of the engines in this process
 HEADER = struct.Struct("<QQ")  # bytes of the whole message, bytes of it in this frame
 
 
@@ -47,7 +43,6 @@ class Channel:
         # A call of the user's and the thread of `watch` may both find a dead worker. The lock is
         # held by the one that deals with it, and guards `processes`, `is_closing` and `failure`.
         self.lock = threading.RLock()
-        _channels.add(self)
         self.on_death: Callable[[], None] = lambda: None  # ends what this rank's GPU waits for
         self.on_close: Callable[[], None] = lambda: None  # called before the memory is freed
 
@@ -173,15 +168,3 @@ class Channel:
             for memory in (self.memory, self.words):
                 memory.close()
                 memory.unlink()
-
-
-def _forget_workers() -> None:
-    """In a forked child: take rank 0's workers out of the list of its own child processes, which
-    `multiprocessing` would terminate when the child ends.
-    """
-    for channel in _channels:
-        multiprocessing.process._children.difference_update(channel.processes)  # type: ignore[attr-defined]
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_workers)

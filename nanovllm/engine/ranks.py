@@ -1,10 +1,12 @@
 """The worker processes of tensor parallelism: how they start, what a fault does, how they end."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
+import weakref
 from contextlib import closing, suppress
 
 import torch
@@ -17,6 +19,7 @@ from nanovllm.engine.process_group import ProcessGroup
 
 HOST = "127.0.0.1"  # all ranks are on one machine
 MAX_STEP_SECONDS = 10.0  # so long `shut_down` waits for a step of another thread
+_channels: "weakref.WeakSet[Channel]" = weakref.WeakSet()  # of the engines in this process
 
 
 def start_ranks(config: Config) -> ModelRunner:
@@ -32,6 +35,7 @@ def start_ranks(config: Config) -> ModelRunner:
             "is in use; exit() the other engine, or use another process"
         )
     channel = Channel(num_workers=size - 1)
+    _channels.add(channel)
     try:
         # Where the ranks meet to form a process group. Port 0: any free one, so that two engines
         # never meet.
@@ -138,3 +142,18 @@ def shut_down(model_runner: ModelRunner, lock: threading.RLock, pid: int) -> Non
     finally:
         if is_idle:
             lock.release()
+
+
+def _disown_ranks() -> None:
+    """In a forked child: keep its end from touching the ranks, which are its parent's."""
+    for channel in _channels:
+        # `multiprocessing` terminates the child processes in this list, which the fork inherits.
+        processes = multiprocessing.process._children  # type: ignore[attr-defined]
+        processes.difference_update(channel.processes)
+        if dist.is_initialized():
+            # One reference too many: a group that is destroyed waits for threads of the parent.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_disown_ranks)
