@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.chat import Conversation, apply_chat_template
-from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.llm_engine import LLMEngine, exclusive
 from nanovllm.engine.requests import Params, Prompts, Request
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.outputs import Result, StreamedCompletion, StreamPart
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -35,11 +36,11 @@ class LLM(LLMEngine):
         or for messages that it refuses.
         """
         options = {**(chat_template_kwargs or {}), **template_options}
-        prompts = apply_chat_template(self.tokenizer, messages, options, self.config.model)
+        prompts = apply_chat_template(self._inputs.tokenizer, messages, options, self.config.model)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer, of `transformers`; None if it has none."""
+        """The tokenizer, of `transformers`, a copy of the engine's; None if there is none."""
         return self.tokenizer
 
     def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamPart]:
@@ -57,22 +58,26 @@ class LLM(LLMEngine):
         scheduler = self.scheduler  # another one after a reset, which has dropped our requests
         live: list[StreamedCompletion] = []
         try:
-            # A sequence that was queued and did not get into `live` would never be ended.
-            with uninterrupted():
-                for index, request in enumerate(requests):
-                    for number, seq in enumerate(self._queue(request, is_streamed=True)):
-                        live.append(StreamedCompletion(seq, index, number))
+            scheduler = self._start_stream(requests, live)
             while live and self.scheduler is scheduler:
-                self._advance()  # results of other requests stay in the mailbox, for `step`
-                for completion in live:
-                    part = completion.take()
-                    if part is not None:
-                        yield part
+                yield from self._take_parts(live)
                 live = [completion for completion in live if not completion.is_done]
         finally:
-            with uninterrupted():
-                if self.scheduler is scheduler and self.model_runner is not None:
-                    scheduler.abort([completion.seq for completion in live])
-                    # With no other requests, nobody would complete the steps launched ahead.
-                    while self._pending and scheduler.is_finished():
-                        self._advance()
+            self._abort_soon(scheduler, [completion.seq for completion in live])
+
+    @exclusive
+    def _start_stream(self, requests: list[Request], live: list[StreamedCompletion]) -> Scheduler:
+        """Queue requests and collect their completions in `live`; returns who schedules them."""
+        # A sequence that was queued and did not get into `live` would never be ended.
+        with uninterrupted():
+            for index, request in enumerate(requests):
+                for number, seq in enumerate(self._queue(request, is_streamed=True)):
+                    live.append(StreamedCompletion(seq, index, number))
+        return self.scheduler
+
+    @exclusive
+    def _take_parts(self, live: list[StreamedCompletion]) -> list[StreamPart]:
+        """Run a step; returns what is new of each completion. Others' results wait for `step`."""
+        self._advance()
+        parts = [completion.take() for completion in live]
+        return [part for part in parts if part is not None]

@@ -4,13 +4,18 @@ Around it: requests.py makes Sequences of what the user passes, outputs.py build
 returns, ranks.py starts and ends the processes of tensor parallelism.
 """
 
+import copy
+import os
+import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
@@ -29,10 +34,46 @@ from nanovllm.utils.interrupts import uninterrupted
 
 COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions")
 
+E = TypeVar("E", bound="LLMEngine")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exclusive(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
+    """Make one method at a time run on an engine: other threads wait until it returns.
+
+    A call from inside another one, by a signal handler or an object's `__del__`, could only wait
+    for itself, and is a RuntimeError. So exclusive methods do not call each other.
+    """
+
+    @wraps(method)
+    def call(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._check_process()  # first: a fork may have copied a lock that nobody will release
+        try:
+            # No helper takes the lock: Ctrl-C between its `acquire` and the `with` would keep it.
+            with self._lock:
+                if self._is_busy:
+                    raise RuntimeError(
+                        f"{method.__name__} was called from inside another call of this engine, by "
+                        "a signal handler or a callback; call it when that one has returned"
+                    )
+                try:
+                    self._is_busy = True
+                    return method(self, *args, **kwargs)
+                finally:
+                    self._is_busy = False
+        finally:
+            if self._to_abort:  # what came meanwhile, and could not wait
+                self._abort_if_idle()
+
+    return call
+
 
 class LLMEngine:
     """Drives a Scheduler and a rank-0 ModelRunner. `model` and `options` are the fields of Config,
     which raises a TypeError or ValueError for what is not right about them.
+
+    An engine belongs to the process that made it, and several threads may use it: see `exclusive`.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -44,19 +85,35 @@ class LLMEngine:
         self._inputs = InputProcessor(config)
         if config.eos == -1:
             config.eos = self._inputs.find_eos()
-        self.model_runner: ModelRunner | None = start_ranks(config)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # held while an exclusive method runs
+        self._is_busy = False  # whether one runs, perhaps in this thread, to which the lock is open
+        # Not in the modes of the user's thread: what is made here is used outside of them, too.
+        with (
+            torch.inference_mode(False),
+            torch.autocast(config.device, enabled=False),
+            torch.device("cpu"),
+        ):
+            self.model_runner: ModelRunner | None = start_ranks(config)
         self._channel = self.model_runner.channel  # to the other ranks; None if there are none
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
-        self._finalizer = weakref.finalize(self, shut_down, self.model_runner)
+        self._finalizer = weakref.finalize(
+            self, shut_down, self.model_runner, self._lock, self._pid
+        )
         # On a GPU one step is always queued behind the one that runs, so that the device never
         # waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
-        self._trace: Trace | None = None
-        self.reset()
+        self._traces: list[Trace] = []  # those under way, perhaps of several threads
+        self._trace: Trace | None = None  # the last of them, which records
+        self._reset()
 
+    @exclusive
     def reset(self) -> None:
         """Drop all requests and cached prefixes: the remedy after a step that was cut short."""
+        self._reset()
+
+    def _reset(self) -> None:
         self.scheduler = Scheduler(self.config, self._counters)
         # Steps that were launched and whose tokens have not been read back, oldest first.
         self._pending: deque[tuple[Step, PendingTokens]] = deque()
@@ -64,29 +121,44 @@ class LLMEngine:
         self._requests: dict[int, list[Sequence]] = {}
         # The mailbox: ids and results of requests that have ended, until `step` reports them.
         self._results: list[tuple[int, Result]] = []
+        # Sequences that are to be aborted, and their scheduler: see `_abort_soon`.
+        self._to_abort: deque[tuple[Scheduler, list[Sequence]]] = deque()
 
     def exit(self) -> None:
-        """End the workers and free the memory. The engine cannot be used afterwards."""
+        """End the workers and free the memory. The engine cannot be used afterwards: a call that
+        another thread is in raises a RuntimeError after its step. A forked child ends nothing.
+        """
+        if os.getpid() != self._pid:
+            return
         self.model_runner = None
         # The finalizer runs only once: what Ctrl-C cut off would never be freed.
         with uninterrupted():
             self._finalizer()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this engine belongs to process {self._pid}, and this is a fork of it, process "
+                f"{os.getpid()}; use the engine there, or make a new LLM here"
+            )
+
     def _check_alive(self) -> ModelRunner:
-        if self.model_runner is None:
+        self._check_process()
+        # At the interpreter's end the finalizer runs without `exit`, and daemon threads go on.
+        if self.model_runner is None or not self._finalizer.alive:
             raise RuntimeError(
                 "this engine was shut down, by exit() or a failed rank; make a new LLM"
             )
         return self.model_runner
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer, of `transformers`; None if it has none."""
-        return self._inputs.tokenizer
+        """The checkpoint's tokenizer, of `transformers`; None if it has none.
 
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._inputs.tokenizer = tokenizer
+        It is a copy. A call of a tokenizer changes it (truncation, padding), so in another thread
+        it would change how the engine reads prompts.
+        """
+        return copy.deepcopy(self._inputs.tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without parameters gets: what generation_config.json recommends."""
@@ -109,22 +181,29 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
-            RuntimeError: while other requests are unfinished, after `exit`, and if all requests of
-                the call end with an error. If only some do, that is their `finish_reason`, and
-                their `stop_reason` says what went wrong.
+            RuntimeError: while requests of `add_request` or `stream` are unfinished, after `exit`,
+                in a forked child, and if all requests of the call end with an error. If only some
+                do, that is their `finish_reason`, and their `stop_reason` says what went wrong. A
+                `generate` of another thread is waited for.
         """
+        # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
+        requests = self._check_requests(prompts, sampling_params)
+        return self._generate(requests, use_tqdm)
+
+    @exclusive
+    def _generate(self, requests: list[Request], use_tqdm: bool) -> list[Result]:
+        self._settle()
         if not self.is_finished():
             raise RuntimeError(
                 "requests of add_request or stream are unfinished; "
                 "step() until they are, or reset()"
             )
-        requests = self._check_requests(prompts, sampling_params)
         try:
             request_ids = [self._queue(request)[0].request_id for request in requests]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
-            self.reset()
+            self._reset()
             raise
         if len(results) < len(request_ids):
             raise RuntimeError("requests of generate were dropped by a reset() while it ran")
@@ -141,7 +220,7 @@ class LLMEngine:
         with progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
-                finished, num_tokens = self.step()
+                finished, num_tokens = self._step()
                 seconds = time.perf_counter() - start
                 phase = "prefill" if num_tokens > 0 else "decode"
                 rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
@@ -151,15 +230,62 @@ class LLMEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a prompt; returns the id by which `step` reports it. Raises as `generate` does."""
-        (request,) = self._check_requests([prompt], sampling_params)
+        requests = self._check_requests([prompt], sampling_params)
+        return self._add_request(requests[0])
+
+    @exclusive
+    def _add_request(self, request: Request) -> int:
         return self._queue(request)[0].request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request of `add_request`; the next `step` reports what there is of it."""
-        seqs = self._requests.pop(request_id, None)
+        """End a request of `add_request`; the next `step` reports what there is of it.
+
+        This never waits: a request that another thread is at work on ends after that step.
+        """
+        self._check_process()
+        scheduler = self.scheduler  # before the request, which is of no scheduler after this one
+        seqs = self._requests.get(request_id)
         if seqs is not None:
+            self._abort_soon(scheduler, seqs)
+
+    def _abort_soon(self, scheduler: Scheduler, seqs: list[Sequence]) -> None:
+        """Abort sequences: at once or, if the engine is busy, before its next step. So a signal
+        handler may do it, and a forgotten stream that Python collects in the middle of a step.
+        """
+        self._to_abort.append((scheduler, seqs))
+        if os.getpid() == self._pid:  # a fork's copy of a stream ends in silence
+            self._abort_if_idle()
+
+    def _abort_if_idle(self) -> None:
+        with uninterrupted():
+            if not self._lock.acquire(blocking=False):
+                return  # who holds it looks again when it has let go
+            try:
+                if not self._is_busy:
+                    self._abort_now()
+            finally:
+                self._lock.release()
+
+    @exclusive
+    def _abort_now(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        self._abort_waiting()
+        # With no other requests, nobody would complete the steps launched ahead.
+        while self._pending and self.scheduler.is_finished() and self._finalizer.alive:
+            self._advance()
+
+    def _abort_waiting(self) -> None:
+        """Abort what waits for it. A scheduler of before a `reset` has dropped its requests."""
+        seqs: list[Sequence] = []
+        while self._to_abort:
+            scheduler, some = self._to_abort.popleft()
+            if scheduler is self.scheduler:
+                seqs += some
+        if seqs:
             self.scheduler.abort(seqs)
-            self._results.append((request_id, build_result(seqs, self.tokenizer)))
+            self._post_results(seqs)
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()
@@ -181,6 +307,7 @@ class LLMEngine:
     def _has_work(self) -> bool:
         return not self.scheduler.is_finished() or len(self._pending) > 0
 
+    @exclusive
     def step(self) -> tuple[list[tuple[int, Result]], int]:
         """Complete one forward pass, having launched the next one behind it.
 
@@ -188,6 +315,9 @@ class LLMEngine:
         prefill step, those computed; of a decode step, minus the number of sequences; 0 when there
         was nothing to do.
         """
+        return self._step()
+
+    def _step(self) -> tuple[list[tuple[int, Result]], int]:
         step = self._advance()
         results = self._results
         self._results = []
@@ -198,6 +328,7 @@ class LLMEngine:
     def _advance(self) -> Step | None:
         """Complete the oldest step, having launched the next one behind it; None: nothing to do."""
         self._check_alive()
+        self._abort_waiting()
         if not self._has_work():
             return None
         start = time.perf_counter()  # for a trace
@@ -244,7 +375,7 @@ class LLMEngine:
             # the same request.
             if seqs is not None and all(other.is_finished for other in seqs):
                 del self._requests[seq.request_id]
-                self._results.append((seq.request_id, build_result(seqs, self.tokenizer)))
+                self._results.append((seq.request_id, build_result(seqs, self._inputs.tokenizer)))
 
     def _fail(self, error: BaseException) -> None:
         """After an error in a step: empty the engine and, if ranks may be out of step, end it.
@@ -252,11 +383,14 @@ class LLMEngine:
         If a worker has failed, that is the cause of `error`, and a RuntimeError says so; otherwise
         this returns, and the caller raises `error` again.
         """
-        self.reset()
+        self._reset()
         # Ctrl-C takes effect between two launches, when all ranks have been told the same. After
         # any other exception they may stand at different collectives, and nothing brings them
         # together again.
-        if self._channel is None or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
+            return
+        self._check_alive()  # the cause, if a fork or an exit() came in the middle of the step
+        if self._channel is None:
             return
         failure = kill_ranks(self._channel, error)
         with suppress(Exception):  # after a CUDA error every call raises it again
@@ -267,12 +401,13 @@ class LLMEngine:
     @contextmanager
     def trace(self) -> Iterator[Trace]:
         """`with llm.trace() as trace:` records what runs inside it and inside no inner trace."""
-        outer = self._trace
-        self._trace = Trace(is_cuda=self.config.device == "cuda")
+        trace = self._trace = Trace(is_cuda=self.config.device == "cuda")
+        self._traces.append(trace)
         try:
-            yield self._trace
+            yield trace
         finally:
-            self._trace = outer
+            self._traces.remove(trace)
+            self._trace = self._traces[-1] if self._traces else None
 
     def stats(self) -> dict[str, int]:
         """Counters since the engine was made, and numbers of the cache's blocks as they are now.

@@ -45,6 +45,7 @@ class ModelRunner:
         self.device = torch.device("cuda", self.rank) if self.is_cuda else torch.device("cpu")
         if self.is_cuda:
             torch.cuda.set_device(self.device)
+            self.stream = torch.cuda.current_stream(self.device)  # of all steps
         self.graphs = DecodeGraphs()
         if group is not None:
             group.clear_graphs = self.graphs.clear
@@ -166,7 +167,23 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def launch(self, step: Step) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence."""
+        """Rank 0: queue a step on every device, which samples the next token of each sequence.
+
+        The modes that the user's thread is in are not the model's: autocast would round, and on
+        another stream a step would not wait for the one before it.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self.launch(step)
+        if self.is_cuda and torch.cuda.current_stream() != self.stream:
+            with torch.cuda.stream(self.stream):  # of this runner's device, too
+                return self.launch(step)
+        # Also for what is made here and kept: made in the user's own inference mode it could not
+        # be changed outside of it.
+        with torch.inference_mode():
+            return self._launch(step)
+
+    def _launch(self, step: Step) -> PendingTokens:
         if step.is_prefill:
             return PendingTokens(self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.

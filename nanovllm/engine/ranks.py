@@ -1,11 +1,13 @@
 """The worker processes of tensor parallelism: how they start, what a fault does, how they end."""
 
+import ctypes
 import multiprocessing
 import multiprocessing.spawn
 import os
 import signal
 import threading
 import traceback
+import weakref
 from contextlib import closing, suppress
 
 import torch
@@ -17,6 +19,8 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.process_group import ProcessGroup
 
 HOST = "127.0.0.1"  # all ranks are on one machine
+MAX_STEP_SECONDS = 10.0  # so long `shut_down` waits for a step of another thread
+_channels: "weakref.WeakSet[Channel]" = weakref.WeakSet()  # of the engines in this process
 
 
 def check_process() -> None:
@@ -50,6 +54,7 @@ def start_ranks(config: Config) -> ModelRunner:
             "is in use; exit() the other engine, or use another process"
         )
     channel = Channel(num_workers=size - 1)
+    _channels.add(channel)
     try:
         # Where the ranks meet to form a process group. Port 0: any free one, so that two engines
         # never meet.
@@ -98,7 +103,9 @@ def exit_with_parent() -> None:
     """In a thread of a worker: end the process once rank 0's has ended, however that came about."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    # `parent` is a pipe, which a fork of rank 0's process would keep open. So look at the pid too.
+    while parent.is_alive() and os.getppid() == parent.pid:
+        parent.join(timeout=1.0)
     os._exit(1)
 
 
@@ -128,16 +135,44 @@ def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
     return channel.kill()
 
 
-def shut_down(model_runner: ModelRunner) -> None:
-    """End all ranks and free their memory, in good order if the workers can still be told."""
-    channel = model_runner.channel
-    if channel is None:
-        model_runner.exit()
+def shut_down(model_runner: ModelRunner, lock: threading.RLock, pid: int) -> None:
+    """End all ranks and free their memory, in good order if the workers can still be told.
+
+    `lock` is the engine's, and `pid` the process that made it: a fork of that leaves all as it is.
+    """
+    if os.getpid() != pid:
         return
-    with closing(channel):
-        if channel.is_whole and all(process.is_alive() for process in channel.processes):
-            channel.is_closing = True  # so that `watch` does not take their end for a failure
-            model_runner.call("exit")
-        else:
-            channel.kill()
-            model_runner.exit()
+    # Another thread may be in a step. When that is done it finds the engine ended, and raises.
+    is_idle = lock.acquire(timeout=MAX_STEP_SECONDS)
+    channel = model_runner.channel
+    try:
+        if channel is None:
+            if is_idle:  # otherwise the memory is freed with the last reference to it
+                model_runner.exit()
+            return
+        with closing(channel):
+            workers = channel.processes
+            if is_idle and channel.is_whole and all(worker.is_alive() for worker in workers):
+                channel.is_closing = True  # so that `watch` does not take their end for a failure
+                model_runner.call("exit")
+            else:
+                channel.kill()
+                model_runner.exit()
+    finally:
+        if is_idle:
+            lock.release()
+
+
+def _disown_ranks() -> None:
+    """In a forked child: keep its end from touching the ranks, which are its parent's."""
+    for channel in _channels:
+        # `multiprocessing` terminates the child processes in this list, which the fork inherits.
+        processes = multiprocessing.process._children  # type: ignore[attr-defined]
+        processes.difference_update(channel.processes)
+        if dist.is_initialized():
+            # One reference too many: a group that is destroyed waits for threads of the parent.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_disown_ranks)
