@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
+from nanovllm.kernels.silu_mul import silu_mul, silu_mul_in_place
 from nanovllm.kernels.split_gemm import num_splits, split_gemm
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard, WeightFormat
 from nanovllm.utils.context import get_context
@@ -103,7 +103,7 @@ class Unquantized(WeightFormat):
             )
         assert norm is None, "only the GEMV normalises its input"
         if choice.kernel is MatmulKernel.SPLIT_K:
-            sums = PartialSums(split_gemm(x, weight, bias, choice.splits))
+            sums = PartialSums(split_gemm(x.contiguous(), weight, bias, choice.splits))
             if reader_sums:
                 return sums
             product = sums.sum()  # of one split: nothing is added
@@ -114,7 +114,7 @@ class Unquantized(WeightFormat):
             product = F.linear(x, weight, bias)
 
         if epilogue.is_gated:
-            return silu_mul(product) if product.is_cuda else silu_mul_torch(product)
+            return silu_mul(product) if product.is_cuda else silu_mul_in_place(product)
         return product
 
 
