@@ -119,7 +119,7 @@ class Channel:
 
     def _find_failure(self) -> None:
         """Set `failure` if a worker has failed and it is not set yet."""
-        if self.failure:
+        if self.failure or not self.processes:
             return
         ranks = enumerate(self.processes, start=1)
         dead = [rank for rank, process in ranks if not process.is_alive()]
@@ -171,3 +171,5 @@ class Channel:
             for memory in (self.memory, self.words):
                 memory.close()
                 memory.unlink()
+            # Their names go with the last reference, and the engine may keep this channel for long.
+            del self.ready, self.taken, self.errors

@@ -112,6 +112,10 @@ class CpuStep:
             k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         heads_of_each = q.shape[1] // k.shape[1]
         q = q.unflatten(1, (-1, heads_of_each))  # [queries, kv_heads, heads of each, head_dim]
+        if len(self._groups) == 1:
+            (group,) = self._groups
+            keys, values = self._read(group, k, which=0), self._read(group, v, which=1)
+            return attend_group(group, q, keys, values, scale).flatten(1, 2)
         out = torch.empty(q.shape, dtype=q.dtype)
         for group in self._groups:
             keys = self._read(group, k, which=0)
