@@ -228,6 +228,7 @@ def attend(backend: AttentionBackend, lengths: list[tuple[int, int]], in_place: 
     [
         [(1, 5)],
         [(1, 150)],
+        [(1, 20)] * 5,
         [(1, n) for n in (150, 149, 60, 59, 58, 3, 2, 1)],
         [(1, n) for n in (1, 90, 2, 91, 8, 9)],  # not sorted
         [(7, 7)],

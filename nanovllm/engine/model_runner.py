@@ -20,6 +20,7 @@ from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.attention_backend import select_backend
+from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
@@ -82,6 +83,8 @@ class ModelRunner:
         with tensor_parallel(self.rank, size, small_all_reduce, prefill_all_reduce):
             self.model = build_model(config, self.device)
             self.sampler = Sampler(self.model.lm_head.vocab_start, config.hf_config.vocab_size)
+        if not self.is_cuda:
+            move_to_huge_pages(self.model)
         self.num_parameters = sum(param.numel() for param in self.model.parameters())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         block_size = config.kvcache_block_size

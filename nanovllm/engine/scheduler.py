@@ -210,8 +210,9 @@ class Scheduler:
             is_last = seq.append(token_id, entry)
             self.block_manager.register(seq)
             if is_last:
-                self._release(seq)
                 finished.append(seq)
+        for seq in reversed(finished):  # so that the next sequences get blocks in ascending order
+            self._release(seq)
         self.counters["completion_tokens"] += len(token_ids) - num_ignored
         if finished:  # one pass for all of them; deque.remove would be one for each
             self.running = deque(seq for seq in self.running if not seq.is_finished)

@@ -29,8 +29,11 @@ class Group:
     queries: slice  # rows of q
     num_seqs: int
     num_keys: int  # of the longest sequence
-    first_slot: int  # where the keys of a single sequence begin, if they lie one after the other
-    slots: Tensor | None = None  # [num_seqs * num_keys] int64, else: which slots to gather
+    # Where keys lie one after the other, as those of a single sequence or of equally long ones may:
+    first_slot: int  # of the first sequence
+    distance: int = 0  # from there to the first slot of the next sequence, and so on
+    # Else:
+    slots: Tensor | None = None  # [num_seqs * num_keys] int64: which slots to gather
     # True: may be seen. [num_seqs, 1, 1, num_keys] or, of a single sequence, [queries, num_keys].
     # None: a single query sees all keys, of several the first sees one, the next two, and so on.
     mask: Tensor | None = None
@@ -126,7 +129,11 @@ class CpuStep:
     def _read(self, group: Group, source: Tensor, which: int) -> Tensor:
         """K or V of a group, `[num_seqs, num_keys, kv_heads, head_dim]`, in place or gathered."""
         if group.slots is None:
-            return source[group.first_slot : group.first_slot + group.num_keys][None]
+            first = source[group.first_slot : group.first_slot + group.num_keys][None]
+            if group.num_seqs == 1:
+                return first
+            stride = (group.distance * source.stride(0), *source.stride())
+            return first.as_strided((group.num_seqs, *first.shape[1:]), stride)
         buffer = self._gathered[which][: len(group.slots)]
         torch.index_select(source, 0, group.slots, out=buffer)
         return buffer.unflatten(0, (group.num_seqs, group.num_keys))
@@ -173,7 +180,12 @@ class CpuStep:
         num_keys = int(lengths.max())
         blocks = self.block_tables[start:end, : -(-num_keys // block_size)].astype(np.int64)
         slots = None
-        if num_seqs > 1 or (np.diff(blocks[0]) != 1).any():
+        distances = np.diff(blocks[:, 0])
+        distance = int(distances[0]) if num_seqs > 1 else 0
+        # With lengths that differ, a view would show slots past a sequence's end. They are masked,
+        # but what an earlier sequence left there may be NaN.
+        in_place = (np.diff(blocks) == 1).all() and (lengths == num_keys).all()
+        if not in_place or distance < 0 or (distances != distance).any():
             # Positions past a sequence's end read its last token again, which exists.
             positions = np.minimum(np.arange(num_keys), lengths - 1)
             found = np.take_along_axis(blocks, positions // block_size, axis=1)
@@ -186,7 +198,15 @@ class CpuStep:
             mask = ones.tril(num_keys - num_queries)
         elif lengths.min() < num_keys:
             mask = torch.from_numpy(np.arange(num_keys) < lengths)[:, None, None]
-        return Group(queries, num_seqs, num_keys, int(blocks[0, 0]) * block_size, slots, mask)
+        return Group(
+            queries=queries,
+            num_seqs=num_seqs,
+            num_keys=num_keys,
+            first_slot=int(blocks[0, 0]) * block_size,
+            distance=distance * block_size,
+            slots=slots,
+            mask=mask,
+        )
 
 
 def attend_group(group: Group, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
