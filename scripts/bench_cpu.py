@@ -3,8 +3,8 @@
 Qwen2 in the sizes of SmolLM2-135M, random weights, one process. Prints
 
 - tokens per second of 32 prompts of 100 tokens with 64 new ones, and of one such prompt, through
-  the engine and through transformers' padded `generate`. They take turns, as other programs may use
-  the machine; the ratio is that of the best times;
+  the engine and through transformers' padded `generate`. They take turns, and with one thread only
+  the time on a core counts, as other programs may use the machine; the ratio is of the best times;
 - milliseconds of a decode step of 31 such requests, and of the same beside one of 2,000 tokens;
 - with `--profile`, the operations of a decode step by the time that they take;
 - with `--busy`, only the seconds that example.py generates for, alone and beside two busy loops.
@@ -44,10 +44,11 @@ def make_prompt(index: int, length: int) -> list[int]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
+    """How long a call takes; with one thread, only the time that this process had a core."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(llm: LLM, model: torch.nn.Module, batch: int, rounds: int, new: int) -> None:
@@ -122,12 +123,17 @@ def busy(rounds: int) -> None:
             llm.chat(chats, SamplingParams(temperature=0, max_tokens=256), use_tqdm=False)
         llm.reset()
 
+    def wall() -> float:
+        start = time.perf_counter()
+        ask()
+        return time.perf_counter() - start
+
     ask()
-    alone = median(seconds(ask) for _ in range(rounds))
+    alone = median(wall() for _ in range(rounds))
     loops = [multiprocessing.Process(target=spin, daemon=True) for _ in range(2)]
     for loop in loops:
         loop.start()
-    beside = median(seconds(ask) for _ in range(rounds))
+    beside = median(wall() for _ in range(rounds))
     for loop in loops:
         loop.kill()
     print(
