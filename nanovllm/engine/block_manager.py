@@ -50,8 +50,9 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        # Ids of the blocks nobody holds, least recently freed first. A prefix hit takes one out of
-        # the middle of this queue, which an OrderedDict does in constant time.
+        # Ids of the blocks nobody holds: first those that hold nothing that could be reused, then
+        # cached ones, least recently freed first. A prefix hit takes one out of the middle of this
+        # queue, which an OrderedDict does in constant time.
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[int, Block] = {}  # hash -> a full block, held or free
         # Never used again, so that a block whose parent was evicted matches nothing.
@@ -152,19 +153,24 @@ class BlockManager:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_block_ids[block_id] = None
+                if not self._is_cached(block):
+                    self.free_block_ids.move_to_end(block_id, last=False)
         seq.block_table.clear()
         seq.num_computed_tokens = 0
         seq.num_registered_blocks = 0
 
     def _take_free_block(self) -> int:
-        """The block that was free for longest, with nothing known of its contents any more."""
+        """The first free block, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
         block = self.blocks[block_id]
-        # After a collision of hashes `cached_blocks` may have another block in its place.
-        if block.hash is not None and self.cached_blocks.get(block.hash) is block:
+        if block.hash is not None and self._is_cached(block):
             del self.cached_blocks[block.hash]
         self.blocks[block_id] = Block(block_id, ref_count=1)
         return block_id
+
+    def _is_cached(self, block: Block) -> bool:
+        """Whether a prefix can find it; a copy, or one that a collision displaced, is not found."""
+        return block.hash is not None and self.cached_blocks.get(block.hash) is block
 
     @staticmethod
     def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:

@@ -116,7 +116,7 @@ class Channel:
             raise RuntimeError(self.failure)
 
     def _find_failure(self) -> None:
-        if self.failure:
+        if self.failure or not self.processes:
             return
         ranks = enumerate(self.processes, start=1)
         dead = [rank for rank, process in ranks if not process.is_alive()]
@@ -168,3 +168,5 @@ class Channel:
             for memory in (self.memory, self.words):
                 memory.close()
                 memory.unlink()
+            # Their names go with the last reference, and the engine may keep this channel for long.
+            del self.ready, self.taken, self.errors

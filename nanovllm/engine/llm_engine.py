@@ -10,15 +10,16 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
+from nanovllm.engine.exclusive import exclusive
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
@@ -33,40 +34,6 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
 COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions")
-
-E = TypeVar("E", bound="LLMEngine")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def exclusive(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
-    """Make one method at a time run on an engine: other threads wait until it returns.
-
-    A call from inside another one, by a signal handler or an object's `__del__`, could only wait
-    for itself, and is a RuntimeError. So exclusive methods do not call each other.
-    """
-
-    @wraps(method)
-    def call(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self._check_process()  # first: a fork may have copied a lock that nobody will release
-        try:
-            # No helper takes the lock: Ctrl-C between its `acquire` and the `with` would keep it.
-            with self._lock:
-                if self._is_busy:
-                    raise RuntimeError(
-                        f"{method.__name__} was called from inside another call of this engine, by "
-                        "a signal handler or a callback; call it when that one has returned"
-                    )
-                try:
-                    self._is_busy = True
-                    return method(self, *args, **kwargs)
-                finally:
-                    self._is_busy = False
-        finally:
-            if self._to_abort:  # what came meanwhile, and could not wait
-                self._abort_if_idle()
-
-    return call
 
 
 class LLMEngine:

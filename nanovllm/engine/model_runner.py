@@ -1,6 +1,7 @@
 """One rank: its part of the model and of the KV cache, and the steps it runs on them."""
 
 import gc
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.attention_backend import select_backend
+from nanovllm.kernels.cpu_memory import move_to_huge_pages
+from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
 from nanovllm.models import build_model, head_size
@@ -78,6 +81,9 @@ class ModelRunner:
         with tensor_parallel(self.rank, size, small_all_reduce, prefill_all_reduce):
             self.model = build_model(config, self.device)
             self.sampler = Sampler(self.model.lm_head.vocab_start, config.hf_config.vocab_size)
+        if not self.is_cuda:
+            move_to_huge_pages(self.model)
+        self.num_parameters = sum(param.numel() for param in self.model.parameters())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         for layer in self.attention_layers:
             layer.backend = self.backend
@@ -202,8 +208,9 @@ class ModelRunner:
         table_rows = np.array([seq.row for seq in seqs])
         lengths = np.array([seq.num_computed_tokens for seq in seqs])
         inputs = self.prepare_prefill(seqs)
-        logits = self._forward(inputs)
-        return self._sample(logits, inputs, self.sampling.build(table_rows, lengths))
+        extras = self.sampling.build(table_rows, lengths)
+        with self._threads(sum(seq.num_scheduled_tokens for seq in seqs)):
+            return self._sample(self._forward(inputs), inputs, extras)
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
@@ -249,7 +256,8 @@ class ModelRunner:
         output = self.graphs.replay(size)
         if output is None:
             inputs = self._decode_inputs(size)
-            return self._sample(self._forward(inputs), inputs, extras)
+            with self._threads(size):
+                return self._sample(self._forward(inputs), inputs, extras)
         if extras is None:
             return Sampled(output.token_ids[:num_seqs], None)
         # The graph has sampled plainly. Sample again from its logits, over its tokens.
@@ -292,6 +300,10 @@ class ModelRunner:
         inputs = self._decode_inputs(size)
         logits = self._forward(inputs)
         return DecodeOutput(self._sample(logits, inputs, None).token_ids, logits)
+
+    def _threads(self, num_tokens: int) -> AbstractContextManager[None]:
+        """On a CPU: as many threads as a step of so many tokens is worth."""
+        return nullcontext() if self.is_cuda else threads_for(num_tokens * self.num_parameters)
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:

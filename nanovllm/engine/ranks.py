@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.channel import Channel
@@ -87,6 +88,8 @@ def run_worker(config: Config, rank: int, channel: Channel, port: int) -> None:
     # The terminal sends Ctrl-C to all processes; what follows from it is rank 0's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    # Here tqdm's own lock would have a name, which would outlive a process that is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         if config.device == "cuda":
             # Fails now if the GPU cannot be used, and not later, in a collective.

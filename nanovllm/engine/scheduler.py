@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -48,7 +48,8 @@ class Scheduler:
         self.block_manager = BlockManager(
             config.num_kvcache_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
-        self.waiting: deque[Sequence] = deque()
+        # Its keys are the queue, since an aborted one can be anywhere in it, among any number.
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: deque[Sequence] = deque()
         # Rows of the model runner's arrays that no sequence has; row 0 is handed out first.
         self.free_rows = list(reversed(range(self.max_num_seqs)))
@@ -68,7 +69,7 @@ class Scheduler:
             seq.end_ids |= dict.fromkeys(self.eos)  # no stop_reason, even if it was asked for
         self.counters["requests"] += 1
         self.counters["prompt_tokens"] += seq.num_prompt_tokens
-        self.waiting.append(seq)
+        self.waiting[seq] = None
 
     def abort(self, seqs: list[Sequence]) -> None:
         """End those of `seqs` that have not finished; their blocks are free at once."""
@@ -77,8 +78,10 @@ class Scheduler:
                 self._release(seq)
             if not seq.is_finished:
                 seq.finish("abort")
-        self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
-        self.running = deque(seq for seq in self.running if not seq.is_finished)
+            if seq in self.waiting:
+                del self.waiting[seq]
+            elif seq in self.running:  # there are at most max_num_seqs
+                self.running.remove(seq)
 
     def schedule(self) -> Step | None:
         """Pick the next step and give it its blocks; None if a pending one has to end before it."""
@@ -97,7 +100,7 @@ class Scheduler:
         yields: list[bool] = []
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+            seq = next(iter(self.waiting))
             is_admitted = bool(seq.block_table)  # if a chunk of it was computed before
             if not is_admitted and not self._admit(seq):
                 break
@@ -114,7 +117,8 @@ class Scheduler:
             if not is_complete:
                 break  # the budget is spent; the rest of this prompt comes first in the next step
             seq.status = SequenceStatus.RUNNING
-            self.running.append(self.waiting.popleft())
+            del self.waiting[seq]
+            self.running.append(seq)
         if not seqs:
             return None
         num_tokens = self.max_num_batched_tokens - budget
@@ -171,7 +175,8 @@ class Scheduler:
             newest = self.running.pop()
             self._release(newest)
             newest.status = SequenceStatus.WAITING
-            self.waiting.appendleft(newest)  # to be prefilled again, before any other
+            self.waiting[newest] = None
+            self.waiting.move_to_end(newest, last=False)  # to be prefilled again, before any other
             self.preempted.append(newest)
             self.counters["preemptions"] += 1
             if newest is seq:
@@ -209,8 +214,9 @@ class Scheduler:
                 seq.append(token_id, entry)
                 self.block_manager.register(seq)
             if seq.is_finished:
-                self._release(seq)
                 finished.append(seq)
+        for seq in reversed(finished):  # so that the next sequences get blocks in ascending order
+            self._release(seq)
         self.counters["completion_tokens"] += len(token_ids) - num_ignored
         if finished:  # one pass for all of them; deque.remove would be one for each
             self.running = deque(seq for seq in self.running if not seq.is_finished)

@@ -6,6 +6,7 @@
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
+- `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`: sampling
 - `all_reduce`, `prefill_all_reduce`: sums over the GPUs of one host, small and large ones
 - `host_words`: memory by which the GPUs of a host wait for each other

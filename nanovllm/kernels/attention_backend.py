@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.cpu_attention import CpuStep
 from nanovllm.kernels.flash_attention import (
     check_flash_attention,
     flash_attention_version,
@@ -36,6 +38,7 @@ class PrefillPlan:
     max_seqlen_q: int  # the most queries of one sequence
     max_seqlen_k: int  # the most keys of one sequence
     block_tables: Tensor | None = None  # [n, max_blocks], padded with -1; None: nothing is cached
+    cpu: CpuStep | None = None  # the plan of `CpuBackend`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class DecodePlan:
 
     context_lens: Tensor  # [n]: keys of each sequence, the new one included
     block_tables: Tensor  # [n, max_blocks], padded with -1
+    cpu: CpuStep | None = None  # the plan of `CpuBackend`
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,10 @@ class AttentionBackend:
         one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)
         return PrefillPlan(one_each, plan.cu_seqlens_k, 1, plan.max_seqlen_k, plan.block_tables)
 
+    def store(self, plan: PrefillPlan | DecodePlan | None, *inputs: Any) -> Tensor:
+        """Normalise and rotate q and k, store k and v: `norm_rope_store`, which says of what."""
+        return self.norm_rope_store(*inputs)
+
     def attend(
         self,
         q: Tensor,
@@ -122,7 +130,53 @@ class AttentionBackend:
         )
 
 
+class CpuBackend(AttentionBackend):
+    """PyTorch on a CPU. Its functions are the references; a step with a plan has faster ones."""
+
+    def plan_prefill(
+        self,
+        num_queries: list[int],
+        num_keys: list[int],
+        block_tables: np.ndarray | None,
+        to_device: Callable[[np.ndarray], Tensor],
+    ) -> PrefillPlan:
+        """Prepare a prefill step."""
+        plan = AttentionBackend.plan_prefill(self, num_queries, num_keys, block_tables, to_device)
+        return replace(plan, cpu=CpuStep(num_queries, num_keys, block_tables))
+
+    def plan_decode(self, context_lens: Tensor, block_tables: Tensor) -> DecodePlan:
+        """Prepare a decode step."""
+        lengths = context_lens.tolist()
+        step = CpuStep([1] * len(lengths), lengths, block_tables.numpy())
+        return DecodePlan(context_lens, block_tables, step)
+
+    def last_tokens_plan(self, plan: PrefillPlan) -> PrefillPlan:
+        """The plan for each sequence's last query only."""
+        assert plan.cpu is not None
+        return replace(AttentionBackend.last_tokens_plan(self, plan), cpu=plan.cpu.last_tokens())
+
+    def store(self, plan: PrefillPlan | DecodePlan | None, *inputs: Any) -> Tensor:
+        """Normalise, rotate and store."""
+        assert plan is not None and plan.cpu is not None
+        return plan.cpu.norm_rope_store(*inputs)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: PrefillPlan | DecodePlan | None,
+        scale: float,
+    ) -> Tensor:
+        """Compute causal attention."""
+        assert plan is not None and plan.cpu is not None
+        return plan.cpu.attend(q, k, v, k_cache, v_cache, scale)
+
+
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
+CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
 FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 FLASH_PREFILL = AttentionBackend("flash_attn+triton", norm_rope_store, flash_prefill, paged_decode)
@@ -148,7 +202,9 @@ def select_backend(
     if name.startswith("flash_attn"):
         check_flash_attention(block_size, head_dim, dtype)
         return FLASH_ATTN if name == "flash_attn" else FLASH_PREFILL
-    if name == "torch" or device == "cpu":
+    if device == "cpu":
+        return CPU
+    if name == "torch":
         return TORCH
     if name == "auto" and flash_attention_version() == "4" and is_hopper():
         # As measured: faster than our kernel on this card, for prefill only.

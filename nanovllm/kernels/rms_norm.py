@@ -8,6 +8,7 @@ residual has the row there as well and can go on with the norm that follows the 
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanovllm.kernels._triton import (
     launch_next,
@@ -154,5 +155,7 @@ def launch_add_rms_norm(
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` in PyTorch, for x `[..., size]`: the reference, and the CPU's path."""
+    if x.dtype == weight.dtype == torch.float32:  # one call instead of seven
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
+from nanovllm.kernels.silu_mul import silu_mul, silu_mul_in_place
 from nanovllm.layers.linear import MergedColumnParallelLinear
 from nanovllm.layers.residual import Normed
 from nanovllm.quantization.weight_format import GATED, PLAIN, uses_gemv
@@ -28,4 +28,4 @@ class SiluGateUpLinear(MergedColumnParallelLinear):
         product = self.project(x, GATED if is_fused else PLAIN)
         if is_fused:
             return product
-        return silu_mul(product) if product.is_cuda else silu_mul_torch(product)
+        return silu_mul(product) if product.is_cuda else silu_mul_in_place(product)

@@ -51,7 +51,8 @@ class Attention(nn.Module):
         projected = qkv.values if isinstance(qkv, PartialSums) else qkv
         # K and V go to the cache before anything is read from it: a sequence may share blocks that
         # another one fills in this very step.
-        heads = self.backend.norm_rope_store(
+        heads = self.backend.store(
+            step.attention,
             projected.unflatten(-1, (-1, self.head_dim)),
             positions,
             self.rotary_emb.cos,

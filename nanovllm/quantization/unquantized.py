@@ -109,7 +109,7 @@ class Unquantized(WeightFormat):
             )
         assert norm is None, "only the GEMV normalises its input"
         if choice.kernel is MatmulKernel.SPLIT_K:
-            sums = PartialSums(split_gemm(x, weight, bias, choice.splits))
+            sums = PartialSums(split_gemm(x.contiguous(), weight, bias, choice.splits))
             return sums if reader_sums else sums.sum()  # of one split: nothing is added
         if residual is not None:
             residual.addmm_(x, weight.t())  # the GEMM adds as it writes
