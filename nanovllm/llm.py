@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.chat import Conversation, apply_chat_template
 from nanovllm.engine.exclusive import exclusive
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.outputs import Result, StreamedCompletion, StreamPart
+from nanovllm.text.chat import Conversation, apply_chat_template
 from nanovllm.utils.interrupts import uninterrupted
 
 

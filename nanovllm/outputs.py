@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-from nanovllm.text_decoder import decoder_of
+from nanovllm.text.decoder import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,11 +30,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.graphs import DecodeGraph, DecodeOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import TokenLogprobs
+from nanovllm.text.detokenizer import Detokenizer
 
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 QUESTION = "introduce yourself"

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.progress import progress_bar
-from nanovllm.text_decoder import decoder_of
+from nanovllm.text.decoder import decoder_of
+from nanovllm.text.detokenizer import Detokenizer
 
 NO_CHARACTER = "\ufffd"
 PIECES = ("▁", "a", "b", "▁a", "▁hello", "é", "中", "\n", "▁▁", "hello", "END")

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.checkpoint import read_json, reason_of
 from nanovllm.config import Config
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text_decoder import decoder_of
+from nanovllm.text.decoder import decoder_of
+from nanovllm.text.detokenizer import Detokenizer
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]

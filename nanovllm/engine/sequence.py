@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.engine.detokenizer import Detokenizer
     from nanovllm.outputs import TokenLogprobs
+    from nanovllm.text.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from nanovllm.text_decoder import NO_CHARACTER, decoder_of
+from nanovllm.text.decoder import NO_CHARACTER, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
