@@ -247,6 +247,27 @@ def test_the_cpu_backend_agrees_with_the_references(
     assert not any(result.isnan().any() for result in ours[1:])
 
 
+def test_padding_rows_store_nothing_and_disturb_nobody() -> None:
+    torch.manual_seed(0)
+    caches = torch.randn(2, 4, 8, 1, 16)
+    before = caches.clone()
+    tables = torch.tensor([[2, 1], [0, 0], [3, 0]], dtype=torch.int32)
+    slots = torch.tensor([9, -1, 26], dtype=torch.int32)
+    positions, table = torch.tensor([9, 0, 2]), torch.rand(20, 8)
+    results = []
+    for backend in (CPU, TORCH):
+        caches.copy_(before)
+        torch.manual_seed(1)
+        plan = backend.plan_decode(torch.tensor([10, 0, 3], dtype=torch.int32), tables)
+        inputs = (torch.randn(3, 4, 16), positions, table.cos(), table.sin(), None, None, 0.0)
+        q, k, v = backend.store(plan, *inputs, *caches, slots, 2).split((2, 1, 1), dim=1)
+        out = backend.attend(q, k, v, *caches, plan, 0.25)
+        results.append((out[[0, 2]], caches.clone()))
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert torch.equal(caches[:, 0], before[:, 0])
+
+
 @pytest.mark.parametrize(
     "lengths, groups",
     [

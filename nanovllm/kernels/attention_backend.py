@@ -146,7 +146,8 @@ class CpuBackend(AttentionBackend):
 
     def plan_decode(self, context_lens: Tensor, block_tables: Tensor) -> DecodePlan:
         """Prepare a decode step."""
-        lengths = context_lens.tolist()
+        # A padding row attends to some token, which does no harm: nobody reads its result.
+        lengths = context_lens.clamp(min=1).tolist()
         step = CpuStep([1] * len(lengths), lengths, block_tables.numpy())
         return DecodePlan(context_lens, block_tables, step)
 

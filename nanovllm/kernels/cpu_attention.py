@@ -52,7 +52,8 @@ class CpuStep:
         self._groups: list[Group] = []
         self._cos: Tensor | None = None  # [tokens, 1, head_dim] float32
         self._sin = torch.empty(0)  # the same; its first half is negated
-        self._slots: Tensor | None = None  # [tokens] int64
+        self._slots: Tensor | None = None  # int64, of the tokens that are stored
+        self._stored: Tensor | None = None  # [tokens] bool: which ones; None: all
         self._swapped = torch.empty(0)  # [tokens, heads + kv_heads, head_dim] float32
         self._gathered: list[Tensor] = []  # for K and V: [tokens of the largest group, ...]
 
@@ -86,8 +87,9 @@ class CpuStep:
             self._sin = torch.cat((-token_sin, token_sin), dim=-1)
             self._swapped = torch.empty(qk.shape, dtype=torch.float32)
             if slot_mapping is not None:
-                self._slots = slot_mapping.long()
-                assert int(self._slots.min()) >= 0, "on a CPU no step is padded"
+                stored = slot_mapping >= 0  # all but padding rows
+                self._slots = slot_mapping[stored].long()
+                self._stored = None if stored.all() else stored
         x = qk.float()
         if q_weight is not None and k_weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -100,7 +102,8 @@ class CpuStep:
         if rotated.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
             qk.copy_(rotated)
         if self._slots is not None:
-            k, v = qkv[:, num_heads:].chunk(2, dim=1)
+            stored_qkv = qkv if self._stored is None else qkv[self._stored]
+            k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
             k_cache.flatten(0, 1)[self._slots] = k
             v_cache.flatten(0, 1)[self._slots] = v
         return qkv
