@@ -85,7 +85,7 @@ class CpuStep:
             token_sin = sin[positions].unsqueeze(1)
             self._cos = torch.cat((token_cos, token_cos), dim=-1)
             self._sin = torch.cat((-token_sin, token_sin), dim=-1)
-            self._swapped = torch.empty(qk.shape, dtype=torch.float32)
+            self._swapped = torch.empty(qk.shape, dtype=torch.float32, device=qk.device)
             if slot_mapping is not None:
                 stored = slot_mapping >= 0  # all but padding rows
                 self._slots = slot_mapping[stored].long()
@@ -122,7 +122,7 @@ class CpuStep:
             (group,) = self._groups
             keys, values = self._read(group, k, which=0), self._read(group, v, which=1)
             return attend_group(group, q, keys, values, scale).flatten(1, 2)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q)
         for group in self._groups:
             keys = self._read(group, k, which=0)
             values = self._read(group, v, which=1)
@@ -159,7 +159,7 @@ class CpuStep:
             index = end
         most = max((len(g.slots) for g in self._groups if g.slots is not None), default=0)
         shape = (most, *k_cache.shape[2:])
-        self._gathered = [torch.empty(shape, dtype=k_cache.dtype) for _ in range(2)]
+        self._gathered = [k_cache.new_empty(shape) for _ in range(2)]
 
     def _group_end(self, start: int) -> int:
         """Where the group that begins with sequence `start` ends."""
@@ -197,7 +197,7 @@ class CpuStep:
         num_queries = self.num_queries[start]
         if 1 < num_queries < num_keys:
             # SDPA's own triangle lets the first query see one key; here the last query sees all.
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool)
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = ones.tril(num_keys - num_queries)
         elif lengths.min() < num_keys:
             mask = torch.from_numpy(np.arange(num_keys) < lengths)[:, None, None]
