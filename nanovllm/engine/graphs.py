@@ -99,5 +99,4 @@ def unowned_view(tensor: Tensor) -> Tensor:
     data = (tensor.data_ptr(), False)  # False: not read-only
     memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": data, "version": 2}
     interface = SimpleNamespace(__cuda_array_interface__=memory)
-    view = torch.as_tensor(interface, device=tensor.device)
-    return view.view(tensor.dtype).view(tensor.shape)
+    return torch.as_tensor(interface, device=tensor.device).view(tensor.dtype).view(tensor.shape)

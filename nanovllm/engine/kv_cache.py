@@ -51,8 +51,7 @@ def num_blocks_that_fit(config: Config, block_bytes: int, device: torch.device) 
     free, total = torch.cuda.mem_get_info(device)
     used = total - free  # by this process and by others
     activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    # CUDA graphs have a memory pool of their own, which takes at most what a prefill of as many
-    # sequences does.
+    # The memory pool of CUDA graphs takes at most what a prefill of as many sequences does.
     reserved = activations if config.enforce_eager else 2 * activations
     num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
     # As much again as can be in use, for cached prefixes; more would only cost time to keep.

@@ -8,12 +8,12 @@ import copy
 import os
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
+from weakref import finalize
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -45,9 +45,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         config = Config.from_options(model, options, architectures=MODELS)
-        assert config.hf_config is not None and config.hf_config.architectures is not None
-        hf_config = config.hf_config
-        model_class(hf_config).check_config(hf_config, config.tensor_parallel_size)
+        model_class(config.hf_config).check_config(config.hf_config, config.tensor_parallel_size)
         self.config = config
         self._inputs = InputProcessor(config)
         if config.eos == -1:
@@ -64,11 +62,8 @@ class LLMEngine:
             self.model_runner: ModelRunner | None = start_ranks(config)
         self._channel = self.model_runner.channel  # to the other ranks; None if there are none
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
-        self._finalizer = weakref.finalize(
-            self, shut_down, self.model_runner, self._lock, self._pid
-        )
-        # On a GPU one step is always queued behind the one that runs, so that the device never
-        # waits for Python.
+        self._finalizer = finalize(self, shut_down, self.model_runner, self._lock, self._pid)
+        # One step is always queued behind the one that runs, so that a GPU never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._traces: list[Trace] = []  # those under way, perhaps of several threads
@@ -154,16 +149,14 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        requests = self._check_requests(prompts, sampling_params)
-        return self._generate(requests, use_tqdm)
+        return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[Result]:
         self._settle()
         if not self.is_finished():
             raise RuntimeError(
-                "requests of add_request or stream are unfinished; "
-                "step() until they are, or reset()"
+                "requests of add_request or stream are unfinished; step() to their end, or reset()"
             )
         try:
             request_ids = [self._queue(request)[0].request_id for request in requests]
@@ -197,8 +190,7 @@ class LLMEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a prompt; returns the id by which `step` reports it. Raises as `generate` does."""
-        requests = self._check_requests([prompt], sampling_params)
-        return self._add_request(requests[0])
+        return self._add_request(self._check_requests([prompt], sampling_params)[0])
 
     @exclusive
     def _add_request(self, request: Request) -> int:
@@ -338,8 +330,7 @@ class LLMEngine:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""
         for seq in finished:
             seqs = self._requests.get(seq.request_id)
-            # None: a stream reads this sequence itself, or an earlier one of `finished` belongs to
-            # the same request.
+            # None: a stream reads it, or an earlier one of `finished` was of the same request.
             if seqs is not None and all(other.is_finished for other in seqs):
                 del self._requests[seq.request_id]
                 self._results.append((seq.request_id, build_result(seqs, self._inputs.tokenizer)))

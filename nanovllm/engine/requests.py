@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from nanovllm.checkpoint import read_json, reason_of
+from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -40,7 +40,6 @@ class InputProcessor:
     """Turns prompts and sampling parameters into sequences, with the model's own tokenizer."""
 
     def __init__(self, config: Config) -> None:
-        assert config.hf_config is not None  # Config has read it
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
         self.tokenizer = load_tokenizer(config.model)
@@ -181,19 +180,6 @@ class InputProcessor:
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if not any((Path(path) / file).is_file() for file in files):
-        return None
-    try:
-        # Otherwise transformers may ask on stdin whether to run code of the checkpoint's own.
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever a malformed file makes transformers raise
-        reason = reason_of(error)
-        raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error
 
 
 def find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -101,8 +101,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
-            is_admitted = bool(seq.block_table)  # if a chunk of it was computed before
-            if not is_admitted and not self._admit(seq):
+            if not seq.block_table and not self._admit(seq):  # with blocks, it was admitted before
                 break
             # Only now is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
@@ -193,9 +192,8 @@ class Scheduler:
         """Account for the oldest pending step, whose tokens are now known.
 
         `token_ids` has one for each sequence of the step, -1 where its logits were no numbers;
-        after an unfinished chunk it is ignored.
-        `logprobs` has an entry for each sequence that asks for them, in the order of the step.
-        Returns the sequences that finished; their blocks are free again.
+        after an unfinished chunk it is ignored. `logprobs` has an entry for each sequence that asks
+        for them, in that order. Returns the sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
         finished: list[Sequence] = []
