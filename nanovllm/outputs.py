@@ -26,8 +26,7 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    # "stop", "length" (of max_tokens or max_model_len), "abort", "error"; None: a stream is not at
-    # its end.
+    # "stop", "length" (max_tokens or max_model_len), "abort", "error"; None: a stream goes on.
     finish_reason: str | None
     # The stop string or stop token id that ended it, if one did; after an "error" what went wrong.
     stop_reason: str | int | None

@@ -174,10 +174,8 @@ class BlockManager:
 
     @staticmethod
     def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
-        """Hash of a full block: xxh64 of the hash of the block before it and of its token ids.
-
-        `parent_hash` goes in as 8 bytes, for the first block of a sequence (None) as none; each
-        token id as 4 bytes.
+        """Hash of a full block: xxh64 of the hash of the block before it (8 bytes; a sequence's first
+        block has None, and no bytes) and of its token ids (4 bytes each).
         """
         prefix = b"" if parent_hash is None else parent_hash.to_bytes(8, "little")
         return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
@@ -187,8 +185,7 @@ class BlockManager:
         hashes = seq.block_hashes
         while len(hashes) <= index:
             parent_hash = hashes[-1] if hashes else None
-            token_ids = self._block_tokens(seq, len(hashes))
-            hashes.append(self.compute_hash(token_ids, parent_hash))
+            hashes.append(self.compute_hash(self._block_tokens(seq, len(hashes)), parent_hash))
         return hashes[index]
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:

@@ -119,14 +119,13 @@ class Channel:
         if self.failure or not self.processes:
             return
         ranks = enumerate(self.processes, start=1)
-        dead = [rank for rank, process in ranks if not process.is_alive()]
+        dead = [(rank, worker.exitcode) for rank, worker in ranks if not worker.is_alive()]
         # Only now: a worker says why before it dies, so those in `dead` have said it.
         if not self.errors.empty():
             rank, traceback = self.errors.get()
             self.failure = f"tensor-parallel rank {rank} failed:\n{traceback}"
         elif dead:
-            rank = dead[0]
-            exit_code = self.processes[rank - 1].exitcode
+            rank, exit_code = dead[0]
             self.failure = (
                 f"tensor-parallel rank {rank} died with exit code {exit_code} (if it never "
                 "started: does the script guard its main part with `if __name__ == '__main__'`?)"

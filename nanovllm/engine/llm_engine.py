@@ -181,9 +181,8 @@ class LLMEngine:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
-                seconds = time.perf_counter() - start
-                phase = "prefill" if num_tokens > 0 else "decode"
-                rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
+                rate = abs(num_tokens) / (time.perf_counter() - start)
+                rates["prefill" if num_tokens > 0 else "decode"] = f"{rate:.0f}tok/s"
                 update(len(finished), rates)
                 results.update(finished)
         return results
@@ -293,7 +292,13 @@ class LLMEngine:
         start = time.perf_counter()  # for a trace
         try:
             self._launch_ahead()
-            step, finished = self._complete_oldest(start)
+            step, tokens = self._pending.popleft()
+            token_ids, logprobs = tokens.wait()
+            if self._channel is not None:
+                self._channel.check_workers()  # if a rank has died, the tokens are garbage
+            finished = self.scheduler.postprocess(step, token_ids, logprobs)
+            if self._trace is not None:
+                self._trace.completed(step, tokens, finished, start)
         except BaseException as error:
             self._fail(error)
             raise
@@ -314,17 +319,6 @@ class LLMEngine:
             with nullcontext() if self._channel is None else uninterrupted():
                 tokens = model_runner.launch(step)
             self._pending.append((step, tokens))
-
-    def _complete_oldest(self, start: float) -> tuple[Step, list[Sequence]]:
-        """Append the tokens of the oldest step; returns it and the sequences that it ended."""
-        step, tokens = self._pending.popleft()
-        token_ids, logprobs = tokens.wait()
-        if self._channel is not None:
-            self._channel.check_workers()  # if a rank has died, the tokens are garbage
-        finished = self.scheduler.postprocess(step, token_ids, logprobs)
-        if self._trace is not None:
-            self._trace.completed(step, tokens, finished, start)
-        return step, finished
 
     def _post_results(self, finished: list[Sequence]) -> None:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""

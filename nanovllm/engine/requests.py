@@ -3,7 +3,6 @@
 import random
 from array import array
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
+from nanovllm.text.encoder import encode, find_bos
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
@@ -93,8 +93,7 @@ class InputProcessor:
             sampling_params = [sampling_params] * len(prompts)  # type: ignore[list-item]
         if len(sampling_params) != len(prompts):
             raise ValueError(
-                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
-                "pass one for each"
+                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one each"
             )
         return [self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)]
 
@@ -118,15 +117,11 @@ class InputProcessor:
         if isinstance(prompt, str):
             assert self.tokenizer is not None  # `_check_one` has seen to it
             try:
-                token_ids = self.tokenizer.encode(prompt)
+                return array("q", encode(self.tokenizer, prompt, self.bos_ids))
             except Exception as error:  # the text has a lone surrogate, for example
                 raise ValueError(
                     f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
                 ) from error
-            num_bos = len(self.bos_ids)
-            if token_ids[: 2 * num_bos] == self.bos_ids * 2:  # a chat template has put it there
-                token_ids = token_ids[num_bos:]
-            return array("q", token_ids)
         cause: Exception | None = None
         if not isinstance(prompt, NEVER_A_PROMPT):
             try:
@@ -180,14 +175,3 @@ class InputProcessor:
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs
-
-
-def find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find out which tokens, such as BOS, a tokenizer puts before every text."""
-    with suppress(Exception):  # a tokenizer of a text that it cannot encode
-        plain = tokenizer.encode("a", add_special_tokens=False)
-        token_ids = tokenizer.encode("a")
-        for start in range(len(token_ids)):
-            if plain and token_ids[start : start + len(plain)] == plain:
-                return token_ids[:start]
-    return []
