@@ -51,9 +51,7 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or if an
-        exception cut an earlier command short.
-        """
+        """Rank 0: have workers call a method; RuntimeError if one died or a command was cut short."""
         if not self.is_whole:
             raise RuntimeError(
                 "an exception cut a command to the tensor-parallel ranks short; make a new LLM"

@@ -3,8 +3,7 @@
 A decode step is some 300 small kernels, which a host cannot launch as fast as the GPU runs them. A
 CUDA graph records them once and launches them as one. It fixes everything but the contents of
 memory: addresses, shapes, launch grids. So a step reads its inputs from fixed buffers
-(`DecodeBuffers`), and there is a graph for each of many batch sizes; a batch is padded up to the
-next one.
+(`DecodeBuffers`), and is padded up to the next of many batch sizes, each of which has a graph.
 """
 
 from bisect import bisect_left

@@ -30,8 +30,7 @@ def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.dev
     config.check_kvcache(config.num_kvcache_blocks)
 
     shape = (2, len(layers), config.num_kvcache_blocks, *block_shape)
-    # On a CPU zeros would touch, and so commit, every page. On a GPU they keep the cache finite, as
-    # flash-attn-4 needs it.
+    # On a GPU zeros keep the cache finite for flash-attn-4; on a CPU they would commit every page.
     allocate = torch.zeros if device.type == "cuda" else torch.empty
     kv_cache = allocate(shape, dtype=config.dtype, device=device)
     for index, layer in enumerate(layers):

@@ -270,8 +270,7 @@ class LLMEngine:
         """Complete one forward pass, having launched the next one behind it.
 
         Returns (request id, result) of each request that finished, and the number of tokens: of a
-        prefill step, those computed; of a decode step, minus the number of sequences; 0 when there
-        was nothing to do.
+        prefill step, those computed; of a decode step, minus the number of sequences; of none, 0.
         """
         return self._step()
 
@@ -337,8 +336,7 @@ class LLMEngine:
         """
         self._reset()
         # Ctrl-C takes effect between two launches, when all ranks have been told the same. After
-        # any other exception they may stand at different collectives, and nothing brings them
-        # together again.
+        # other exceptions they may stand at different collectives, with no way to meet again.
         if not isinstance(error, Exception):
             return
         self._check_alive()  # the cause, if a fork or an exit() came in the middle of the step

@@ -127,8 +127,7 @@ def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
     5. `LLMEngine.exit` calls `shut_down`, which frees rank 0's memory and the channel's, and the
        user's call raises the worker's traceback. The engine cannot be used again.
 
-    If rank 0's process dies, each worker ends by `exit_with_parent`, and Python's resource tracker
-    frees the shared memory.
+    If rank 0's process dies, workers end by `exit_with_parent`, and Python frees the shared memory.
     """
     # NCCL does not end while a CUDA graph holds a kernel of it, and these frames may hold graphs.
     traceback.clear_frames(error.__traceback__)

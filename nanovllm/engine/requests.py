@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config

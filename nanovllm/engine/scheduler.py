@@ -37,8 +37,7 @@ class Scheduler:
     prompt is computed in chunks stays there, with its blocks, until its last chunk. `running` holds
     those that decode, oldest first.
 
-    A step may be scheduled before the tokens of the one before it are known: only their number
-    matters here.
+    A step may be scheduled before the last one's tokens are known: only their number matters here.
     """
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
@@ -166,9 +165,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence) -> bool:
         """Preempt the newest sequences until `seq` can have a block; False if it was one of them.
 
-        The newest have the least work to lose. The oldest is never preempted while another one
-        runs, and alone it always fits (the engine checks the size of the cache), so there is always
-        progress.
+        The newest have the least work to lose. There is always progress: the oldest is never
+        preempted while another runs, and alone it fits (the engine checks the size of the cache).
         """
         while not self.block_manager.can_append(seq):
             newest = self.running.pop()

@@ -30,8 +30,7 @@ class StepRecord:
     # Seconds of `perf_counter`, around the `LLM.step` call that returned it: the wall time.
     start: float = 0.0
     end: float = 0.0
-    # Seconds. On a GPU between CUDA events around its launch, which was in the call before; on a
-    # CPU the launch itself.
+    # Seconds: on a CPU of the launch, on a GPU between CUDA events around it, in the call before.
     device_time: float = 0.0
 
 
