@@ -51,7 +51,7 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have workers call a method; RuntimeError if one died or a command was cut short."""
+        """Rank 0: have workers call a method; RuntimeError if one died or a command was cut off."""
         if not self.is_whole:
             raise RuntimeError(
                 "an exception cut a command to the tensor-parallel ranks short; make a new LLM"

@@ -182,7 +182,7 @@ class ModelRunner:
         if self.is_cuda and torch.cuda.current_stream() != self.stream:
             with torch.cuda.stream(self.stream):  # of this runner's device, too
                 return self.launch(step)
-        # Always, since tensors made in the user's inference mode could not be changed outside of it.
+        # Always: tensors made in the user's own inference mode could not be changed outside of it.
         with torch.inference_mode():
             return self._launch(step)
 
