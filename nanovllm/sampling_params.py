@@ -91,9 +91,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the likeliest one, not a drawn one; of exactly tied ones the one of
-        the lowest id, with top_k=1 too.
-        """
+        """Whether each token is the likeliest (of exactly tied ones the lowest id), not drawn."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
