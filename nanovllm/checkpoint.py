@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which shard holds which tensor
@@ -161,6 +161,19 @@ def stored_dtype(hf_config: PretrainedConfig) -> str:
     # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
     stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
     return str(stored or "bfloat16").removeprefix("torch.")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if not any((Path(path) / file).is_file() for file in files):
+        return None
+    try:
+        # Otherwise transformers may ask on stdin whether to run code of the checkpoint's own.
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        reason = reason_of(error)
+        raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error
 
 
 def reason_of(error: Exception) -> str:

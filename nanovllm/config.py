@@ -81,7 +81,10 @@ class Config:
         self._find_model(architectures)
         self._check_eos()
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
-        self._choose_dtype()
+        name = str(self.dtype)
+        if name == "auto":
+            name = "float32" if self.device == "cpu" else stored_dtype(self.hf_config)
+        self.dtype = getattr(torch, name)
         if self.num_kvcache_blocks != -1:
             self.check_kvcache(self.num_kvcache_blocks)
 
@@ -123,12 +126,6 @@ class Config:
         ids = eos if isinstance(eos, (list, tuple)) else (eos,)
         limits = Range(0, self.hf_config.vocab_size - 1)
         self.eos = tuple(check_value("an eos id", token_id, int, limits) for token_id in ids)
-
-    def _choose_dtype(self) -> None:
-        name = str(self.dtype)
-        if name == "auto":
-            name = "float32" if self.device == "cpu" else stored_dtype(self.hf_config)
-        self.dtype = getattr(torch, name)
 
     def check_kvcache(self, num_blocks: int) -> None:
         """Raise a ValueError unless so many blocks hold a sequence of max_model_len, as they must

@@ -9,8 +9,9 @@ from nanovllm.engine.exclusive import exclusive
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.outputs import Result, StreamedCompletion, StreamPart
+from nanovllm.outputs import Result, StreamPart
 from nanovllm.text.chat import Conversation, apply_chat_template
+from nanovllm.text.stream import StreamedCompletion
 from nanovllm.utils.interrupts import uninterrupted
 
 

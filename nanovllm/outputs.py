@@ -26,8 +26,7 @@ class Completion(TypedDict):
 
     text: str  # "" without a tokenizer
     token_ids: list[int]  # of the completion only; the token that ended it is the last
-    # "stop", "length" (of max_tokens or max_model_len), "abort", "error"; None: a stream is not at
-    # its end.
+    # "stop", "length" (max_tokens or max_model_len), "abort", "error"; None: a stream goes on.
     finish_reason: str | None
     # The stop string or stop token id that ended it, if one did; after an "error" what went wrong.
     stop_reason: str | int | None
@@ -100,29 +99,3 @@ def completion_text(seq: Sequence, tokenizer: PreTrainedTokenizerBase | None) ->
     except Exception as error:  # whatever a tokenizer written in Python may raise
         seq.fail(f"the tokenizer cannot decode the completion: {error!r}")
         return ""
-
-
-@dataclass(slots=True)
-class StreamedCompletion:
-    """A completion that is handed out while it grows."""
-
-    seq: Sequence
-    index: int  # of its prompt in the list that was passed
-    number: int  # which of the prompt's completions
-    num_taken: int = 0  # tokens that `take` has returned
-    is_done: bool = False  # whether `take` has returned the last one
-
-    def take(self) -> StreamPart | None:
-        """Return what is new since the last call; None if no token is, and it has not ended."""
-        seq = self.seq
-        start = self.num_taken
-        num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
-        if num_tokens == start and not seq.is_finished:
-            return None
-        text = "" if seq.detokenizer is None else seq.detokenizer.take(seq.is_finished)
-        self.num_taken = num_tokens
-        # Asked now, with the tokens: until the next call others may step the engine, and the
-        # sequence may end with tokens that have not been taken.
-        self.is_done = seq.is_finished
-        new = build_completion(seq, text, start)
-        return {"index": self.index, "completion": self.number, **new}

@@ -91,9 +91,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the likeliest one, not a drawn one; of exactly tied ones the one of
-        the lowest id, with top_k=1 too.
-        """
+        """Whether each token is the likeliest (of exactly tied ones the lowest id), not drawn."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
@@ -119,23 +117,16 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the sampler has to know."""
-        return (
-            self.sampler_numbers == SamplerNumbers()
-            and not self.logit_bias
-            and self.min_tokens == 0
-            and self.logprobs is None
-        )
+        has_numbers = self.sampler_numbers != SamplerNumbers()
+        return not (has_numbers or self.logit_bias or self.min_tokens or self.logprobs is not None)
 
 
 def checked_stop(stop: Any) -> FrozenList:
-    """Turn None, a string, or a list or tuple of strings into a list; raise if it is none of them,
-    or holds an empty string.
-    """
+    """Turn None, a string or several into a list; raise for anything else and for empty strings."""
     if stop is None:
         return NOTHING
     strings = [stop] if isinstance(stop, str) else stop
-    is_list = isinstance(strings, (list, tuple))
-    if not is_list or not all(isinstance(string, str) for string in strings):
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) for each in strings):
         raise TypeError(f"stop must be a string, a list of strings or None, not {stop!r}")
     if "" in strings:
         raise ValueError(f"stop must hold strings of at least one character, not {strings!r}")

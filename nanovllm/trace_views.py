@@ -1,12 +1,12 @@
-"""What a trace shows: figures, a file for the trace viewer Perfetto, and a picture.
+"""What a trace shows: its steps, figures, a file for the trace viewer Perfetto, and a picture.
 
-The engine does not need this file. `Trace`, in engine/trace.py, has methods that call it.
+`Trace`, in engine/trace.py, makes the records of steps; the views here are its methods.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,36 @@ if TYPE_CHECKING:  # a leaf imports nothing of the engine when it runs
     from matplotlib.figure import Figure
 
     from nanovllm.engine.sequence import Sequence
-    from nanovllm.engine.trace import StepRecord, Trace
+    from nanovllm.engine.trace import Trace
 
 Event = dict[str, Any]  # of the Trace Event Format, which Chrome introduced
 
 # The two processes that a viewer shows. (Process 0 is the system's idle process for Perfetto.)
 ENGINE = 1
 REQUESTS = 2
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One forward pass."""
+
+    kind: str  # "prefill" or "decode"
+    request_ids: list[int]
+    num_tokens: int  # that it computes
+    # Tokens of completions that it yields. On a GPU also one for each sequence that had just ended
+    # by a token which the engine had not read yet when it launched the step.
+    num_sampled: int
+    preempted: list[int]  # requests that gave back their blocks to make room for it
+    blocks: dict[str, int]  # `BlockManager.usage` when it was scheduled
+    # Of a prefill: request -> positions of the first token it computes, and behind the last.
+    chunks: dict[int, tuple[int, int]] = field(default_factory=dict)
+    # Of requests that it admitted: request -> number of tokens found in the prefix cache.
+    prefix_hits: dict[int, int] = field(default_factory=dict)
+    # Seconds of `perf_counter`, around the `LLM.step` call that returned it: the wall time.
+    start: float = 0.0
+    end: float = 0.0
+    # Seconds: on a CPU of the launch, on a GPU between CUDA events around it, in the call before.
+    device_time: float = 0.0
 
 
 # --- figures --------------------------------------------------------------------------------------

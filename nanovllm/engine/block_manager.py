@@ -128,22 +128,18 @@ class BlockManager:
         if not self.enable_prefix_caching or num_full <= seq.num_registered_blocks:
             return
         for index in range(seq.num_registered_blocks, num_full):
-            self._register_block(seq, index)
+            block = self.blocks[seq.block_table[index]]
+            if index > 0:
+                block.parent_prefix_id = self.blocks[seq.block_table[index - 1]].prefix_id
+            known = self._find_block(seq, index, block.parent_prefix_id)
+            if known is not None:  # the first copy stays the shared one
+                block.prefix_id = known.prefix_id
+                continue
+            block.hash = self._block_hash(seq, index)
+            block.token_ids = self._block_tokens(seq, index)
+            block.prefix_id = next(self._prefix_ids)
+            self.cached_blocks[block.hash] = block
         seq.num_registered_blocks = num_full
-
-    def _register_block(self, seq: Sequence, index: int) -> None:
-        """Put one full block of `seq` into the prefix cache, unless it is a copy of one there."""
-        block = self.blocks[seq.block_table[index]]
-        if index > 0:
-            block.parent_prefix_id = self.blocks[seq.block_table[index - 1]].prefix_id
-        known = self._find_block(seq, index, block.parent_prefix_id)
-        if known is not None:  # the first copy stays the shared one
-            block.prefix_id = known.prefix_id
-            return
-        block.hash = self._block_hash(seq, index)
-        block.token_ids = self._block_tokens(seq, index)
-        block.prefix_id = next(self._prefix_ids)
-        self.cached_blocks[block.hash] = block
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back a sequence's blocks. Their contents can be found until they are reused."""
@@ -174,10 +170,8 @@ class BlockManager:
 
     @staticmethod
     def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
-        """Hash of a full block: xxh64 of the hash of the block before it and of its token ids.
-
-        `parent_hash` goes in as 8 bytes, for the first block of a sequence (None) as none; each
-        token id as 4 bytes.
+        """Hash of a full block: xxh64 of the hash of the block before it (8 bytes; none at all if
+        this is the first block of a sequence, with None) and of its token ids (4 bytes each).
         """
         prefix = b"" if parent_hash is None else parent_hash.to_bytes(8, "little")
         return xxhash.xxh64_intdigest(prefix + array("i", token_ids).tobytes())
@@ -187,8 +181,7 @@ class BlockManager:
         hashes = seq.block_hashes
         while len(hashes) <= index:
             parent_hash = hashes[-1] if hashes else None
-            token_ids = self._block_tokens(seq, len(hashes))
-            hashes.append(self.compute_hash(token_ids, parent_hash))
+            hashes.append(self.compute_hash(self._block_tokens(seq, len(hashes)), parent_hash))
         return hashes[index]
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:

@@ -51,9 +51,7 @@ class Channel:
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
     def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have every worker call `method(*args)`; RuntimeError if one has died, or if an
-        exception cut an earlier command short.
-        """
+        """Rank 0: have workers call a method; RuntimeError if one died or a command was cut off."""
         if not self.is_whole:
             raise RuntimeError(
                 "an exception cut a command to the tensor-parallel ranks short; make a new LLM"
@@ -119,14 +117,13 @@ class Channel:
         if self.failure or not self.processes:
             return
         ranks = enumerate(self.processes, start=1)
-        dead = [rank for rank, process in ranks if not process.is_alive()]
+        dead = [(rank, worker.exitcode) for rank, worker in ranks if not worker.is_alive()]
         # Only now: a worker says why before it dies, so those in `dead` have said it.
         if not self.errors.empty():
             rank, traceback = self.errors.get()
             self.failure = f"tensor-parallel rank {rank} failed:\n{traceback}"
         elif dead:
-            rank = dead[0]
-            exit_code = self.processes[rank - 1].exitcode
+            rank, exit_code = dead[0]
             self.failure = (
                 f"tensor-parallel rank {rank} died with exit code {exit_code} (if it never "
                 "started: does the script guard its main part with `if __name__ == '__main__'`?)"

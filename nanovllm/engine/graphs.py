@@ -3,8 +3,7 @@
 A decode step is some 300 small kernels, which a host cannot launch as fast as the GPU runs them. A
 CUDA graph records them once and launches them as one. It fixes everything but the contents of
 memory: addresses, shapes, launch grids. So a step reads its inputs from fixed buffers
-(`DecodeBuffers`), and there is a graph for each of many batch sizes; a batch is padded up to the
-next one.
+(`DecodeBuffers`), and is padded up to the next of many batch sizes, each of which has a graph.
 """
 
 from bisect import bisect_left
@@ -99,5 +98,4 @@ def unowned_view(tensor: Tensor) -> Tensor:
     data = (tensor.data_ptr(), False)  # False: not read-only
     memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": data, "version": 2}
     interface = SimpleNamespace(__cuda_array_interface__=memory)
-    view = torch.as_tensor(interface, device=tensor.device)
-    return view.view(tensor.dtype).view(tensor.shape)
+    return torch.as_tensor(interface, device=tensor.device).view(tensor.dtype).view(tensor.shape)

@@ -30,8 +30,7 @@ def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.dev
     config.check_kvcache(config.num_kvcache_blocks)
 
     shape = (2, len(layers), config.num_kvcache_blocks, *block_shape)
-    # On a CPU zeros would touch, and so commit, every page. On a GPU they keep the cache finite, as
-    # flash-attn-4 needs it.
+    # On a GPU zeros keep the cache finite for flash-attn-4; on a CPU they would commit every page.
     allocate = torch.zeros if device.type == "cuda" else torch.empty
     kv_cache = allocate(shape, dtype=config.dtype, device=device)
     for index, layer in enumerate(layers):
@@ -51,8 +50,7 @@ def num_blocks_that_fit(config: Config, block_bytes: int, device: torch.device) 
     free, total = torch.cuda.mem_get_info(device)
     used = total - free  # by this process and by others
     activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    # CUDA graphs have a memory pool of their own, which takes at most what a prefill of as many
-    # sequences does.
+    # The memory pool of CUDA graphs takes at most what a prefill of as many sequences does.
     reserved = activations if config.enforce_eager else 2 * activations
     num_blocks = int(total * config.gpu_memory_utilization - used - reserved) // block_bytes
     # As much again as can be in use, for cached prefixes; more would only cost time to keep.

@@ -8,12 +8,12 @@ import copy
 import os
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
+from weakref import finalize
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -45,9 +45,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         config = Config.from_options(model, options, architectures=MODELS)
-        assert config.hf_config is not None and config.hf_config.architectures is not None
-        hf_config = config.hf_config
-        model_class(hf_config).check_config(hf_config, config.tensor_parallel_size)
+        model_class(config.hf_config).check_config(config.hf_config, config.tensor_parallel_size)
         self.config = config
         self._inputs = InputProcessor(config)
         if config.eos == -1:
@@ -64,11 +62,8 @@ class LLMEngine:
             self.model_runner: ModelRunner | None = start_ranks(config)
         self._channel = self.model_runner.channel  # to the other ranks; None if there are none
         # Runs once: at exit(), when the engine is collected, or at the interpreter's end.
-        self._finalizer = weakref.finalize(
-            self, shut_down, self.model_runner, self._lock, self._pid
-        )
-        # On a GPU one step is always queued behind the one that runs, so that the device never
-        # waits for Python.
+        self._finalizer = finalize(self, shut_down, self.model_runner, self._lock, self._pid)
+        # One step is always queued behind the one that runs, so that a GPU never waits for Python.
         self._max_pending = 1 if config.device == "cuda" else 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._traces: list[Trace] = []  # those under way, perhaps of several threads
@@ -154,16 +149,14 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        requests = self._check_requests(prompts, sampling_params)
-        return self._generate(requests, use_tqdm)
+        return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[Result]:
         self._settle()
         if not self.is_finished():
             raise RuntimeError(
-                "requests of add_request or stream are unfinished; "
-                "step() until they are, or reset()"
+                "requests of add_request or stream are unfinished; step() to their end, or reset()"
             )
         try:
             request_ids = [self._queue(request)[0].request_id for request in requests]
@@ -188,17 +181,15 @@ class LLMEngine:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
-                seconds = time.perf_counter() - start
-                phase = "prefill" if num_tokens > 0 else "decode"
-                rates[phase] = f"{abs(num_tokens) / seconds:.0f}tok/s"
+                rate = abs(num_tokens) / (time.perf_counter() - start)
+                rates["prefill" if num_tokens > 0 else "decode"] = f"{rate:.0f}tok/s"
                 update(len(finished), rates)
                 results.update(finished)
         return results
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a prompt; returns the id by which `step` reports it. Raises as `generate` does."""
-        requests = self._check_requests([prompt], sampling_params)
-        return self._add_request(requests[0])
+        return self._add_request(self._check_requests([prompt], sampling_params)[0])
 
     @exclusive
     def _add_request(self, request: Request) -> int:
@@ -279,8 +270,7 @@ class LLMEngine:
         """Complete one forward pass, having launched the next one behind it.
 
         Returns (request id, result) of each request that finished, and the number of tokens: of a
-        prefill step, those computed; of a decode step, minus the number of sequences; 0 when there
-        was nothing to do.
+        prefill step, those computed; of a decode step, minus the number of sequences; of none, 0.
         """
         return self._step()
 
@@ -301,7 +291,13 @@ class LLMEngine:
         start = time.perf_counter()  # for a trace
         try:
             self._launch_ahead()
-            step, finished = self._complete_oldest(start)
+            step, tokens = self._pending.popleft()
+            token_ids, logprobs = tokens.wait()
+            if self._channel is not None:
+                self._channel.check_workers()  # if a rank has died, the tokens are garbage
+            finished = self.scheduler.postprocess(step, token_ids, logprobs)
+            if self._trace is not None:
+                self._trace.completed(step, tokens, finished, start)
         except BaseException as error:
             self._fail(error)
             raise
@@ -323,23 +319,11 @@ class LLMEngine:
                 tokens = model_runner.launch(step)
             self._pending.append((step, tokens))
 
-    def _complete_oldest(self, start: float) -> tuple[Step, list[Sequence]]:
-        """Append the tokens of the oldest step; returns it and the sequences that it ended."""
-        step, tokens = self._pending.popleft()
-        token_ids, logprobs = tokens.wait()
-        if self._channel is not None:
-            self._channel.check_workers()  # if a rank has died, the tokens are garbage
-        finished = self.scheduler.postprocess(step, token_ids, logprobs)
-        if self._trace is not None:
-            self._trace.completed(step, tokens, finished, start)
-        return step, finished
-
     def _post_results(self, finished: list[Sequence]) -> None:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""
         for seq in finished:
             seqs = self._requests.get(seq.request_id)
-            # None: a stream reads this sequence itself, or an earlier one of `finished` belongs to
-            # the same request.
+            # None: a stream reads it, or an earlier one of `finished` was of the same request.
             if seqs is not None and all(other.is_finished for other in seqs):
                 del self._requests[seq.request_id]
                 self._results.append((seq.request_id, build_result(seqs, self._inputs.tokenizer)))
@@ -352,8 +336,7 @@ class LLMEngine:
         """
         self._reset()
         # Ctrl-C takes effect between two launches, when all ranks have been told the same. After
-        # any other exception they may stand at different collectives, and nothing brings them
-        # together again.
+        # other exceptions they may stand at different collectives, with no way to meet again.
         if not isinstance(error, Exception):
             return
         self._check_alive()  # the cause, if a fork or an exit() came in the middle of the step

@@ -58,8 +58,7 @@ class ModelRunner:
         self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
         self._allocate_tables()
         if self.is_cuda:
-            # A prefill that reads the cache has kernels of its own, which are compiled now, so that
-            # no step has to wait for it.
+            # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
         if self.is_cuda and not config.enforce_eager:
             self.graphs.capture(self._decode, config.max_num_seqs)
@@ -93,8 +92,7 @@ class ModelRunner:
         max_num_seqs = self.config.max_num_seqs
         blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
         num_rows = max_num_seqs + 1  # the last row is for the padding of decode steps
-        # The newest token of each sequence stays on the device. The next step reads it from here,
-        # long before the host knows it.
+        # Each sequence's newest token, on the device: the next step reads it before the host can.
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         # On the host, a decode step only gathers the rows of its sequences.
         self.block_tables = np.full((num_rows, blocks_per_seq), -1, dtype=np.int32)
@@ -184,8 +182,7 @@ class ModelRunner:
         if self.is_cuda and torch.cuda.current_stream() != self.stream:
             with torch.cuda.stream(self.stream):  # of this runner's device, too
                 return self.launch(step)
-        # Also for what is made here and kept: made in the user's own inference mode it could not
-        # be changed outside of it.
+        # Always: tensors made in the user's own inference mode could not be changed outside of it.
         with torch.inference_mode():
             return self._launch(step)
 

@@ -57,8 +57,7 @@ def start_ranks(config: Config) -> ModelRunner:
     channel = Channel(num_workers=size - 1)
     _channels.add(channel)
     try:
-        # Where the ranks meet to form a process group. Port 0: any free one, so that two engines
-        # never meet.
+        # Where the ranks meet. Port 0: any free one, so that two engines never meet in one.
         store = dist.TCPStore(HOST, 0, size, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
         for rank in range(1, size):
@@ -66,8 +65,7 @@ def start_ranks(config: Config) -> ModelRunner:
             process = context.Process(target=run_worker, args=arguments, daemon=True)
             process.start()
             channel.processes.append(process)
-        # If one cannot start, the first collective would be too late to find out: rank 0 would
-        # already be waiting in it.
+        # Otherwise rank 0 would wait, in the first collective, for one that could not start.
         channel.wait_until_up()
         model_runner = ModelRunner(config, ProcessGroup(config, 0, channel, store))
         channel.check_workers()
@@ -129,11 +127,9 @@ def kill_ranks(channel: Channel, error: BaseException) -> RuntimeError | None:
     5. `LLMEngine.exit` calls `shut_down`, which frees rank 0's memory and the channel's, and the
        user's call raises the worker's traceback. The engine cannot be used again.
 
-    If rank 0's process dies, each worker ends by `exit_with_parent`, and Python's resource tracker
-    frees the shared memory.
+    If rank 0's process dies, workers end by `exit_with_parent`, and Python frees the shared memory.
     """
-    # NCCL does not end as long as a CUDA graph holds a kernel of it, and frames of the traceback
-    # may hold graphs.
+    # NCCL does not end while a CUDA graph holds a kernel of it, and these frames may hold graphs.
     traceback.clear_frames(error.__traceback__)
     return channel.kill()
 

@@ -3,19 +3,18 @@
 import random
 from array import array
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.checkpoint import read_json, reason_of
+from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
+from nanovllm.text.encoder import encode, find_bos
 
 Prompt = str | list[int]
 Prompts = str | SequenceOf[Prompt]
@@ -40,7 +39,6 @@ class InputProcessor:
     """Turns prompts and sampling parameters into sequences, with the model's own tokenizer."""
 
     def __init__(self, config: Config) -> None:
-        assert config.hf_config is not None  # Config has read it
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
         self.tokenizer = load_tokenizer(config.model)
@@ -94,8 +92,7 @@ class InputProcessor:
             sampling_params = [sampling_params] * len(prompts)  # type: ignore[list-item]
         if len(sampling_params) != len(prompts):
             raise ValueError(
-                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
-                "pass one for each"
+                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one each"
             )
         return [self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)]
 
@@ -119,15 +116,11 @@ class InputProcessor:
         if isinstance(prompt, str):
             assert self.tokenizer is not None  # `_check_one` has seen to it
             try:
-                token_ids = self.tokenizer.encode(prompt)
+                return array("q", encode(self.tokenizer, prompt, self.bos_ids))
             except Exception as error:  # the text has a lone surrogate, for example
                 raise ValueError(
                     f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
                 ) from error
-            num_bos = len(self.bos_ids)
-            if token_ids[: 2 * num_bos] == self.bos_ids * 2:  # a chat template has put it there
-                token_ids = token_ids[num_bos:]
-            return array("q", token_ids)
         cause: Exception | None = None
         if not isinstance(prompt, NEVER_A_PROMPT):
             try:
@@ -181,27 +174,3 @@ class InputProcessor:
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a checkpoint; None when it has none (prompts are then token ids)."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if not any((Path(path) / file).is_file() for file in files):
-        return None
-    try:
-        # Otherwise transformers may ask on stdin whether to run code of the checkpoint's own.
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever a malformed file makes transformers raise
-        reason = reason_of(error)
-        raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error
-
-
-def find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find out which tokens, such as BOS, a tokenizer puts before every text."""
-    with suppress(Exception):  # a tokenizer of a text that it cannot encode
-        plain = tokenizer.encode("a", add_special_tokens=False)
-        token_ids = tokenizer.encode("a")
-        for start in range(len(token_ids)):
-            if plain and token_ids[start : start + len(plain)] == plain:
-                return token_ids[:start]
-    return []

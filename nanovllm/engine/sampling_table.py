@@ -22,8 +22,7 @@ class SamplingTable:
     """What each admitted sequence asks for beyond temperature and seed: one row for each.
 
     Most steps consist of plain requests, which the table answers with None after one look. A step
-    whose sequences are those of the step before takes over its tensors, so that most decode steps
-    cost a comparison only.
+    of the same sequences as the step before takes over its tensors, at the cost of a comparison.
     """
 
     def __init__(

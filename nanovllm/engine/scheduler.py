@@ -37,8 +37,7 @@ class Scheduler:
     prompt is computed in chunks stays there, with its blocks, until its last chunk. `running` holds
     those that decode, oldest first.
 
-    A step may be scheduled before the tokens of the one before it are known: only their number
-    matters here.
+    A step may be scheduled before the last one's tokens are known: only their number matters here.
     """
 
     def __init__(self, config: Config, counters: Counter[str] | None = None) -> None:
@@ -101,8 +100,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
-            is_admitted = bool(seq.block_table)  # if a chunk of it was computed before
-            if not is_admitted and not self._admit(seq):
+            if not seq.block_table and not self._admit(seq):  # with blocks, it was admitted before
                 break
             # Only now is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
@@ -167,9 +165,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence) -> bool:
         """Preempt the newest sequences until `seq` can have a block; False if it was one of them.
 
-        The newest have the least work to lose. The oldest is never preempted while another one
-        runs, and alone it always fits (the engine checks the size of the cache), so there is always
-        progress.
+        The newest have the least work to lose. There is always progress: the oldest is never
+        preempted while another runs, and alone it fits (the engine checks the size of the cache).
         """
         while not self.block_manager.can_append(seq):
             newest = self.running.pop()
@@ -193,9 +190,8 @@ class Scheduler:
         """Account for the oldest pending step, whose tokens are now known.
 
         `token_ids` has one for each sequence of the step, -1 where its logits were no numbers;
-        after an unfinished chunk it is ignored.
-        `logprobs` has an entry for each sequence that asks for them, in the order of the step.
-        Returns the sequences that finished; their blocks are free again.
+        after an unfinished chunk it is ignored. `logprobs` has an entry for each sequence that asks
+        for them, in that order. Returns the sequences that finished; their blocks are free again.
         """
         self.num_pending -= 1
         finished: list[Sequence] = []

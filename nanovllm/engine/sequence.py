@@ -41,9 +41,8 @@ class Sequence:
     A step is launched before the tokens of the step before it have been read back, so the counters
     run ahead of `token_ids`, which holds the known ones. `num_tokens` counts those that launched
     steps will yield too; `num_computed_tokens` have their K and V in the cache once these steps
-    have run, `num_scheduled_tokens` of them by the last one. A step yields a token for the sequence
-    exactly when it computes the last one there is: that holds for prompts, chunks, decoding and
-    preempted sequences alike.
+    have run, `num_scheduled_tokens` of them by the last one. For prompts, chunks, decoding and
+    preempted sequences alike, a step yields a token exactly when it computes the last one there is.
     """
 
     _ids = count()

@@ -1,6 +1,6 @@
 """What the engine did, step by step and request by request; trace_views.py shows it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -9,30 +9,7 @@ from nanovllm import trace_views
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """One forward pass."""
-
-    kind: str  # "prefill" or "decode"
-    request_ids: list[int]
-    num_tokens: int  # that it computes
-    # Tokens of completions that it yields. On a GPU also one for each sequence that had just ended
-    # by a token which the engine had not read yet when it launched the step.
-    num_sampled: int
-    preempted: list[int]  # requests that gave back their blocks to make room for it
-    blocks: dict[str, int]  # `BlockManager.usage` when it was scheduled
-    # Of a prefill: request -> positions of the first token it computes, and behind the last.
-    chunks: dict[int, tuple[int, int]] = field(default_factory=dict)
-    # Of requests that it admitted: request -> number of tokens found in the prefix cache.
-    prefix_hits: dict[int, int] = field(default_factory=dict)
-    # Seconds of `perf_counter`, around the `LLM.step` call that returned it: the wall time.
-    start: float = 0.0
-    end: float = 0.0
-    # Seconds. On a GPU between CUDA events around its launch, which was in the call before; on a
-    # CPU the launch itself.
-    device_time: float = 0.0
+from nanovllm.trace_views import StepRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
 """Between text and tokens: conversations become prompts, and tokens become text as they come.
 
-Nothing here knows the engine or imports torch.
+Nothing here imports the engine or torch.
 """
