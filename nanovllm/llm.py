@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.exclusive import exclusive
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.exclusive import exclusive
 from nanovllm.outputs import Result, StreamPart
 from nanovllm.text.chat import Conversation, apply_chat_template
 from nanovllm.text.stream import StreamedCompletion

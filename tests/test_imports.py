@@ -20,6 +20,7 @@ LEAVES = (
     "sampling_params",
     "outputs",
     "checkpoint",
+    "exclusive",
     "frozen",
     "progress",
     "text",

@@ -25,16 +25,16 @@ from transformers import (
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
-from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import (
+from nanovllm.kernels.penalties import (
     MAX_COUNT,
-    LogitBias,
-    LogprobRequest,
-    Sampler,
-    SamplingExtras,
+    PROMPT_FLAG,
+    Penalties,
+    penalize,
+    penalize_torch,
     set_counts,
 )
+from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 # Triton's interpreter computes with NumPy, which warns of -inf * 0; what comes of it is not used.

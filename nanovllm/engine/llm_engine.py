@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
-from nanovllm.engine.exclusive import exclusive
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
@@ -27,6 +26,7 @@ from nanovllm.engine.requests import InputProcessor, Params, Prompt, Prompts, Re
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
+from nanovllm.exclusive import exclusive
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import Result, build_result, has_failed
 from nanovllm.progress import progress_bar

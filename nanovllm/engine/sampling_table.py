@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.sequence import SamplingOptions, Sequence
-from nanovllm.kernels.penalties import Penalties
+from nanovllm.kernels.penalties import Penalties, set_counts
 from nanovllm.kernels.threshold import Filters
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, SamplingExtras, set_counts
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, SamplingExtras
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
 NEUTRAL = SamplerNumbers()  # numbers that change nothing

@@ -122,7 +122,7 @@ class CpuStep:
             (group,) = self._groups
             keys, values = self._read(group, k, which=0), self._read(group, v, which=1)
             return attend_group(group, q, keys, values, scale).flatten(1, 2)
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
             keys = self._read(group, k, which=0)
             values = self._read(group, v, which=1)
@@ -197,7 +197,7 @@ class CpuStep:
         num_queries = self.num_queries[start]
         if 1 < num_queries < num_keys:
             # SDPA's own triangle lets the first query see one key; here the last query sees all.
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cpu")
             mask = ones.tril(num_keys - num_queries)
         elif lengths.min() < num_keys:
             mask = torch.from_numpy(np.arange(num_keys) < lengths)[:, None, None]

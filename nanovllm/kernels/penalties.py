@@ -6,6 +6,7 @@ The other two are OpenAI's, and treat the completion alone.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from nanovllm.kernels._triton import tl, triton
 # A count says in its lower bits how often the completion contains a token; this bit is set if the
 # prompt contains it.
 PROMPT_FLAG = 1 << 14
+MAX_COUNT = PROMPT_FLAG - 1  # the largest count of a token in the completion
 BLOCK = 4096  # logits that a program takes
 
 
@@ -102,3 +104,25 @@ def penalize_torch(
     x = torch.where(counts != 0, torch.where(x > 0, x / repetition, x * repetition), x)
     times = counts & (PROMPT_FLAG - 1)
     return x - (times * frequency + (times > 0) * presence)
+
+
+def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:
+    """Fill a row of the counts that `penalize` takes, for a sequence that is admitted.
+
+    Each number holds how often the token occurs in the completion, at most MAX_COUNT, and the bit
+    PROMPT_FLAG if it occurs in the prompt.
+    """
+    completion, times = np.unique(np.array(completion_ids, dtype=np.int64), return_counts=True)
+    times = times.clip(max=MAX_COUNT).astype(np.int16)
+    prompt = np.array(prompt_ids, dtype=np.int64)
+
+    def to_device(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if not counts.is_cuda:
+            return tensor
+        return tensor.pin_memory().to(counts.device, non_blocking=True)
+
+    known = counts[row].zero_()
+    known[to_device(completion)] = to_device(times)
+    prompt_index = to_device(prompt)
+    known[prompt_index] = known[prompt_index] | PROMPT_FLAG

@@ -82,11 +82,6 @@ class Addition(NamedTuple):
     post_norm: RMSNorm | None  # of the layer's output, before it is added
     scale: float  # of the layer's output
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the layer's output is added as it is."""
-        return self.post_norm is None and self.scale == 1.0
-
     def layer_input(self) -> Tensor:
         """What the layer multiplies, for all rows."""
         x = self.x
@@ -243,10 +238,10 @@ class ResidualStream:
         addition = self._open
         assert addition is not None
         values: Tensor | None = None
-        if addition.is_plain and norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
-            values = self._add_in_pieces(addition, norm)
-        elif not addition.is_plain:
+        if addition.post_norm is not None or addition.scale != 1.0:
             self._add_changed(addition)
+        elif norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
+            values = self._add_in_pieces(addition, norm)
         elif self.tp.size > 1:
             values = self._add_over_ranks(addition, norm)
         else:

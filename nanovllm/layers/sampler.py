@@ -9,17 +9,14 @@ log-probabilities are those of the model: of the logits as they come in, before 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.penalties import MAX_COUNT, Penalties, penalize, penalize_torch
 from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
-
-MAX_COUNT = PROMPT_FLAG - 1  # the largest count of a token; PROMPT_FLAG is the bit above
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class SamplingExtras:
 
     filters: Filters | None = None  # top-k, top-p, min-p
     penalties: Penalties | None = None  # repetition, presence, frequency
-    counts: Tensor | None = None  # with penalties: [max_num_seqs + 1, vocab] int16, see set_counts
+    counts: Tensor | None = None  # with penalties: [max_num_seqs + 1, vocab] int16: `set_counts`
     count_rows: Tensor | None = None  # with penalties: [n] int64, each sequence's row of `counts`
     bias: LogitBias | None = None
     logprobs: LogprobRequest | None = None
@@ -181,25 +178,3 @@ class Sampler(nn.Module):
         num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
         ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
         return Logprobs(ids, wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True))
-
-
-def set_counts(counts: Tensor, row: int, prompt_ids: list[int], completion_ids: list[int]) -> None:
-    """Fill a row of `SamplingExtras.counts`, for a sequence that is admitted.
-
-    Each number holds how often the token occurs in the completion, at most MAX_COUNT, and the bit
-    PROMPT_FLAG if it occurs in the prompt.
-    """
-    completion, times = np.unique(np.array(completion_ids, dtype=np.int64), return_counts=True)
-    times = times.clip(max=MAX_COUNT).astype(np.int16)
-    prompt = np.array(prompt_ids, dtype=np.int64)
-
-    def to_device(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if not counts.is_cuda:
-            return tensor
-        return tensor.pin_memory().to(counts.device, non_blocking=True)
-
-    known = counts[row].zero_()
-    known[to_device(completion)] = to_device(times)
-    prompt_index = to_device(prompt)
-    known[prompt_index] = known[prompt_index] | PROMPT_FLAG

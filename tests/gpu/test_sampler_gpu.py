@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
-from nanovllm.kernels.penalties import PROMPT_FLAG, Penalties, penalize, penalize_torch
+from nanovllm.kernels.penalties import (
+    PROMPT_FLAG,
+    Penalties,
+    penalize,
+    penalize_torch,
+    set_counts,
+)
 from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras, set_counts
+from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras
 
 pytestmark = [
     pytest.mark.gpu,
