@@ -38,7 +38,9 @@ class LLM(LLMEngine):
         or for messages that it refuses.
         """
         options = {**(chat_template_kwargs or {}), **template_options}
-        prompts = apply_chat_template(self._inputs.tokenizer, messages, options, self.config.model)
+        inputs = self._inputs
+        with inputs.lock:
+            prompts = apply_chat_template(inputs.tokenizer, messages, options, self.config.model)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm.text.chat import apply_chat_template
 
 ONE = SamplingParams(max_tokens=1)
 SHOW = (
@@ -202,3 +203,25 @@ def test_a_templated_text_gets_no_second_bos(tmp_path: Path, added: list[str]) -
     for tokenize in (True, False):
         (output,) = llm.chat(HELLO, ONE, use_tqdm=False, tokenize=tokenize)
         assert output["prompt_token_ids"] == ids + plain
+
+
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}],
+}
+
+
+def test_a_template_that_concatenates_the_arguments_of_a_tool_call() -> None:
+    """It wants the string that they are in OpenAI's form."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% for c in m['tool_calls'] or [] %}"
+        "{{ ':' + c['function']['arguments'] }}{% endfor %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "hi"}, CALL]
+    (ids,) = apply_chat_template(tokenizer, messages, {"chat_template": template}, "demo")
+    assert tokenizer.decode(ids) == 'hi:{"a": 1}'
+    with pytest.raises(TypeError, match="'tools'"):  # which the template would ignore
+        options = {"chat_template": template, "tools": [{"type": "function"}]}
+        apply_chat_template(tokenizer, messages, options, "demo")

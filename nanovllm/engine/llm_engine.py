@@ -101,7 +101,7 @@ class LLMEngine:
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"this engine belongs to process {self._pid}, and this is a fork of it, process "
-                f"{os.getpid()}; use the engine there, or make a new LLM here"
+                f"{os.getpid()}; use the engine there, or a process that is spawned, not forked"
             )
 
     def _check_alive(self) -> ModelRunner:

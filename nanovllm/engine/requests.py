@@ -1,6 +1,7 @@
 """From what the user passes to Sequences: checks, tokenizer, defaults, seeds."""
 
 import random
+import threading
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class InputProcessor:
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
         self.tokenizer = load_tokenizer(config.model)
+        # A call of a tokenizer may change it: with truncation, other threads' prompts would be cut.
+        self.lock = threading.RLock()
         self.bos_ids: list[int] = []  # what the tokenizer puts before every text
         if self.tokenizer is not None:
             decoder_of(self.tokenizer)  # fails now, if at all
@@ -116,7 +119,8 @@ class InputProcessor:
         if isinstance(prompt, str):
             assert self.tokenizer is not None  # `_check_one` has seen to it
             try:
-                return array("q", encode(self.tokenizer, prompt, self.bos_ids))
+                with self.lock:
+                    return array("q", encode(self.tokenizer, prompt, self.bos_ids))
             except Exception as error:  # the text has a lone surrogate, for example
                 raise ValueError(
                     f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"

@@ -46,13 +46,41 @@ def apply_chat_template(
     options = {"add_generation_prompt": not continues, **options, **FORCED}
     checked = [check_conversation(index, item) for index, item in enumerate(conversations)]
     try:
-        prompts: Any = tokenizer.apply_chat_template(checked, **options)
+        prompts: Any = apply_to_either_form(tokenizer, checked, conversations, options)
     except Exception as error:  # jinja's own, or whatever a template's expression raises
         raise ValueError(
             f"the chat template of {model} cannot be applied to these messages: "
             f"{type(error).__name__}: {error}"
         ) from error
     return prompts
+
+
+def apply_to_either_form(
+    tokenizer: PreTrainedTokenizerBase,
+    checked: list[Conversation],
+    conversations: list[Conversation],
+    options: dict[str, Any],
+) -> Any:
+    """Apply the template to tool calls with dicts as arguments or, where it wants to concatenate
+    them, with the strings that the caller passed.
+    """
+    try:
+        return tokenizer.apply_chat_template(checked, **options)
+    except TypeError:
+        as_passed = []
+        for messages, originals in zip(checked, conversations, strict=True):
+            pairs = zip(messages, originals, strict=True)
+            as_passed.append(
+                [
+                    {**message, "tool_calls": original["tool_calls"]}
+                    if "tool_calls" in message
+                    else message
+                    for message, original in pairs
+                ]
+            )
+        if as_passed == checked:
+            raise
+        return tokenizer.apply_chat_template(as_passed, **options)
 
 
 def find_template(
@@ -75,7 +103,8 @@ def check_options(
     """
     parameters = inspect.signature(tokenizer.apply_chat_template).parameters
     known = parameters.keys() - {"conversation", "kwargs"}
-    others = options.keys() - known
+    passed_on = {name for name in ("tools", "documents") if options.get(name)}
+    others = (options.keys() - known) | passed_on
     if not others:
         return
     try:
@@ -85,7 +114,7 @@ def check_options(
     except TemplateError as error:
         raise ValueError(f"the chat template cannot be read: {error}") from error
     for name in sorted(others - variables):
-        names = [*variables, *known, "sampling_params", "use_tqdm"]
+        names = {*variables, *known, "sampling_params", "use_tqdm"} - {name}
         nearest = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise TypeError(f"neither chat nor the chat template has an option {name!r}{hint}")
