@@ -70,17 +70,17 @@ def apply_to_either_form(
         as_passed = []
         for messages, originals in zip(checked, conversations, strict=True):
             pairs = zip(messages, originals, strict=True)
-            as_passed.append(
-                [
-                    {**message, "tool_calls": original["tool_calls"]}
-                    if "tool_calls" in message
-                    else message
-                    for message, original in pairs
-                ]
-            )
+            as_passed.append([with_calls_of(message, original) for message, original in pairs])
         if as_passed == checked:
             raise
         return tokenizer.apply_chat_template(as_passed, **options)
+
+
+def with_calls_of(message: Message, original: Message) -> Message:
+    """Return a checked message with its tool calls, if it has any, as the caller passed them."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": original["tool_calls"]}
 
 
 def find_template(
