@@ -8,7 +8,7 @@
 #   scripts/check_gpu.sh DIRECTORY compare-ranks BASE_DIRECTORY
 #
 # Logs and results go to DIRECTORY. Each part takes less than ten minutes.
-#   tests          on one GPU, two minutes; side by side, as what counts is that they pass
+#   tests          on one GPU, three to five minutes; side by side, as what counts is that they pass
 #   figures        on one GPU, three minutes
 #   ranks          tests and figures of tensor parallelism, on as many GPUs as there are
 #   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU: all

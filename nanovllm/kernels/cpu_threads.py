@@ -19,7 +19,8 @@ def threads_for(work: int) -> Iterator[None]:
     """Run a step of so many multiply-adds with as many of the caller's threads as it is worth.
 
     The caller's setting, of OMP_NUM_THREADS or `torch.set_num_threads`, is the upper limit, and is
-    as it was afterwards.
+    as it was afterwards. A thread that first uses PyTorch meanwhile takes over the step's number:
+    PyTorch reads the setting of the process once for each thread.
     """
     limit = torch.get_num_threads()
     wanted = max(1, min(limit, work // WORK_PER_THREAD))

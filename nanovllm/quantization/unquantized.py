@@ -92,7 +92,7 @@ class Unquantized(WeightFormat):
         """`matmul`, given the weight `[out, in]` itself."""
         residual = epilogue.add_to
         reader_sums = epilogue.reader_sums or residual is not None
-        if epilogue.out is not None:  # a part of a large prefill
+        if epilogue.out is not None:  # some rows of a large prefill, for which cuBLAS is fastest
             torch.mm(x, weight.t(), out=epilogue.out)
             return epilogue.out if bias is None else epilogue.out.add_(bias)
 
@@ -109,6 +109,8 @@ class Unquantized(WeightFormat):
             )
         assert norm is None, "only the GEMV normalises its input"
         if choice.kernel is MatmulKernel.SPLIT_K:
+            # It is contiguous on a GPU. The activation on a CPU leaves a view of half a tensor, and
+            # there the tests run this kernel in Triton's interpreter.
             sums = PartialSums(split_gemm(x.contiguous(), weight, bias, choice.splits))
             return sums if reader_sums else sums.sum()  # of one split: nothing is added
         if residual is not None:
