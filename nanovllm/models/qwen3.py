@@ -9,13 +9,13 @@ layers/residual.py.
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -55,7 +55,7 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
 
@@ -82,7 +82,8 @@ class Qwen3Model(nn.Module):
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()
-        rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+        frequencies = default_frequencies(head_size(config), rope_theta(config))
+        rotary_emb = RotaryEmbedding(frequencies, max_position)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Qwen3DecoderLayer(config, rotary_emb) for _ in range(config.num_hidden_layers)
