@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -62,7 +62,8 @@ def rotary_embeddings(
 
     Types that rotate alike share one, so that a step on the CPU gathers its rows once.
     """
-    rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+    frequencies = default_frequencies(head_size(config), rope_theta(config))
+    rotary_emb = RotaryEmbedding(frequencies, max_position)
     return dict.fromkeys(layer_types(config), rotary_emb)
 
 
@@ -81,7 +82,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
 
