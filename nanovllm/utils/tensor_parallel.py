@@ -44,7 +44,7 @@ class TensorParallel:
         """
         if self.small_all_reduce is not None and self.small_all_reduce.takes(residual):
             x = product if isinstance(product, Tensor) else product.values
-            if norm is None:
+            if norm is None or norm.weight.dtype != x.dtype:  # the kernel reads both as words
                 return self.small_all_reduce(x, residual)[1]
             return self.small_all_reduce(x, residual, norm.weight, norm.eps)[1]
         residual.add_(self.all_reduce(product if isinstance(product, Tensor) else product.sum()))
