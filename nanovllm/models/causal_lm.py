@@ -17,7 +17,8 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.rope import rope_frequencies
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -69,8 +70,8 @@ class DecoderModel(nn.Module):
         self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
     ) -> None:
         super().__init__()
-        frequencies = default_frequencies(head_size(config), rope_theta(config))
-        rotary_emb = RotaryEmbedding(frequencies, max_position)
+        rope = rope_frequencies(config, head_size(config), max_position)
+        rotary_emb = RotaryEmbedding(rope.frequencies, max_position, rope.factor)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             layer_class(config, index, rotary_emb)  # type: ignore[misc]  # it is a module, too
@@ -106,7 +107,7 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        rope_theta(config)
+        rope_frequencies(config, head_size(config), config.max_position_embeddings)
         check_option(config, "hidden_act", "silu")
         if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types(
             config
