@@ -228,16 +228,16 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
         ),
         (dict(architectures=[]), "supported: Qwen3ForCausalLM, Qwen2"),
         (
-            dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
-            "'yarn' is not supported",
+            dict(rope_parameters=dict(rope_type="xpos", rope_theta=1e4, factor=4.0)),
+            "'xpos' is not supported",
         ),
         (
-            dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
-            "'linear' is not supported",
+            dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor="2")),
+            "positive factor for RoPE of type 'linear', not '2'",
         ),
         (
-            dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
-            "'linear' is not supported",
+            dict(rope_parameters=None, rope_scaling=dict(type="mrope", factor=2.0)),
+            "'mrope' is not supported",
         ),
         (dict(rope_parameters=None, rope_scaling=dict(rope_type="llama3", factor=8.0)), "'llama3'"),
         (dict(hidden_act="gelu"), "'gelu' is not supported"),
