@@ -108,7 +108,7 @@ class Work:
         rate = share * self.bytes / us / 1000
         teraflops = share * self.flops / us / 1e6
         return (
-            f"{name!s:<76}{us:>9.1f} us {share * self.bytes / 2**20:>7.0f} MiB {rate:>6.0f} GB/s "
+            f"{name!s:<86}{us:>9.1f} us {share * self.bytes / 2**20:>7.0f} MiB {rate:>6.0f} GB/s "
             f"{rate / READ_GB_PER_S:>5.0%} {teraflops:>5.0f} TFLOP/s"
         )
 
@@ -169,7 +169,7 @@ def bench(num_tokens: int, weights: MoEWeights, sweep: bool) -> None:
     print(f"\n{num_tokens} tokens")
     work.check()
     print(work.report("layer", work.time(work.run_layer, work.inputs)))
-    print(f"{'  routing':<76}{work.time(work.run_route, work.inputs):>9.1f} us")
+    print(f"{'  routing':<86}{work.time(work.run_route, work.inputs):>9.1f} us")
     for name, run, values, share in (
         ("gate and up", work.gate_up, work.inputs, 2 / 3),
         ("down", work.down, work.activations, 1 / 3),
