@@ -19,6 +19,13 @@ from conftest import (
 NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 31, 120, 33, 48, 64, 90]
 
+QWEN3_MOE: dict[str, Any] = dict(
+    architecture="Qwen3MoeForCausalLM",
+    head_dim=16,
+    moe_intermediate_size=24,
+    num_experts=7,
+    num_experts_per_tok=3,
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(architecture="LlamaForCausalLM", rope_theta=5e5),
     "llama-tied-mqa": dict(
@@ -26,6 +33,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "llama-bias-wide-heads": dict(
         architecture="LlamaForCausalLM", attention_bias=True, head_dim=32, rms_norm_eps=1e-3
+    ),
+    "qwen3-moe": dict(**QWEN3_MOE, norm_topk_prob=True, seed=1),
+    "qwen3-moe-one-expert-a-token": dict(**{**QWEN3_MOE, "num_experts_per_tok": 1}, seed=1),
+    "qwen3-moe-some-layers-dense": dict(
+        **QWEN3_MOE, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3], seed=2
     ),
 }
 CUTS: dict[str, dict[str, Any]] = {
@@ -43,9 +55,8 @@ def reference(
 ) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
     """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
-    checkpoint = make_checkpoint(
-        tmp_path_factory.mktemp(name), seed=1 + list(FAMILIES).index(name), **FAMILIES[name]
-    )
+    options = {"seed": 1 + list(FAMILIES).index(name), **FAMILIES[name]}
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **options)
     prompts = random_prompts(0, LENGTHS)
     prompts += [prompts[8][:40] + tail for tail in random_prompts(1, [3, 20])] + [prompts[11]]
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS)
@@ -77,6 +88,14 @@ def test_same_tokens_however_the_work_is_cut(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama-mlp-bias": (dict(architecture="LlamaForCausalLM", mlp_bias=True), "mlp_bias True"),
     "llama-act": (dict(architecture="LlamaForCausalLM", hidden_act="gelu"), "hidden_act 'gelu'"),
+    "qwen3-moe-top-k": (
+        dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
+        r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",
+    ),
+    "qwen3-moe-sparse-step": (
+        dict(**QWEN3_MOE, decoder_sparse_step=0, mlp_only_layers=[0, 1]),
+        r"decoder_sparse_step \(0\)",
+    ),
 }
 
 
