@@ -41,7 +41,7 @@ PAIR_FLOPS = 2 * 3 * HIDDEN * INTERMEDIATE
 READ_GB_PER_S = 3000
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 # What --sweep tries.
-GEMV_CONFIGS = [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]
+GEMV_CONFIGS = [GemvConfig(rows, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
 SMALL_CONFIGS = [  # with the tokens of the chosen configuration
     (rows, chunk, warps, stages)
     for rows in (64, 128)
@@ -149,7 +149,8 @@ class Work:
         """The configuration in use, and others to try."""
         if self.num_tokens == 1:
             return GATE_UP_CONFIG if is_gated else DOWN_CONFIG, list(GEMV_CONFIGS)
-        used = grouped_config(self.num_tokens * TOP_K, NUM_EXPERTS, is_gated)
+        num_pairs = self.num_tokens * TOP_K
+        used = grouped_config(num_pairs, NUM_EXPERTS, is_gated, DTYPE, self.inputs[0].device)
         if used.tokens >= 64:
             return used, list(LARGE_CONFIGS)
         return used, [GroupedConfig(used.tokens, *other) for other in SMALL_CONFIGS]

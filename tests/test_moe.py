@@ -254,10 +254,26 @@ def test_grouped_gemms_of_other_tiles_and_without_tma(
 
 def test_tiles_grow_with_the_tokens_of_an_expert() -> None:
     """Up to the size at which a tile has as many rows of x as of the weight."""
-    tokens = [
-        grouped_config(num_tokens * 8, 128, True).tokens for num_tokens in (2, 64, 128, 256, 5000)
-    ]
-    assert tokens == [16, 16, 16, 32, 128]
+
+    def tokens(num_tokens: int, dtype: torch.dtype) -> int:
+        return grouped_config(num_tokens * 8, 128, True, dtype, torch.device("cpu")).tokens
+
+    sizes = (2, 64, 128, 256, 512, 5000)
+    assert [tokens(size, torch.bfloat16) for size in sizes] == [16, 16, 16, 32, 64, 128]
+    assert [tokens(size, torch.float32) for size in sizes] == [16, 16, 16, 32, 32, 32]
+
+
+@pytest.mark.parametrize("kibibytes", [227, 99, 48])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_tiles_fit_the_shared_memory(
+    kibibytes: int, is_gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_gemm, "device_limits", lambda device: (100, kibibytes << 10))
+    for num_tokens in (2, 200, 500, 5000):
+        config = grouped_config(num_tokens * 8, 128, is_gated, torch.bfloat16, torch.device("cpu"))
+        weight_rows = (2 if is_gated else 1) * config.rows
+        stage_bytes = 2 * config.chunk * (weight_rows + config.tokens)
+        assert config.num_stages >= 1 and config.num_stages * stage_bytes <= kibibytes << 10
 
 
 @needs_triton
@@ -274,8 +290,12 @@ def test_one_token(
     down = randn(num_experts, hidden, intermediate, dtype=dtype, std=0.1)
     x, activation = randn(1, hidden, dtype=dtype), randn(top_k, intermediate, dtype=dtype)
     config = GemvConfig(rows, 4)
-    out = expert_gate_up_gemv(x, gate_up, routing, config)
+    out = expert_gate_up_gemv(x, gate_up, routing, config=config)
     assert_near(out, gate_up64(x, gate_up, routing.experts), dtype)
+    norm = randn(hidden, dtype=dtype)
+    normed = x.double() * (x.double().square().mean() + 0.1).rsqrt() * norm.double()
+    out = expert_gate_up_gemv(x, gate_up, routing, norm, 0.1, config)
+    assert_near(out, gate_up64(normed, gate_up, routing.experts), dtype)
     expected = down64(activation, down, routing).sum(0)
     assert_near(expert_down_gemv(activation, down, routing, config=config), expected, dtype)
     residual = randn(1, hidden, dtype=dtype)
@@ -341,6 +361,16 @@ def test_mixture_of_experts(
 
 
 @needs_triton
+def test_the_norm_of_one_token_is_computed_on_the_way() -> None:
+    """The residual is what is normalised."""
+    weights, norm, hidden = make_weights(6, 2, 32, 24), randn(32), randn(1, 32)
+    x = hidden.double() * (hidden.double().square().mean() + 0.1).rsqrt() * norm.double()
+    expected = hidden.double() + moe64(x, weights)
+    assert moe_gemv(hidden, weights, hidden, norm, 0.1) is hidden
+    assert_near(hidden, expected, torch.float32)
+
+
+@needs_triton
 @pytest.mark.parametrize("num_tokens", [8, 9, 29])
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_large_prefills_in_chunks(
@@ -371,38 +401,45 @@ def make_layer() -> SparseMoE:
     return fill(SparseMoE(32, 24, num_experts=6, top_k=2, is_normalized=True))
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, layer: SparseMoE) -> None:
-    """Have the layer take the kernels, which run in the interpreter."""
+class OnGPU(torch.Tensor):
+    """A tensor for which the layers take the kernels. They run in the interpreter."""
 
-    def matmul(x: Tensor, epilogue: Any, norm: Any = None) -> Any:
-        class OnGPU(torch.Tensor):
-            is_cuda = True  # type: ignore[assignment]
-
-        return SparseMoE.matmul(layer, x.as_subclass(OnGPU), epilogue, norm)
-
-    monkeypatch.setattr(layer, "matmul", matmul)
+    is_cuda = True  # type: ignore[assignment]
 
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("num_tokens", [1, 5, 20])  # the last in chunks
-@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGPU])
 def test_the_residual_stream_takes_it_as_a_linear_layer(
-    num_tokens: int, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, kind: type[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, norm = make_layer(), fill(RMSNorm(32, 1e-5))
-    hidden, x = randn(num_tokens, 32), randn(num_tokens, 32)
-    expected = hidden + layer(x)
-    if has_kernels:
-        monkeypatch.setattr(moe, "CHUNK_TOKENS", 8)
-        monkeypatch.setattr(moe_layer, "CHUNK_TOKENS", 8)
-        as_on_a_gpu(monkeypatch, layer)
-    stream = ResidualStream(hidden.clone())
-    stream.add(layer, x)
-    out = stream.normed(norm).values()
-    torch.testing.assert_close(stream.hidden, expected)
-    torch.testing.assert_close(out, norm(expected))
-    torch.testing.assert_close(layer(x), expected - hidden, atol=1e-5, rtol=1e-5)
+    """h += moe(norm(h)); norm(h). A single token's norm is computed by the kernels of the layer."""
+    layer, first, second = make_layer(), fill(RMSNorm(32, 1e-5)), fill(RMSNorm(32, 1e-3))
+    hidden = randn(num_tokens, 32)
+    output = layer(first(hidden))
+    expected = hidden + output
+    expected_norm = second(expected)
+    monkeypatch.setattr(moe, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(moe_layer, "CHUNK_TOKENS", 8)
+    if kind is OnGPU:
+        monkeypatch.setattr(moe_layer, "moe_torch", None)  # it is not for a GPU
+    calls: list[int] = []
+
+    def on_normed(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        calls.append(1)
+        return out.as_subclass(kind)
+
+    first.register_forward_hook(on_normed)
+    stream = ResidualStream(hidden.clone().as_subclass(kind))
+    stream.add(layer, stream.normed(first))
+    out = stream.normed(second).values()
+    torch.testing.assert_close(stream.hidden.as_subclass(Tensor), expected)
+    torch.testing.assert_close(out.as_subclass(Tensor), expected_norm)
+    is_fused = kind is OnGPU and num_tokens == 1
+    assert len(calls) == (0 if is_fused else 1)
+    complete = layer(first(hidden.as_subclass(kind)))
+    torch.testing.assert_close(complete.as_subclass(Tensor), output)
 
 
 def checkpoint_of(layer: SparseMoE, is_fused: bool) -> dict[str, Tensor]:

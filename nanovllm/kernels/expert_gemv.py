@@ -28,8 +28,8 @@ class GemvConfig:
     num_warps: int
 
 
-GATE_UP_CONFIG = GemvConfig(rows=4, num_warps=4)
-DOWN_CONFIG = GemvConfig(rows=4, num_warps=4)
+GATE_UP_CONFIG = GemvConfig(rows=8, num_warps=4)
+DOWN_CONFIG = GemvConfig(rows=2, num_warps=4)
 
 
 @triton.jit
@@ -37,6 +37,8 @@ def _gate_up_kernel(
     x_ptr,
     weight_ptr,
     experts_ptr,
+    norm_ptr,
+    eps,
     out_ptr,
     IN_SIZE: tl.constexpr,
     OUT_SIZE: tl.constexpr,
@@ -52,6 +54,8 @@ def _gate_up_kernel(
     column = tl.broadcast_to(column, (ROWS, CHUNKS, 256))
     in_column = column < IN_SIZE
     mask = (row < OUT_SIZE)[:, None, None] & in_column
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + column, mask=in_column, other=0.0)
     wait_for_previous(PDL)
     expert = tl.load(experts_ptr + slot).to(tl.int64)
     gate_ptr = weight_ptr + expert * (2 * OUT_SIZE * IN_SIZE)
@@ -59,8 +63,13 @@ def _gate_up_kernel(
     gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
     up_weight = tl.load(gate_ptr + OUT_SIZE * IN_SIZE + offsets, mask=mask, other=0.0)
     x = tl.load(x_ptr + column, mask=in_column, other=0.0).to(tl.float32)
-    gate = tl.sum(tl.sum(gate_weight.to(tl.float32) * x, axis=1), axis=1)
-    up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1)
+    # The norm divides all of x by the same number, so it is enough to scale the results.
+    scale = 1.0
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / IN_SIZE + eps)
+        x *= norm.to(tl.float32)
+    gate = tl.sum(tl.sum(gate_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+    up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
     out = gate / (1.0 + tl.exp(-gate)) * up  # silu(gate) * up
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + slot * OUT_SIZE + row, out, mask=row < OUT_SIZE)
@@ -78,37 +87,47 @@ def _down_kernel(
     OUT_SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes ROWS outputs: all experts' products, weighted and added up."""
+    """A program computes ROWS outputs: all experts' products, weighted and added up.
+
+    SLOTS and COLUMNS are TOP_K and IN_SIZE, rounded up to powers of two.
+    """
     launch_next(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, SLOTS)[None, :, None]
+    column = tl.arange(0, COLUMNS)[None, None, :]
     is_row = row < OUT_SIZE
-    row_offsets = row[:, None] * IN_SIZE
+    is_slot = slot < TOP_K
+    in_row = is_slot & (column < IN_SIZE)
     wait_for_previous(PDL)
-    acc = tl.zeros([ROWS, 256], tl.float32)
-    for slot in tl.static_range(TOP_K):
-        expert = tl.load(experts_ptr + slot).to(tl.int64)
-        routing_weight = tl.load(routing_weights_ptr + slot)
-        expert_ptr = weight_ptr + expert * (OUT_SIZE * IN_SIZE)
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * 256 + tl.arange(0, 256)[None, :]
-            in_column = column < IN_SIZE
-            mask = is_row[:, None] & in_column
-            weight = tl.load(expert_ptr + row_offsets + column, mask=mask, other=0.0)
-            x = tl.load(x_ptr + slot * IN_SIZE + column, mask=in_column, other=0.0)
-            acc += weight.to(tl.float32) * (x.to(tl.float32) * routing_weight)
-    out = tl.sum(acc, axis=1)
+    # One load for the tiles of all experts, so that none of them waits for another.
+    expert = tl.load(experts_ptr + slot, mask=is_slot, other=0).to(tl.int64)
+    offsets = expert * (OUT_SIZE * IN_SIZE) + row[:, None, None] * IN_SIZE + column
+    mask = is_row[:, None, None] & in_row
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + slot * IN_SIZE + column, mask=in_row, other=0.0).to(tl.float32)
+    routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
+    out = tl.sum(tl.sum(weight * (x * routing_weight), axis=2), axis=1)
     if residual_ptr is not None:
         out += tl.load(residual_ptr + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 def expert_gate_up_gemv(
-    x: Tensor, weight: Tensor, routing: Routing, config: GemvConfig = GATE_UP_CONFIG
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    config: GemvConfig = GATE_UP_CONFIG,
 ) -> Tensor:
-    """`expert_gate_up` for one token: x `[1, hidden]`, the result `[top_k, intermediate]`."""
+    """`expert_gate_up` for one token: x `[1, hidden]`, the result `[top_k, intermediate]`.
+
+    norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first, or None.
+    """
     _, matrix_rows, in_size = weight.shape
     out_size = matrix_rows // 2
     top_k = routing.experts.shape[1]
@@ -118,6 +137,8 @@ def expert_gate_up_gemv(
         x,
         weight,
         routing.experts,
+        norm_weight,
+        eps,
         out,
         IN_SIZE=in_size,
         OUT_SIZE=out_size,
@@ -159,7 +180,8 @@ def expert_down_gemv(
         OUT_SIZE=out_size,
         TOP_K=top_k,
         ROWS=config.rows,
-        CHUNKS=triton.cdiv(in_size, 256),
+        SLOTS=next_power_of_2(top_k),
+        COLUMNS=next_power_of_2(in_size),
         num_warps=config.num_warps,
         **pdl_options(),
     )

@@ -10,17 +10,17 @@ the weight are the rows of the tensor cores' instruction, which takes 64 of them
 tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels._triton import (
     TensorDescriptor,
+    device_limits,
     has_tma,
     launch_next,
     next_power_of_2,
-    padded_empty,
     pdl_options,
     tl,
     triton,
@@ -122,17 +122,29 @@ def _grouped_gemm_kernel(
     tl.store(out_ptrs, out, mask=is_pair[:, None] & is_row[None, :])
 
 
-def grouped_config(num_pairs: int, num_experts: int, is_gated: bool) -> GroupedConfig:
+def grouped_config(
+    num_pairs: int, num_experts: int, is_gated: bool, dtype: torch.dtype, device: torch.device
+) -> GroupedConfig:
     """Choose the tiles for so many pairs; they should rarely need two tiles for an expert as long
     as reading its weight is what takes the time.
     """
     mean = triton.cdiv(num_pairs, num_experts)
     tokens = min(128, max(16, next_power_of_2(2 * mean - 1)))
+    if dtype.itemsize > 2:  # exact products are not for tensor cores, and the tiles are larger
+        return GroupedConfig(min(tokens, 32), 64, 32, num_warps=4, num_stages=2)
+    # Measured on an H100.
     if tokens <= 32:
-        return GroupedConfig(tokens, 64, 128, num_warps=4, num_stages=3 if is_gated else 4)
-    if tokens == 64:
-        return GroupedConfig(tokens, 64, 64, num_warps=4, num_stages=4)
-    return GroupedConfig(tokens, 128, 64, num_warps=8, num_stages=3 if is_gated else 4)
+        config = GroupedConfig(tokens, 64, 128, num_warps=4, num_stages=3 if is_gated else 4)
+    elif tokens == 64:
+        config = GroupedConfig(tokens, 64, 64, num_warps=4, num_stages=4)
+    elif is_gated:
+        config = GroupedConfig(tokens, 128, 64, num_warps=8, num_stages=4)
+    else:
+        config = GroupedConfig(tokens, 128, 64, num_warps=4, num_stages=3)  # two programs fit
+    weight_rows = 2 * config.rows if is_gated else config.rows
+    stage_bytes = (weight_rows + tokens) * config.chunk * dtype.itemsize
+    max_stages = device_limits(device)[1] // stage_bytes
+    return replace(config, num_stages=max(1, min(config.num_stages, max_stages)))
 
 
 def expert_gate_up(
@@ -143,7 +155,8 @@ def expert_gate_up(
     x: `[n, hidden]`, n >= 2. weight: `[num_experts, 2 * intermediate, hidden]`, each expert's gate
     projection above its up projection. Both are contiguous.
     """
-    out = padded_empty(routing.experts.numel(), weight.shape[1] // 2, x)
+    num_pairs = routing.experts.numel()
+    out = torch.empty(num_pairs, weight.shape[1] // 2, dtype=x.dtype, device=x.device)
     launch_grouped_gemm(x, weight, routing, out, is_gated=True, config=config)
     return out
 
@@ -178,7 +191,7 @@ def launch_grouped_gemm(
     num_pairs = num_tokens * top_k
     assert x.is_contiguous() and weight.is_contiguous()
     if config is None:
-        config = grouped_config(num_pairs, num_experts, is_gated)
+        config = grouped_config(num_pairs, num_experts, is_gated, x.dtype, x.device)
     chunk = min(config.chunk, max(16, next_power_of_2(in_size)))
     weight_desc = None
     if has_tma() and in_size * weight.itemsize % 16 == 0:

@@ -44,13 +44,20 @@ def moe_partial_sums(x: Tensor, weights: MoEWeights) -> Tensor:
     return expert_down(activation, weights.down, routing)
 
 
-def moe_gemv(x: Tensor, weights: MoEWeights, residual: Tensor | None = None) -> Tensor:
+def moe_gemv(
+    x: Tensor,
+    weights: MoEWeights,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """`moe_torch` for one token, `[1, hidden]`.
 
-    residual: `[1, hidden]`; added, overwritten with the result, and returned.
+    residual: `[1, hidden]`; added, overwritten with the result, and returned. It may be x.
+    norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first, or None.
     """
-    routing = route(x, weights.router, weights.top_k, weights.is_normalized)
-    activation = expert_gate_up_gemv(x, weights.gate_up, routing)
+    routing = route(x, weights.router, weights.top_k, weights.is_normalized, norm_weight, eps)
+    activation = expert_gate_up_gemv(x, weights.gate_up, routing, norm_weight, eps)
     return expert_down_gemv(activation, weights.down, routing, residual)
 
 

@@ -28,7 +28,7 @@ from nanovllm.kernels._triton import (
 )
 from nanovllm.kernels.gemv import gemv
 
-MAX_NARROW_TOKENS = 128  # up to here, a router kernel's program takes few experts
+MAX_SPLIT_TOKENS = 128  # up to here, the router's inner dimension is split
 
 
 class Routing(NamedTuple):
@@ -52,9 +52,12 @@ def _router_kernel(
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes the logits of EXPERTS experts for TOKENS tokens, and clears counters."""
+    """A program computes the logits of EXPERTS experts for TOKENS tokens over SPLIT columns of the
+    inner dimension, and clears the experts' counters.
+    """
     launch_next(PDL)
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -64,16 +67,16 @@ def _router_kernel(
     x_row = x_ptr + token.to(tl.int64)[:, None] * IN_SIZE
     # The layer before may have had its counters in the same memory, and may still read them.
     wait_for_previous(PDL)
-    if tl.program_id(1) == 0:
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(counts_ptr + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
     acc = tl.zeros([EXPERTS, TOKENS], tl.float32)
-    for first in range(0, IN_SIZE, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
+    for first in range(0, SPLIT, CHUNK):
+        column = tl.program_id(2) * SPLIT + first + tl.arange(0, CHUNK)[None, :]
         in_row = column < IN_SIZE
         weight = tl.load(weight_row + column, mask=is_expert[:, None] & in_row, other=0.0)
         x = tl.load(x_row + column, mask=is_token[:, None] & in_row, other=0.0)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    offsets = token[None, :] * NUM_EXPERTS + expert[:, None]
+    offsets = (tl.program_id(2) * num_tokens + token[None, :]) * NUM_EXPERTS + expert[:, None]
     tl.store(logits_ptr + offsets, acc, mask=is_expert[:, None] & is_token[None, :])
 
 
@@ -86,6 +89,7 @@ def _choose_kernel(
     buckets_ptr,
     num_tokens,
     NUM_EXPERTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALIZED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -103,7 +107,10 @@ def _choose_kernel(
     wait_for_previous(PDL)
     row = tl.minimum(token, num_tokens - 1)  # a program's last rows repeat the last token's
     offsets = row * NUM_EXPERTS + expert
-    logits = tl.load(logits_ptr + offsets, mask=expert < NUM_EXPERTS, other=float("-inf"))
+    logits = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        split_ptr = logits_ptr + split * num_tokens * NUM_EXPERTS
+        logits += tl.load(split_ptr + offsets, mask=expert < NUM_EXPERTS, other=float("-inf"))
     exps = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
     scores = exps / tl.sum(exps, axis=1, keep_dims=True)
     # If a token's numbers are no numbers, it still has to get experts that there are.
@@ -129,7 +136,14 @@ def _choose_kernel(
         tl.store(buckets_ptr + chosen.to(tl.int64) * num_tokens + place, pair, mask=mask)
 
 
-def route(x: Tensor, router_weight: Tensor, top_k: int, is_normalized: bool) -> Routing:
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    is_normalized: bool,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Routing:
     """Choose the experts of each token: the `top_k` with the largest softmax of the router's
     logits, all in float32.
 
@@ -137,36 +151,23 @@ def route(x: Tensor, router_weight: Tensor, top_k: int, is_normalized: bool) -> 
 
     x: `[n, hidden]`, contiguous. router_weight: `[num_experts, hidden]`, contiguous.
     is_normalized: the weights of a token's experts are divided by their sum.
+    norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first; for one
+        token only. None: x is taken as it is.
     """
-    num_tokens, hidden = x.shape
+    num_tokens = x.shape[0]
     num_experts = router_weight.shape[0]
+    assert norm_weight is None or num_tokens == 1
     assert x.is_contiguous() and router_weight.is_contiguous()
     experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=x.device)
     buckets = torch.empty(num_experts, num_tokens, dtype=torch.int32, device=x.device)
     if num_tokens == 1:
-        logits = gemv(x, router_weight, out_dtype=torch.float32)
+        logits = gemv(x, router_weight, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32)[
+            None
+        ]
     else:
-        logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-        is_narrow = num_tokens <= MAX_NARROW_TOKENS
-        tile_experts = 16 if is_narrow else 64
-        tile_tokens = 16 if is_narrow else 64
-        grid = (triton.cdiv(num_experts, tile_experts), triton.cdiv(num_tokens, tile_tokens))
-        _router_kernel[grid](
-            x,
-            router_weight,
-            logits,
-            counts,
-            num_tokens,
-            NUM_EXPERTS=num_experts,
-            IN_SIZE=hidden,
-            TOKENS=tile_tokens,
-            EXPERTS=tile_experts,
-            CHUNK=min(256 if is_narrow else 64, max(16, next_power_of_2(hidden))),
-            num_stages=4,
-            **pdl_options(),
-        )
+        logits = router_logits(x, router_weight, counts)
     tile_tokens = 4  # a warp each
     _choose_kernel[(triton.cdiv(num_tokens, tile_tokens),)](
         logits,
@@ -176,6 +177,7 @@ def route(x: Tensor, router_weight: Tensor, top_k: int, is_normalized: bool) -> 
         None if num_tokens == 1 else buckets,
         num_tokens,
         NUM_EXPERTS=num_experts,
+        SPLITS=len(logits),
         TOP_K=top_k,
         NORMALIZED=is_normalized,
         TOKENS=tile_tokens,
@@ -184,6 +186,41 @@ def route(x: Tensor, router_weight: Tensor, top_k: int, is_normalized: bool) -> 
         **pdl_options(),
     )
     return Routing(experts, weights, counts, buckets)
+
+
+def router_logits(x: Tensor, router_weight: Tensor, counts: Tensor) -> Tensor:
+    """Return partial sums `[splits, n, num_experts]` float32 of the logits, and clear `counts`.
+
+    For few tokens there are several splits, so that many multiprocessors read the weight.
+    """
+    num_tokens, in_size = x.shape
+    num_experts = router_weight.shape[0]
+    tile = 64  # of tokens, and of experts
+    chunk = 64
+    split = triton.cdiv(in_size, chunk) * chunk
+    if num_tokens <= MAX_SPLIT_TOKENS:
+        tile = 16
+        chunk = 256
+        split = chunk
+    splits = triton.cdiv(in_size, split)
+    logits = torch.empty(splits, num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(num_experts, tile), triton.cdiv(num_tokens, tile), splits)
+    _router_kernel[grid](
+        x,
+        router_weight,
+        logits,
+        counts,
+        num_tokens,
+        NUM_EXPERTS=num_experts,
+        IN_SIZE=in_size,
+        TOKENS=tile,
+        EXPERTS=tile,
+        CHUNK=chunk,
+        SPLIT=split,
+        num_stages=3,
+        **pdl_options(),
+    )
+    return logits
 
 
 def route_torch(

@@ -131,7 +131,6 @@ class SparseMoE(nn.Module):
         self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
     ) -> Tensor | PartialSums:
         """Compute this rank's part of the sum, of x `[n, hidden]`; see `WeightFormat.matmul`."""
-        assert norm is None and epilogue.out is None, "only a linear layer is asked for these"
         residual = epilogue.add_to
         weights = MoEWeights(
             self.gate.weight,
@@ -144,7 +143,9 @@ class SparseMoE(nn.Module):
             product = moe_torch(x, weights)
             return product if residual is None else residual.add_(product)
         if uses_gemv(x):
-            return moe_gemv(x, weights, residual)
+            norm_weight = None if norm is None else norm.weight
+            return moe_gemv(x, weights, residual, norm_weight, 0.0 if norm is None else norm.eps)
+        assert norm is None and epilogue.out is None
         if len(x) > CHUNK_TOKENS:
             return moe_in_chunks(x, weights, residual)
         sums = PartialSums(moe_partial_sums(x, weights))
