@@ -23,6 +23,13 @@ NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 31, 120, 33, 48, 64, 90]
 
 GEMMA3: dict[str, Any] = dict(architecture="Gemma3ForCausalLM", head_dim=16, num_hidden_layers=4)
+QWEN3_MOE: dict[str, Any] = dict(
+    architecture="Qwen3MoeForCausalLM",
+    head_dim=16,
+    moe_intermediate_size=24,
+    num_experts=7,
+    num_experts_per_tok=3,
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(architecture="LlamaForCausalLM", rope_theta=5e5),
     "llama-tied-mqa": dict(
@@ -79,6 +86,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
     ),
+    "qwen3-moe": dict(**QWEN3_MOE, norm_topk_prob=True, seed=1),
+    "qwen3-moe-one-expert-a-token": dict(**{**QWEN3_MOE, "num_experts_per_tok": 1}, seed=1),
+    "qwen3-moe-some-layers-dense": dict(
+        **QWEN3_MOE, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3], seed=2
+    ),
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),
@@ -95,9 +107,8 @@ def reference(
 ) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
     """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
-    checkpoint = make_checkpoint(
-        tmp_path_factory.mktemp(name), seed=1 + list(FAMILIES).index(name), **FAMILIES[name]
-    )
+    options = {"seed": 1 + list(FAMILIES).index(name), **FAMILIES[name]}
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **options)
     prompts = random_prompts(0, LENGTHS)
     prompts += [prompts[8][:40] + tail for tail in random_prompts(1, [3, 20])] + [prompts[11]]
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS)
@@ -157,6 +168,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2-bidirectional": (
         dict(architecture="Gemma2ForCausalLM", use_bidirectional_attention=True),
         "use_bidirectional_attention True is not supported for gemma2",
+    ),
+    "qwen3-moe-top-k": (
+        dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
+        r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",
+    ),
+    "qwen3-moe-sparse-step": (
+        dict(**QWEN3_MOE, decoder_sparse_step=0, mlp_only_layers=[0, 1]),
+        r"decoder_sparse_step \(0\)",
     ),
 }
 
