@@ -19,13 +19,8 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it: no test may fetch anything
 
 import pytest
-from transformers import (
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from transformers import PreTrainedModel
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -119,6 +114,8 @@ def make_checkpoint(
 ) -> Checkpoint:
     """A small model with large random weights, so that its greedy completions vary.
 
+    architecture: any causal language model of `transformers`.
+    overrides: of its configuration.
     All weights can be written in bfloat16, so that a checkpoint means the same in every dtype.
     """
     options: dict[str, Any] = dict(
@@ -137,10 +134,8 @@ def make_checkpoint(
     if architecture == QWEN3:
         options["head_dim"] = 16
     options.update(overrides)
-    if architecture == QWEN3:
-        model: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**options))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**options))
+    model_class = getattr(transformers, architecture)
+    model: PreTrainedModel = model_class(model_class.config_class(**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():

@@ -223,8 +223,8 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     "changes, message",
     [
         (
-            dict(architectures=["LlamaForCausalLM"]),
-            "'LlamaForCausalLM'; supported: Qwen3ForCausalLM, Qwen2",
+            dict(architectures=["GPTNeoXForCausalLM"]),
+            "'GPTNeoXForCausalLM'; supported: Qwen3ForCausalLM, Qwen2",
         ),
         (dict(architectures=[]), "supported: Qwen3ForCausalLM, Qwen2"),
         (

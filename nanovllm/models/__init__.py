@@ -4,23 +4,29 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, head_size
+from nanovllm.models.causal_lm import CausalLM, head_size
+from nanovllm.models.llama import LlamaForCausalLM
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_dummy, load_model
 
 __all__ = ["MODELS", "build_model", "head_size", "model_class"]
 
-# Qwen2 is Qwen3 with a QKV bias and without the norms on q and k: one class reads from the
-# configuration which of them it is.
-MODELS = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Qwen2ForCausalLM": Qwen3ForCausalLM}
+MODELS: dict[str, type[CausalLM]] = {
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    # Qwen3 with a QKV bias and without the norms on q and k: one class reads from the configuration
+    # which of them it is.
+    "Qwen2ForCausalLM": Qwen3ForCausalLM,
+    "LlamaForCausalLM": LlamaForCausalLM,
+}
 
 
-def model_class(hf_config: PretrainedConfig) -> type[Qwen3ForCausalLM]:
+def model_class(hf_config: PretrainedConfig) -> type[CausalLM]:
     """Return the class that runs the architecture which a configuration names."""
     assert hf_config.architectures, "Config checks that there is one"
     return MODELS[hf_config.architectures[0]]
 
 
-def build_model(config: Config, device: torch.device) -> Qwen3ForCausalLM:
+def build_model(config: Config, device: torch.device) -> CausalLM:
     """Build this rank's part of the model on `device`, in the engine's dtype, and load its weights.
 
     Raises:

@@ -1,0 +1,129 @@
+"""What the language models of all families share: everything but their decoder layers.
+
+A decoder-only transformer is an embedding, a stack of decoder layers and an LM head. Families
+differ in the layers, so each has a file of its own for them, with a class derived from `CausalLM`
+that names its layer. Tensors have no batch dimension: the tokens of all sequences of a step lie one
+after the other, `[num_tokens, ...]`, and only attention knows where one sequence ends and the next
+begins. The residual stream is explained in layers/residual.py.
+"""
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from nanovllm.layers.activation import GateUpLinear
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import RowParallelLinear, check_sharding
+from nanovllm.layers.residual import Normed, ResidualStream
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Return the size of a head; many configurations do not name it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layer_types(config: PretrainedConfig) -> list[str]:
+    """Return "full_attention" or "sliding_attention" for each layer."""
+    types = getattr(config, "layer_types", None)
+    return list(types or ["full_attention"] * config.num_hidden_layers)
+
+
+def check_option(config: PretrainedConfig, name: str, *supported: object) -> None:
+    """Raise a ValueError unless an option of the configuration is absent or one of `supported`."""
+    value = getattr(config, name, supported[0])
+    if value not in supported:
+        allowed = ", ".join(repr(choice) for choice in supported)
+        raise ValueError(
+            f"{name} {value!r} is not supported for {config.model_type}; supported: {allowed}"
+        )
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
+
+
+class DecoderLayer(Protocol):
+    """A family's decoder layer: an `nn.Module` that `DecoderModel` makes and calls."""
+
+    def __init__(
+        self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding | None
+    ) -> None:
+        """Make layer number `index`."""
+
+    def __call__(self, positions: Tensor, stream: ResidualStream) -> None:
+        """Update the hidden states in `stream`."""
+
+
+class DecoderModel(nn.Module):
+    """Embedding, decoder layers, norm."""
+
+    def __init__(
+        self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
+    ) -> None:
+        super().__init__()
+        frequencies = default_frequencies(head_size(config), rope_theta(config))
+        rotary_emb = RotaryEmbedding(frequencies, max_position)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            layer_class(config, index, rotary_emb)  # type: ignore[misc]  # it is a module, too
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Normed:
+        """`[num_tokens]` int64 each: the normalised hidden states `[n, hidden_size]`."""
+        stream = ResidualStream(self.embed(input_ids))
+        for layer in self.layers:
+            layer(positions, stream)
+        return stream.normed(self.norm)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look up the embeddings: `[num_tokens, hidden_size]`."""
+        return self.embed_tokens(input_ids)
+
+
+class CausalLM(nn.Module):
+    """A language model, for positions below `max_position`."""
+
+    layer_class: ClassVar[type[DecoderLayer]]
+    model_class: ClassVar[type[DecoderModel]] = DecoderModel
+
+    def __init__(self, config: PretrainedConfig, max_position: int) -> None:
+        super().__init__()
+        self.model = self.model_class(config, max_position, self.layer_class)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
+        """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        rope_theta(config)
+        check_option(config, "hidden_act", "silu")
+        if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types(
+            config
+        ):
+            raise ValueError(
+                "sliding-window attention is not supported; set use_sliding_window to false"
+            )
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                "quantised checkpoints are not supported; use a bf16, fp16 or fp32 one"
+            )
+        check_sharding(config, tp_size)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Normed:
+        """Compute hidden states `[n, hidden_size]`, normalised, of `[num_tokens]` int64 inputs."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, normed: Normed) -> Tensor:
+        """Compute this rank's logits `[n, vocab / tp]` of what `forward` returns."""
+        return self.lm_head(normed)

@@ -1,0 +1,65 @@
+"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024), and the many models of its shape.
+
+Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The RoPE of Llama 3.1 and later is
+scaled, which is a matter of its frequencies alone.
+"""
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.residual import Attended, Normed, ResidualStream
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option, head_size
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        head_dim = head_size(config)
+        bias = bool(getattr(config, "attention_bias", False))
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, bias)
+        self.attn = Attention(
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
+        )
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
+
+    def forward(self, positions: Tensor, x: Normed) -> Attended:
+        """Attend; `o_proj` is left to the residual stream, which adds on the way."""
+        return self.attn(positions, self.qkv_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """`h += attention(norm(h))`, then `h += mlp(norm(h))`."""
+
+    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, index, rotary_emb)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, positions: Tensor, stream: ResidualStream) -> None:
+        """Update the hidden states in `stream`."""
+        attended = self.self_attn(positions, stream.normed(self.input_layernorm))
+        stream.add(self.self_attn.o_proj, attended)
+        x = stream.normed(self.post_attention_layernorm)
+        stream.add(self.mlp.down_proj, x, before=self.mlp.gate_up_proj)
+
+
+class LlamaForCausalLM(CausalLM):
+    """Llama, dense."""
+
+    layer_class = LlamaDecoderLayer
+
+    @classmethod
+    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
+        """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        super().check_config(config, tp_size)
+        check_option(config, "mlp_bias", False, None)
