@@ -27,6 +27,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-bias-wide-heads": dict(
         architecture="LlamaForCausalLM", attention_bias=True, head_dim=32, rms_norm_eps=1e-3
     ),
+    "olmo2-shared-kv-head": dict(
+        architecture="Olmo2ForCausalLM", num_key_value_heads=1, rms_norm_eps=1e-3
+    ),
+    "olmo2-bias": dict(architecture="Olmo2ForCausalLM", attention_bias=True, std=0.6),
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),
@@ -43,9 +47,7 @@ def reference(
 ) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
     """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
-    checkpoint = make_checkpoint(
-        tmp_path_factory.mktemp(name), seed=1 + list(FAMILIES).index(name), **FAMILIES[name]
-    )
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **{"seed": 1, **FAMILIES[name]})
     prompts = random_prompts(0, LENGTHS)
     prompts += [prompts[8][:40] + tail for tail in random_prompts(1, [3, 20])] + [prompts[11]]
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS)

@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 from nanovllm.config import Config
 from nanovllm.models.causal_lm import CausalLM, head_size
 from nanovllm.models.llama import LlamaForCausalLM
+from nanovllm.models.olmo2 import Olmo2ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_dummy, load_model
 
@@ -17,6 +18,7 @@ MODELS: dict[str, type[CausalLM]] = {
     # which of them it is.
     "Qwen2ForCausalLM": Qwen3ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    "Olmo2ForCausalLM": Olmo2ForCausalLM,
 }
 
 
