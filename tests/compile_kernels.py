@@ -79,6 +79,8 @@ def main() -> None:
     silu_mul.silu_mul(x)
     for weight in (norm, None):
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS)
+        rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS, norm.float(), EPS)
+        rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
     gemv.gemv(x[:1], numbers(256, HIDDEN), gated=True)

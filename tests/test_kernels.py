@@ -231,6 +231,24 @@ def test_add_rms_norm(num_parts, rows, size, dtype):
             assert_near(out, norm64(expected, norm, 1e-3), dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("num_parts, rows, size", [(1, 3, 64), (3, 5, 1000)])
+@both_dtypes
+def test_add_rms_norm_of_an_addend_that_is_changed(num_parts, rows, size, dtype):
+    x, weight, post_weight = randn(rows, size, dtype=dtype), randn(size), randn(size)
+    parts = randn(num_parts, rows, size, dtype=dtype)
+    total = parts.double().sum(0)
+    for post, scale in ((post_weight, 1.0), (None, 0.25), (post_weight, 0.25)):
+        changed = total if post is None else norm64(total, post, 1e-2)
+        expected = x.double() + scale * changed
+        for norm in (weight, None):
+            added = x.clone()
+            out = add_rms_norm(added, parts, norm, 1e-3, post, 1e-2, scale)
+            assert_near(added, expected, dtype)
+            if norm is not None:
+                assert_near(out, norm64(expected, norm, 1e-3), dtype)
+
+
 @pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])
 @pytest.mark.parametrize("rows, size", [(1, 16), (3, 100), (2, 1500)])
 @both_dtypes

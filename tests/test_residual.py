@@ -24,6 +24,9 @@ from nanovllm.utils.loader import load_model
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 HIDDEN = 16
+needs_interpreter = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -135,9 +138,7 @@ def test_a_norm_that_nobody_read_is_lost_with_the_next_addition() -> None:
         late.values()
 
 
-@pytest.mark.skipif(
-    not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
-)
+@needs_interpreter
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_partial_sums_are_added_up_with_the_norm(
@@ -145,20 +146,49 @@ def test_partial_sums_are_added_up_with_the_norm(
 ) -> None:
     """The real kernel that adds; split-K itself is replaced. What computes the norm is asked."""
     partial, hidden, norm = torch.randn(splits, 5, HIDDEN), torch.randn(5, HIDDEN), make_norm()
-    choice = MatmulChoice(MatmulKernel.SPLIT_K, splits)
-    monkeypatch.setattr(unquantized, "choose_matmul", lambda x, weight, reader_sums: choice)
-    monkeypatch.setattr(unquantized, "split_gemm", lambda x, weight, bias, splits: partial)
+    replace_split_k(monkeypatch, partial)
     stream = ResidualStream(hidden.clone())
     stream.add(random_layer(RowParallelLinear(8, HIDDEN)), torch.randn(5, 8))
-    if has_norm:
+    check_sum(stream, hidden + partial.sum(0), norm if has_norm else None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("has_post_norm", [True, False])
+def test_partial_sums_are_normalised_and_scaled_before_they_are_added(
+    splits: int, has_norm: bool, has_post_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same kernel, as Gemma and Granite need it."""
+    partial, hidden, norm = torch.randn(splits, 5, HIDDEN), torch.randn(5, HIDDEN), make_norm()
+    post_norm = make_norm() if has_post_norm else None
+    output = partial.sum(0)
+    expected = hidden + 0.5 * (output if post_norm is None else post_norm(output))
+    replace_split_k(monkeypatch, partial)
+    stream = ResidualStream(hidden.clone())
+    layer = random_layer(RowParallelLinear(8, HIDDEN))
+    stream.add(layer, torch.randn(5, 8), post_norm=post_norm, scale=0.5)
+    check_sum(stream, expected, norm if has_norm else None)
+
+
+def replace_split_k(monkeypatch: pytest.MonkeyPatch, partial: Tensor) -> None:
+    """Have every product be these partial sums."""
+    choice = MatmulChoice(MatmulKernel.SPLIT_K, len(partial))
+    monkeypatch.setattr(unquantized, "choose_matmul", lambda x, weight, reader_sums: choice)
+    monkeypatch.setattr(unquantized, "split_gemm", lambda x, weight, bias, splits: partial)
+
+
+def check_sum(stream: ResidualStream, expected: Tensor, norm: RMSNorm | None) -> None:
+    """Finish the stream's addition, and check it and the norm that is to come with it."""
+    if norm is None:
+        stream.keep(torch.arange(len(expected)))
+    else:
         calls: list[int] = []
         norm.register_forward_hook(lambda *_: calls.append(1))
         values = stream.normed(norm).values()
         assert not calls  # it came with the sum
-        torch.testing.assert_close(values, norm(hidden + partial.sum(0)))
-    else:
-        stream.keep(torch.arange(5))
-    torch.testing.assert_close(stream.hidden, hidden + partial.sum(0))
+        torch.testing.assert_close(values, norm(expected))
+    torch.testing.assert_close(stream.hidden, expected)
 
 
 # --- several ranks, as threads of this process ----------------------------------------------------

@@ -27,31 +27,48 @@ def _rms_norm_kernel(
     addends_ptr,
     own_ptr,
     weight_ptr,
+    post_weight_ptr,
     out_ptr,
     eps,
+    post_eps,
+    scale,
     addend_stride,
     SIZE: tl.constexpr,
     ADDENDS: tl.constexpr,
     OWN: tl.constexpr,
+    CHANGED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program takes one row. With addends, x is the residual, and is updated."""
+    """A program takes one row. With addends, x is the residual, and is updated.
+
+    CHANGED: the sum of the addends is normalised or scaled before it is added.
+    """
     launch_next(PDL)
     column = tl.arange(0, BLOCK)
     offsets = tl.program_id(0).to(tl.int64) * SIZE + column
     mask = column < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if post_weight_ptr is not None:
+        post_weight = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if ADDENDS > 0:
+        total = x
+        if CHANGED:
+            total = tl.zeros_like(x)
         for i in tl.static_range(ADDENDS):
             if i == OWN:
-                x += tl.load(own_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                total += tl.load(own_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             else:
                 addend_ptr = addends_ptr + addend_stride.to(tl.int64) * i
-                x += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                total += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if post_weight_ptr is not None:
+            total *= tl.rsqrt(tl.sum(total * total, axis=0) / SIZE + post_eps) * post_weight
+        if CHANGED:
+            total = x + scale * total
+        x = total
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the rounded residual
         tl.store(x_ptr + offsets, x, mask=mask)
     if weight_ptr is not None:
@@ -74,12 +91,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         None,
         None,
         weight,
+        None,
         out,
         eps,
+        0.0,
+        1.0,
         0,
         SIZE=size,
         ADDENDS=0,
         OWN=-1,
+        CHANGED=False,
         BLOCK=block,
         num_warps=min(8, max(1, block // 1024)),  # few: a sum inside one warp needs no barrier
         **pdl_options(),
@@ -88,13 +109,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, partial_sums: Tensor, weight: Tensor | None, eps: float
+    x: Tensor,
+    partial_sums: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    post_weight: Tensor | None = None,
+    post_eps: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor | None:
     """Add the partial sums of a GEMM to the residual x, in place, and return the RMSNorm of x.
 
     x: `[n, size]`, contiguous.
     partial_sums: `[splits, n, size]`, contiguous: what `split_gemm` returns.
     weight: `[size]`; None: no norm is computed, and None is returned.
+    post_weight, post_eps: `[size]` and the epsilon of an RMSNorm that the sum of the partial sums
+        goes through before it is added; None: it is added as it is.
+    scale: a factor of what is added.
     """
     _, num_rows, size = partial_sums.shape
     assert x.is_contiguous() and partial_sums.is_contiguous()
@@ -107,6 +137,9 @@ def add_rms_norm(
         out=out,
         num_warps=min(16, max(1, next_power_of_2(size) // 64)),  # many: there is more to read
         pdl=pdl_options(),
+        post_weight=post_weight,
+        post_eps=post_eps,
+        scale=scale,
     )
     return out
 
@@ -121,6 +154,9 @@ def launch_add_rms_norm(
     pdl: dict[str, bool],
     own: Tensor | None = None,
     own_index: int = -1,
+    post_weight: Tensor | None = None,
+    post_eps: float = 0.0,
+    scale: float = 1.0,
 ) -> None:
     """Add all addends to the residual, in place, and write the RMSNorm of that to `out`.
 
@@ -133,6 +169,7 @@ def launch_add_rms_norm(
     addends: `[num_addends, n, size]`; each of them is contiguous.
     weight: `[size]`; None: the sum itself is written to `out`.
     out: `[n, size]`; None: only the residual is updated.
+    post_weight, post_eps, scale: as in `add_rms_norm`.
     pdl: `pdl_options()`, or `{"PDL": False}` to launch a plain kernel.
     """
     num_addends, num_rows, size = addends.shape
@@ -141,12 +178,16 @@ def launch_add_rms_norm(
         addends,
         own,
         weight,
+        post_weight,
         out,
         eps,
+        post_eps,
+        scale,
         addends.stride(0),
         SIZE=size,
         ADDENDS=num_addends,
         OWN=own_index,
+        CHANGED=post_weight is not None or scale != 1.0,
         BLOCK=next_power_of_2(size),
         num_warps=num_warps,
         **pdl,

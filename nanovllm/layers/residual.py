@@ -202,7 +202,7 @@ class ResidualStream:
         before: a layer that x goes through first. It works row by row, so that large prefills can
             be computed in pieces.
         post_norm, scale: as families with a norm on the output (Gemma, OLMo) or a residual
-            multiplier (Granite) need them. These additions are made plainly.
+            multiplier (Granite) need them. The ranks do not sum such outputs in pieces.
         """
         if self._open is not None:
             self._make_addition(None)
@@ -249,7 +249,7 @@ class ResidualStream:
         assert addition is not None
         values: Tensor | None = None
         if addition.post_norm is not None or addition.scale != 1.0:
-            self._add_changed(addition)
+            values = self._add_changed(addition, norm)
         elif norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
             values = self._add_in_pieces(addition, norm)
         elif self.tp.size > 1:
@@ -288,15 +288,34 @@ class ResidualStream:
         self._has_own_rows_only = True
         return self.tp.add_in_pieces(addition.piece, self.hidden, norm)
 
-    def _add_changed(self, addition: Addition) -> None:
-        """Add an output that is normalised or scaled first, which takes the complete sum."""
+    def _add_changed(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
+        """Add an output that is normalised or scaled first, which takes the complete sum.
+
+        Returns `norm` of the result where the kernel that adds computes it on the way.
+        """
         self._complete_rows()
-        output = addition.layer(addition.layer_input())
+        product = addition.layer.matmul(addition.layer_input(), READER_SUMS)
         if self.tp.size > 1:
-            output = self.tp.all_reduce(output)
-        if addition.post_norm is not None:
-            output = addition.post_norm(output)
-        self.hidden.add_(output, alpha=addition.scale)
+            product = self.tp.all_reduce(product if isinstance(product, Tensor) else product.sum())
+        post_norm = addition.post_norm
+        if isinstance(product, Tensor) and product.is_cuda:
+            product = PartialSums(product[None])
+        if isinstance(product, PartialSums):
+            if uses_gemv(self.hidden):
+                norm = None  # the GEMV that reads the norm computes it
+            return add_rms_norm(
+                self.hidden,
+                product.values,
+                weight=None if norm is None else norm.weight,
+                eps=0.0 if norm is None else norm.eps,
+                post_weight=None if post_norm is None else post_norm.weight,
+                post_eps=0.0 if post_norm is None else post_norm.eps,
+                scale=addition.scale,
+            )
+        if post_norm is not None:
+            product = post_norm(product)
+        self.hidden.add_(product, alpha=addition.scale)
+        return None
 
     def _complete_rows(self) -> None:
         """Bring all rows of `hidden` up to date, after sums in pieces."""

@@ -27,8 +27,43 @@ def head_size(config: PretrainedConfig) -> int:
 
 def layer_types(config: PretrainedConfig) -> list[str]:
     """Return "full_attention" or "sliding_attention" for each layer."""
+    num_layers = config.num_hidden_layers
     types = getattr(config, "layer_types", None)
-    return list(types or ["full_attention"] * config.num_hidden_layers)
+    if types:
+        return list(types)
+    # Families that have windows in all layers or none say no more than this. Nor did any before
+    # transformers 4.53, but for a rule of their own.
+    if not (
+        getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    ):
+        return ["full_attention"] * num_layers
+    first = getattr(config, "max_window_layers", 0)  # Qwen: the layers below see everything
+    pattern = (
+        2 if config.model_type == "gemma2" else getattr(config, "sliding_window_pattern", None)
+    )
+    return [
+        "full_attention"
+        if index < first or (pattern is not None and (index + 1) % pattern == 0)
+        else "sliding_attention"
+        for index in range(num_layers)
+    ]
+
+
+def windows(config: PretrainedConfig) -> list[int | None]:
+    """Return how many tokens a token sees in each layer, itself included; None: all before it."""
+    window = getattr(config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in layer_types(config)]
+
+
+def rotary_embeddings(
+    config: PretrainedConfig, max_position: int
+) -> dict[str, RotaryEmbedding | None]:
+    """Make the rotary embedding of each type of layer that the model has.
+
+    Types that rotate alike share one, so that a step on the CPU gathers its rows once.
+    """
+    rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+    return dict.fromkeys(layer_types(config), rotary_emb)
 
 
 def check_option(config: PretrainedConfig, name: str, *supported: object) -> None:
@@ -69,11 +104,11 @@ class DecoderModel(nn.Module):
         self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
     ) -> None:
         super().__init__()
-        rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        rotary = rotary_embeddings(config, max_position)
         self.layers = nn.ModuleList(
-            layer_class(config, index, rotary_emb)  # type: ignore[misc]  # it is a module, too
-            for index in range(config.num_hidden_layers)
+            layer_class(config, index, rotary[kind])  # type: ignore[misc]  # it is a module, too
+            for index, kind in enumerate(layer_types(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
