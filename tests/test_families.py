@@ -31,6 +31,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         architecture="Olmo2ForCausalLM", num_key_value_heads=1, rms_norm_eps=1e-3
     ),
     "olmo2-bias": dict(architecture="Olmo2ForCausalLM", attention_bias=True, std=0.6),
+    "phi3": dict(architecture="Phi3ForCausalLM"),
+    "phi3-shared-kv-head-tied": dict(
+        architecture="Phi3ForCausalLM", num_key_value_heads=1, tie_word_embeddings=True
+    ),
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),

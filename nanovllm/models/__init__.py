@@ -7,6 +7,7 @@ from nanovllm.config import Config
 from nanovllm.models.causal_lm import CausalLM, head_size
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.olmo2 import Olmo2ForCausalLM
+from nanovllm.models.phi3 import Phi3ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_dummy, load_model
 
@@ -19,6 +20,7 @@ MODELS: dict[str, type[CausalLM]] = {
     "Qwen2ForCausalLM": Qwen3ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
     "Olmo2ForCausalLM": Olmo2ForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
 }
 
 

@@ -79,9 +79,11 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
+    gate_up_class: ClassVar[type[SiluGateUpLinear]] = SiluGateUpLinear
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = self.gate_up_class(config.hidden_size, config.intermediate_size)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
 

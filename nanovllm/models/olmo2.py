@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.projection_norm import (
+    projection_norm,
+    projection_norm_torch,
+    sums_of_squares,
+    sums_of_squares_torch,
+)
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -22,21 +28,18 @@ from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
 class ProjectionNorm(nn.Module):
-    """RMSNorm over all heads of a projection, of which this rank has some.
+    """The weight of an RMSNorm over all heads of a projection; a rank has that of its heads.
 
-    The sum of squares is made in two steps, since it runs over all ranks: each rank's own, then
-    `normalise_` with their sum. `full_size` counts the elements of all heads, `local_size` those
-    of this rank's heads.
+    full_size: elements of all heads. local_size: elements of this rank's heads.
     """
 
-    def __init__(self, full_size: int, local_size: int, eps: float) -> None:
+    def __init__(self, full_size: int, local_size: int) -> None:
         super().__init__()
         tp = get_tensor_parallel()
         num_shards = full_size // local_size
+        ranks_per_shard = tp.size // num_shards  # more than 1 where ranks share a KV head
         self.full_size = full_size
-        self.eps = eps
-        self.ranks_per_shard = tp.size // num_shards  # more than 1 where ranks share a KV head
-        self.first = tp.rank // self.ranks_per_shard * local_size
+        self.first = tp.rank // ranks_per_shard * local_size
         self.weight = nn.Parameter(torch.empty(local_size), requires_grad=False)
         set_weight_loader(self.weight, self.load_weight)
 
@@ -44,18 +47,6 @@ class ProjectionNorm(nn.Module):
         """Copy the weights of this rank's heads."""
         check_shape(loaded, (self.full_size,))
         param.copy_(loaded[self.first : self.first + len(param)])
-
-    def sum_of_squares(self, x: Tensor) -> Tensor:
-        """This rank's share of the sum over all heads: `[n]` float32, of x `[n, local_size]`.
-
-        A head that several ranks hold counts once when their shares are added up.
-        """
-        return x.float().square().sum(-1) / self.ranks_per_shard
-
-    def normalise_(self, x: Tensor, sum_of_squares: Tensor) -> None:
-        """Normalise x `[n, local_size]` in place; `sum_of_squares` `[n]` is that of all heads."""
-        factor = torch.rsqrt(sum_of_squares / self.full_size + self.eps)
-        x.copy_(x.float() * factor.unsqueeze(-1) * self.weight)
 
 
 class Olmo2Attention(nn.Module):
@@ -67,13 +58,13 @@ class Olmo2Attention(nn.Module):
         kv_heads = config.num_key_value_heads
         head_dim = head_size(config)
         bias = bool(config.attention_bias)
-        self.tp = get_tensor_parallel()
         self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, bias)
         self.qkv_proj.epilogue = PLAIN  # the norms below read one tensor, not partial sums
-        self.q_size = self.qkv_proj.num_heads * head_dim
-        self.kv_size = self.qkv_proj.num_kv_heads * head_dim
-        self.q_norm = ProjectionNorm(heads * head_dim, self.q_size, config.rms_norm_eps)
-        self.k_norm = ProjectionNorm(kv_heads * head_dim, self.kv_size, config.rms_norm_eps)
+        q_size = self.qkv_proj.num_heads * head_dim
+        k_size = self.qkv_proj.num_kv_heads * head_dim
+        self.q_norm = ProjectionNorm(heads * head_dim, q_size)
+        self.k_norm = ProjectionNorm(kv_heads * head_dim, k_size)
+        self.eps = config.rms_norm_eps
         self.attn = Attention(
             self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
         )
@@ -82,13 +73,20 @@ class Olmo2Attention(nn.Module):
     def forward(self, positions: Tensor, x: Tensor) -> Attended:
         """Attend; `o_proj` is left to the residual stream, which adds on the way."""
         qkv = self.qkv_proj(x)
-        q, k, _ = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        sums = torch.stack((self.q_norm.sum_of_squares(q), self.k_norm.sum_of_squares(k)))
-        if self.tp.size > 1:
-            sums = self.tp.all_reduce(sums)
-        self.q_norm.normalise_(q, sums[0])
-        self.k_norm.normalise_(k, sums[1])
+        self.normalise(qkv)
         return self.attn(positions, qkv)
+
+    def normalise(self, qkv: Tensor) -> None:
+        """Normalise q and k over the heads of all ranks, in place."""
+        tp = self.qkv_proj.tp
+        q_weight = self.q_norm.weight
+        k_weight = self.k_norm.weight
+        sums = None
+        if tp.size > 1:
+            add_up = sums_of_squares if qkv.is_cuda else sums_of_squares_torch
+            sums = tp.all_reduce(add_up(qkv, len(q_weight), len(k_weight)))
+        norm = projection_norm if qkv.is_cuda else projection_norm_torch
+        norm(qkv, q_weight, k_weight, self.eps, sums, tp.size)
 
 
 class Olmo2DecoderLayer(nn.Module):
