@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import (
     all_reduce,
+    gate_mul,
     gemv,
     gumbel,
     norm_rope_store,
@@ -24,7 +25,6 @@ from nanovllm.kernels import (
     prefill_all_reduce,
     projection_norm,
     rms_norm,
-    silu_mul,
     split_gemm,
     threshold,
     varlen_prefill,
@@ -72,20 +72,20 @@ def main() -> None:
         paged_decode,
         projection_norm,
         rms_norm,
-        silu_mul,
+        gate_mul,
         split_gemm,
     ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     rms_norm.rms_norm(x, norm, EPS)
-    silu_mul.silu_mul(x)
+    gate_mul.gate_mul(x)
     for weight in (norm, None):
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS)
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS, norm.float(), EPS)
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    gemv.gemv(x[:1], numbers(256, HIDDEN), gated=True)
+    gemv.gemv(x[:1], numbers(256, HIDDEN), activation="silu")
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
 

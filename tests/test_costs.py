@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import cpu_attention
 from nanovllm.kernels.attention_backend import CPU, TORCH, AttentionBackend
 from nanovllm.kernels.cpu_threads import WORK_PER_THREAD, threads_for
-from nanovllm.kernels.silu_mul import silu_mul_in_place, silu_mul_torch
+from nanovllm.kernels.gate_mul import gate_mul_in_place, gate_mul_torch
 
 # --- aborts ---------------------------------------------------------------------------------------
 
@@ -290,5 +290,5 @@ def test_sequences_of_like_length_are_attended_together(
 
 def test_the_activation_in_place_is_the_activation() -> None:
     x = torch.randn(5, 12)
-    expected = silu_mul_torch(x)
-    assert torch.equal(silu_mul_in_place(x), expected)
+    expected = gate_mul_torch(x)
+    assert torch.equal(gate_mul_in_place(x), expected)

@@ -17,7 +17,7 @@ from nanovllm.kernels.projection_norm import (
     sums_of_squares,
     sums_of_squares_torch,
 )
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.linear import QKVParallelLinear
 from nanovllm.models.olmo2 import ProjectionNorm
 from nanovllm.models.phi3 import Phi3GateUpLinear, Phi3QKVLinear
@@ -87,7 +87,7 @@ def test_stacked_qkv_is_that_of_three_tensors(size: int, kv_heads: int) -> None:
 def test_stacked_gate_and_up_are_those_of_two_tensors(size: int) -> None:
     gate, up = torch.randn(16, HIDDEN), torch.randn(16, HIDDEN)
     stacked_layers = on_ranks(size, lambda: empty(Phi3GateUpLinear(HIDDEN, 16)))
-    layers = on_ranks(size, lambda: empty(SiluGateUpLinear(HIDDEN, 16)))
+    layers = on_ranks(size, lambda: empty(GateUpLinear(HIDDEN, 16)))
     for stacked, layer in zip(stacked_layers, layers, strict=True):
         load_stacked(stacked, torch.cat((gate, up)))
         load(layer.weight, gate, 0)

@@ -1,7 +1,7 @@
 """The GPU kernels, one concern a file, each beside the PyTorch reference that it must equal.
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
-- `rms_norm`, `silu_mul`: RMSNorm, after an addition if need be; the activation of the MLP
+- `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
 - `projection_norm`: q-norm and k-norm over all heads together
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,27 @@ class Group:
     mask: Tensor | None = None
 
 
+class Rotation(NamedTuple):
+    """By what RoPE multiplies the elements of q and k, and of their partners, to add the two."""
+
+    cos: Tensor  # [tokens, 1, rotary_size] float32
+    sin: Tensor  # the same; negated for the first element of each pair
+    interleaved: bool
+
+    @staticmethod
+    def of_tokens(cos: Tensor, sin: Tensor, interleaved: bool) -> Rotation:
+        """Spread the cosines and sines of pairs, `[tokens, rotary_size / 2]`, over the elements."""
+        cos = cos.unsqueeze(1)
+        sin = sin.unsqueeze(1)
+        if interleaved:
+            both_cos = torch.stack((cos, cos), dim=-1).flatten(-2)
+            both_sin = torch.stack((-sin, sin), dim=-1).flatten(-2)
+        else:
+            both_cos = torch.cat((cos, cos), dim=-1)
+            both_sin = torch.cat((-sin, sin), dim=-1)
+        return Rotation(both_cos, both_sin, interleaved)
+
+
 class CpuStep:
     """One step's attention. The first layer makes what it shares with the others."""
 
@@ -50,11 +72,11 @@ class CpuStep:
         self.num_keys = num_keys
         self.block_tables = block_tables
         self._groups: list[Group] = []
-        self._cos: Tensor | None = None  # [tokens, 1, head_dim] float32
-        self._sin = torch.empty(0)  # the same; its first half is negated
+        # By the table of cosines (a tensor's hash is its identity): layers may have several.
+        self._rotations: dict[Tensor, Rotation] = {}
         self._slots: Tensor | None = None  # int64, of the tokens that are stored
         self._stored: Tensor | None = None  # [tokens] bool: which ones; None: all
-        self._swapped = torch.empty(0)  # [tokens, heads + kv_heads, head_dim] float32
+        self._swapped = torch.empty(0)  # [tokens, heads + kv_heads, rotary_size] float32
         self._gathered: list[Tensor] = []  # for K and V: [tokens of the largest group, ...]
 
     def last_tokens(self) -> CpuStep:
@@ -65,8 +87,8 @@ class CpuStep:
         self,
         qkv: Tensor,
         positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         eps: float,
@@ -74,39 +96,51 @@ class CpuStep:
         v_cache: Tensor,
         slot_mapping: Tensor | None,
         num_heads: int,
+        interleaved: bool = False,
     ) -> Tensor:
         """Do what norm_rope_store.py's `norm_rope_store` does."""
         if qkv.dim() == 4:
             qkv = qkv.sum(0)
         num_kv_heads = (qkv.shape[1] - num_heads) // 2
         qk = qkv[:, : num_heads + num_kv_heads]
-        if self._cos is None:
-            token_cos = cos[positions].unsqueeze(1)
-            token_sin = sin[positions].unsqueeze(1)
-            self._cos = torch.cat((token_cos, token_cos), dim=-1)
-            self._sin = torch.cat((-token_sin, token_sin), dim=-1)
-            self._swapped = torch.empty(qk.shape, dtype=torch.float32, device=qk.device)
-            if slot_mapping is not None:
-                stored = slot_mapping >= 0  # all but padding rows
-                self._slots = slot_mapping[stored].long()
-                self._stored = None if stored.all() else stored
         x = qk.float()
         if q_weight is not None and k_weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             x[:, :num_heads].mul_(q_weight)
             x[:, num_heads:].mul_(k_weight)
-        # (first, second) becomes (first * cos - second * sin, second * cos + first * sin).
-        first, second = x.chunk(2, dim=-1)
-        torch.cat((second, first), dim=-1, out=self._swapped)
-        rotated = x.mul_(self._cos).add_(self._swapped.mul_(self._sin))
-        if rotated.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
-            qk.copy_(rotated)
-        if self._slots is not None:
-            stored_qkv = qkv if self._stored is None else qkv[self._stored]
-            k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
-            k_cache.flatten(0, 1)[self._slots] = k
-            v_cache.flatten(0, 1)[self._slots] = v
+        if cos is not None and sin is not None:
+            if cos not in self._rotations:
+                self._rotations[cos] = Rotation.of_tokens(
+                    cos[positions], sin[positions], interleaved
+                )
+            self._rotate(x, self._rotations[cos])
+        if x.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
+            qk.copy_(x)
+        if slot_mapping is None:
+            return qkv
+        if self._slots is None:
+            stored = slot_mapping >= 0  # all but padding rows
+            self._slots = slot_mapping[stored].long()
+            self._stored = None if stored.all() else stored
+        stored_qkv = qkv if self._stored is None else qkv[self._stored]
+        k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
+        k_cache.flatten(0, 1)[self._slots] = k
+        v_cache.flatten(0, 1)[self._slots] = v
         return qkv
+
+    def _rotate(self, x: Tensor, rotation: Rotation) -> None:
+        """Rotate q and k in place, x `[tokens, heads + kv_heads, head_dim]` float32."""
+        turning = x[..., : rotation.cos.shape[-1]]
+        if self._swapped.shape != turning.shape:
+            self._swapped = torch.empty(turning.shape, dtype=torch.float32, device=x.device)
+        # (first, second) becomes (first * cos - second * sin, second * cos + first * sin).
+        if rotation.interleaved:
+            pairs = turning.unflatten(-1, (-1, 2))
+            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1, out=self._swapped.view(pairs.shape))
+        else:
+            first, second = turning.chunk(2, dim=-1)
+            torch.cat((second, first), dim=-1, out=self._swapped)
+        turning.mul_(rotation.cos).add_(self._swapped.mul_(rotation.sin))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float

@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -62,7 +62,8 @@ def rotary_embeddings(
 
     Types that rotate alike share one, so that a step on the CPU gathers its rows once.
     """
-    rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
+    frequencies = default_frequencies(head_size(config), rope_theta(config))
+    rotary_emb = RotaryEmbedding(frequencies, max_position)
     return dict.fromkeys(layer_types(config), rotary_emb)
 
 
@@ -79,7 +80,7 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
-    gate_up_class: ClassVar[type[SiluGateUpLinear]] = SiluGateUpLinear
+    gate_up_class: ClassVar[type[GateUpLinear]] = GateUpLinear
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()

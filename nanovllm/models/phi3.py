@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
@@ -43,7 +43,7 @@ class Phi3QKVLinear(StackedColumnParallelLinear, QKVParallelLinear):
     """`qkv_proj.weight`: all query heads, then all key heads, then all value heads."""
 
 
-class Phi3GateUpLinear(StackedColumnParallelLinear, SiluGateUpLinear):
+class Phi3GateUpLinear(StackedColumnParallelLinear, GateUpLinear):
     """`gate_up_proj.weight`: the gate above the up projection."""
 
 
