@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -22,7 +23,13 @@ class LlamaAttention(nn.Module):
 
     qkv_class: ClassVar[type[QKVParallelLinear]] = QKVParallelLinear
 
-    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        index: int,
+        rotary_emb: RotaryEmbedding | None,
+        options: AttentionOptions | None = None,
+    ) -> None:
         super().__init__()
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
@@ -30,7 +37,7 @@ class LlamaAttention(nn.Module):
         bias = bool(getattr(config, "attention_bias", False))
         self.qkv_proj = self.qkv_class(config.hidden_size, head_dim, heads, kv_heads, bias)
         self.attn = Attention(
-            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb, options
         )
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
@@ -48,7 +55,9 @@ class LlamaDecoderLayer(nn.Module):
     attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
     mlp_class: ClassVar[type[GatedMLP]] = GatedMLP
 
-    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+    def __init__(
+        self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding | None
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = self.attention_class(config, index, rotary_emb)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.kernels.projection_norm import (
     projection_norm,
     projection_norm_torch,
@@ -21,7 +22,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size
+from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size, windows
 from nanovllm.quantization.weight_format import PLAIN
 from nanovllm.utils.loader import check_shape, set_weight_loader
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
@@ -65,8 +66,9 @@ class Olmo2Attention(nn.Module):
         self.q_norm = ProjectionNorm(heads * head_dim, q_size)
         self.k_norm = ProjectionNorm(kv_heads * head_dim, k_size)
         self.eps = config.rms_norm_eps
+        options = AttentionOptions(scale=head_dim**-0.5, window=windows(config)[index])
         self.attn = Attention(
-            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb, options
         )
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
@@ -112,6 +114,6 @@ class Olmo2DecoderLayer(nn.Module):
 
 
 class Olmo2ForCausalLM(CausalLM):
-    """OLMo 2, dense."""
+    """OLMo 2 and 3, dense."""
 
     layer_class = Olmo2DecoderLayer

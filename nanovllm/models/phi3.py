@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
-from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
+from nanovllm.models.llama import LlamaDecoderLayer
+from nanovllm.models.mistral import MistralAttention
 from nanovllm.quantization.weight_format import Shard
 
 
@@ -47,8 +48,8 @@ class Phi3GateUpLinear(StackedColumnParallelLinear, GateUpLinear):
     """`gate_up_proj.weight`: the gate above the up projection."""
 
 
-class Phi3Attention(LlamaAttention):
-    """Grouped-query attention."""
+class Phi3Attention(MistralAttention):
+    """Grouped-query attention, in a window where the model has one."""
 
     qkv_class = Phi3QKVLinear
 
