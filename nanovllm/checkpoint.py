@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,7 @@ TEXT_MODELS = {"gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalL
 TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
 IMAGE_TENSOR = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 HEAD = "lm_head.weight"
+Stored = tuple[Path, str]  # a file and the name of a tensor in it
 GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
 
 
@@ -151,12 +152,13 @@ def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
     """The configuration of the text model of a checkpoint: its own, or one inside it. Raises a
     ValueError if that is of a type unknown here. Nothing is read from `path` if it is None.
     """
-    if not is_wrapper(hf_config.architectures):
+    names = hf_config.architectures
+    if not names or not is_wrapper(names):
         return hf_config
     text: PretrainedConfig = hf_config.text_config
     if text.model_type not in TEXT_MODELS:
         raise ValueError(
-            f"{hf_config.architectures[0]} with a text model of type {text.model_type!r} is not "
+            f"{names[0]} with a text model of type {text.model_type!r} is not "
             f"supported; supported: {', '.join(TEXT_MODELS)}"
         )
     text.architectures = [TEXT_MODELS[text.model_type]]
@@ -319,19 +321,12 @@ def open_weights(file: Path) -> Iterator[Any]:
         raise ValueError(f"cannot read the weights in {file}: {reason}") from error
 
 
-class StoredTensor(NamedTuple):
-    """Where a tensor is."""
-
-    file: Path
-    name: str  # in the file, where the names of a wrapped model begin otherwise
-
-
-def find_tensors(path: Path) -> dict[str, StoredTensor]:
+def find_tensors(path: Path) -> dict[str, Stored]:
     """Find the tensors of a checkpoint's text model, by the names that they have in one that is not
     wrapped; a ValueError if two are of the same name.
     """
     unwraps = is_wrapper(read_json(path / "config.json").get("architectures"))
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Stored] = {}
     for file in weight_files(path):
         with open_weights(file) as tensors:
             stored_names = list(tensors.keys())
@@ -341,10 +336,10 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
                 continue
             if name in found:
                 raise ValueError(
-                    f"{found[name].file} and {file.name} both hold the tensor {name!r}; remove the "
+                    f"{found[name][0]} and {file.name} both hold the tensor {name!r}; remove the "
                     "file that is not of this checkpoint"
                 )
-            found[name] = StoredTensor(file, stored_name)
+            found[name] = file, stored_name
     return found
 
 
@@ -361,11 +356,11 @@ def text_name(name: str) -> str | None:
     return name
 
 
-def are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
+def are_equal(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
     """Whether two tensors of a checkpoint hold the same values once they are read as `dtype`."""
-    with open_weights(first.file) as first_file, open_weights(second.file) as second_file:
-        ours = first_file.get_tensor(first.name)  # mapped from the file, not copied
-        theirs = second_file.get_tensor(second.name)
+    with open_weights(first[0]) as first_file, open_weights(second[0]) as second_file:
+        ours = first_file.get_tensor(first[1])  # mapped from the file, not copied
+        theirs = second_file.get_tensor(second[1])
         if ours.shape != theirs.shape:
             return False
         if ours.dtype == theirs.dtype and ours.nbytes % 8 == 0:

@@ -48,7 +48,8 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     if "READ_AHEAD" in options:
         # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
         # tiles of K and V but one in shared memory.
-        least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
+        tile = options["BLOCK_N"] * options["HEAD_DIM"] * torch.bfloat16.itemsize
+        least = 2 * (options["num_stages"] - 1) * tile
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)
 
@@ -59,6 +60,21 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def ints(*shape: int) -> torch.Tensor:
     return numbers(*shape, dtype=torch.int32)
+
+
+def compile_attention_options() -> None:
+    """Windows and soft caps, with the heads of Qwen3-8B and those of Gemma 3."""
+    for dim, window, softcap in ((DIM, 512, 50.0), (DIM, None, 50.0), (256, 512, None)):
+        q, k, v = numbers(16, HEADS + 2 * KV_HEADS, dim).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        caches = [numbers(4, 256, KV_HEADS, dim) for _ in range(2)]
+        options: dict[str, Any] = {"window": window, "softcap": softcap}
+        for splits in (1, 8):
+            config = paged_decode.DecodeConfig(64, splits)
+            tables = ints(16, 16)
+            paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
+        for block_tables in (None, ints(2, 16)):
+            inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
+            varlen_prefill.varlen_prefill(*inputs, **options)
 
 
 def main() -> None:
@@ -104,9 +120,10 @@ def main() -> None:
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
-        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config)
+        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+    compile_attention_options()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

@@ -19,6 +19,8 @@ from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
 
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
+
 
 def head_size(config: PretrainedConfig) -> int:
     """Return the size of a head; many configurations do not name it."""
@@ -27,26 +29,23 @@ def head_size(config: PretrainedConfig) -> int:
 
 def layer_types(config: PretrainedConfig) -> list[str]:
     """Return "full_attention" or "sliding_attention" for each layer."""
-    num_layers = config.num_hidden_layers
     types = getattr(config, "layer_types", None)
     if types:
         return list(types)
-    # Families that have windows in all layers or none say no more than this. Nor did any before
-    # transformers 4.53, but for a rule of their own.
-    if not (
-        getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    ):
-        return ["full_attention"] * num_layers
-    first = getattr(config, "max_window_layers", 0)  # Qwen: the layers below see everything
-    pattern = (
-        2 if config.model_type == "gemma2" else getattr(config, "sliding_window_pattern", None)
-    )
-    return [
-        "full_attention"
-        if index < first or (pattern is not None and (index + 1) % pattern == 0)
-        else "sliding_attention"
-        for index in range(num_layers)
-    ]
+    has_window = getattr(config, "sliding_window", None) is not None
+    if not has_window or not getattr(config, "use_sliding_window", True):
+        return ["full_attention"] * config.num_hidden_layers
+    # Families with a window in every layer say no more. The others did not name the types before
+    # transformers 4.53: in Qwen the first ones see everything, in Gemma one of so many does.
+    first = getattr(config, "max_window_layers", 0)
+    pattern = getattr(config, "sliding_window_pattern", None)
+    if config.model_type == "gemma2":
+        pattern = 2
+    types = ["sliding_attention"] * config.num_hidden_layers
+    for index in range(config.num_hidden_layers):
+        if index < first or (pattern is not None and (index + 1) % pattern == 0):
+            types[index] = "full_attention"
+    return types
 
 
 def windows(config: PretrainedConfig) -> list[int | None]:
@@ -77,6 +76,17 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
         )
 
 
+def activation(config: PretrainedConfig) -> str:
+    """Return the activation of the MLPs, as `GateUpLinear` calls it.
+
+    Raises:
+        ValueError: it is none of those that there are kernels for.
+    """
+    option = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    check_option(config, option, *ACTIVATIONS)
+    return ACTIVATIONS[getattr(config, option)]
+
+
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
@@ -84,7 +94,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = self.gate_up_class(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = self.gate_up_class(
+            config.hidden_size, config.intermediate_size, activation(config)
+        )
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
 
@@ -144,7 +156,7 @@ class CausalLM(nn.Module):
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         rope_theta(config)
-        check_option(config, "hidden_act", "silu")
+        activation(config)
         if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types(
             config
         ):

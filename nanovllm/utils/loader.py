@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.checkpoint import HEAD, StoredTensor, are_equal, find_tensors, open_weights
+from nanovllm.checkpoint import HEAD, Stored, are_equal, find_tensors, open_weights
 from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
@@ -35,8 +35,8 @@ def load_model(model: nn.Module, path: str) -> None:
         dtype = model.get_parameter(EMBEDDING).dtype
         settle_tied_head(expected, files, dtype)
     unknown = {
-        stored.name: stored.file.name
-        for name, stored in files.items()
+        stored_name: file.name
+        for name, (file, stored_name) in files.items()
         if name not in expected and not name.endswith("rotary_emb.inv_freq")  # it is computed
     }
     missing = expected.keys() - files.keys()
@@ -59,18 +59,18 @@ def load_model(model: nn.Module, path: str) -> None:
 
 
 def group_by_file(
-    expected: dict[str, LoadTensor], files: dict[str, StoredTensor]
+    expected: dict[str, LoadTensor], files: dict[str, Stored]
 ) -> dict[Path, dict[str, LoadTensor]]:
     """For each file, the functions that load its tensors, by the names that they have there."""
     grouped: dict[Path, dict[str, LoadTensor]] = {}
-    for name, stored in files.items():
+    for name, (file, stored_name) in files.items():
         if name in expected:
-            grouped.setdefault(stored.file, {})[stored.name] = expected[name]
+            grouped.setdefault(file, {})[stored_name] = expected[name]
     return grouped
 
 
 def settle_tied_head(
-    expected: dict[str, LoadTensor], files: dict[str, StoredTensor], dtype: torch.dtype
+    expected: dict[str, LoadTensor], files: dict[str, Stored], dtype: torch.dtype
 ) -> None:
     """Decide what an `lm_head.weight` is for a model that has the embedding in its place.
 
@@ -83,7 +83,7 @@ def settle_tied_head(
         del files[HEAD]
     else:
         raise ValueError(
-            f"{files[HEAD].file} holds an {HEAD} that differs from {EMBEDDING}, and config.json "
+            f"{files[HEAD][0]} holds an {HEAD} that differs from {EMBEDDING}, and config.json "
             "has tie_word_embeddings; set that to false to use the head, or remove the tensor"
         )
 

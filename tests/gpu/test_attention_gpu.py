@@ -154,7 +154,7 @@ def test_decode_shapes(heads, kv_heads, head_dim, dtype, num_splits):
     cache = Cache(lengths, 48, dtype, kv_heads, head_dim)
     q = randn(len(lengths), heads, head_dim, dtype=dtype)
     config = DecodeConfig(32, num_splits)
-    out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, 0.1, config)
+    out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, 0.1, config=config)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert relative_error(out, exact_decode(q, cache, lengths, 0.1)) < TOLERANCE[dtype]
 
@@ -189,7 +189,8 @@ def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_sp
             x, weight, None, 4
         )  # only takes time: the next kernels start beside it, and wait
         new = norm_rope_store(qkv, *rope, None, None, 0.0, *store)
-        return paged_decode(new[:, :HEADS], cache.k, cache.v, lens, cache.tables, scale, config)
+        q = new[:, :HEADS]
+        return paged_decode(q, cache.k, cache.v, lens, cache.tables, scale, config=config)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -377,7 +378,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     scale = HEAD_DIM**-0.5
     expected = exact_decode(q, cache, lengths, scale)
     for config in (None, DecodeConfig(128, 1)):
-        out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, scale, config)
+        out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, scale, config=config)
         assert relative_error(out, expected) < TOLERANCE[BF16]
     sums = (prefix_sums([1, 1]), prefix_sums(lengths), 1, 1000)
     out = varlen_prefill(q, None, None, cache.k, cache.v, *sums, scale, cache.tables)
