@@ -39,8 +39,3 @@ class SmolLM3ForCausalLM(CausalLM):
         check_option(config, "mlp_bias", False, None)
         if "sliding_attention" in layer_types(config):
             check_option(config, "use_sliding_window", True)
-        if len(config.no_rope_layers) < config.num_hidden_layers:
-            raise ValueError(
-                f"no_rope_layers names {len(config.no_rope_layers)} layers, and num_hidden_layers "
-                f"is {config.num_hidden_layers}; name each layer"
-            )
