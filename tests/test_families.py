@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import transformers
 from conftest import (
+    QWEN2,
+    QWEN3,
     Checkpoint,
     generate_ids,
     greedy,
@@ -23,6 +25,13 @@ from nanovllm.models.mistral import MistralForCausalLM
 NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 31, 120, 33, 48, 64, 90]
 
+GEMMA3: dict[str, Any] = dict(architecture="Gemma3ForCausalLM", head_dim=16, num_hidden_layers=4)
+LONGROPE: dict[str, Any] = dict(
+    architecture="Phi3ForCausalLM",
+    num_attention_heads=2,  # of 24 numbers each, of which 6 are rotated
+    partial_rotary_factor=0.25,
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 5.0, 12.0]),
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(architecture="LlamaForCausalLM", rope_theta=5e5),
     "llama-tied-mqa": dict(
@@ -30,6 +39,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "llama-bias-wide-heads": dict(
         architecture="LlamaForCausalLM", attention_bias=True, head_dim=32, rms_norm_eps=1e-3
+    ),
+    # Windows: smaller than most prompts, and as long as a block; then larger than all of them.
+    "qwen3-window": dict(
+        num_hidden_layers=3, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
+    "qwen2-window": dict(
+        architecture=QWEN2,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3": dict(
+        GEMMA3, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8
+    ),
+    "gemma3-tied-scaled": dict(
+        GEMMA3 | dict(num_hidden_layers=3),
+        tie_word_embeddings=True,
+        std=0.05,  # with larger weights the embedding outweighs the layers, and tokens repeat
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=33,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+            sliding_attention=dict(rope_type="default", rope_theta=1e3),
+        ),
+        query_pre_attn_scalar=10,
+        final_logit_softcapping=1.5,
+    ),
+    "gemma3-wide-window": dict(
+        GEMMA3, sliding_window=200, sliding_window_pattern=2, attention_bias=True
+    ),
+    "gemma3-wrapped": dict(
+        GEMMA3 | dict(architecture="Gemma3ForConditionalGeneration", num_hidden_layers=2),
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=17,
+    ),
+    "gemma2": dict(
+        architecture="Gemma2ForCausalLM",
+        head_dim=16,
+        num_hidden_layers=3,  # of a window in the first and the last
+        sliding_window=12,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=8.0,
+    ),
+    "gemma2-uncapped": dict(
+        architecture="Gemma2ForCausalLM",
+        head_dim=16,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
     ),
     "mistral": dict(
         architecture="MistralForCausalLM", sliding_window=None, head_dim=24, rope_theta=1e6
@@ -49,10 +106,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3-shared-kv-head-tied": dict(
         architecture="Phi3ForCausalLM", num_key_value_heads=1, tie_word_embeddings=True
     ),
+    # All sequences are shorter than the original length.
+    "phi3-partial-longrope": dict(LONGROPE, original_max_position_embeddings=256),
     "olmo2-shared-kv-head": dict(
         architecture="Olmo2ForCausalLM", num_key_value_heads=1, rms_norm_eps=1e-3
     ),
     "olmo2-bias": dict(architecture="Olmo2ForCausalLM", attention_bias=True, std=0.6),
+    "olmo3": dict(
+        architecture="Olmo3ForCausalLM",
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        sliding_window=20,  # in all layers but the last, the only one whose RoPE is scaled
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40),
+    ),
     "smollm3": dict(
         architecture="SmolLM3ForCausalLM",
         num_hidden_layers=3,
@@ -96,7 +162,7 @@ CUTS: dict[str, dict[str, Any]] = {
 
 def need(options: dict[str, Any]) -> None:
     """Skip a test of an architecture that is newer than the installed transformers."""
-    architecture = options["architecture"]
+    architecture = options.get("architecture", QWEN3)
     if not hasattr(transformers, architecture):
         pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
 
@@ -135,19 +201,31 @@ def test_same_tokens_however_the_work_is_cut(
         llm.exit()
 
 
-def test_logits_are_scaled(tmp_path: Path) -> None:
-    """Which greedy tokens do not show."""
-    options = dict(FAMILIES["granite"], logits_scaling=2.5)
-    checkpoint = make_checkpoint(tmp_path, **options)
-    prompts = random_prompts(2, [5, 40])
+def test_longrope_beyond_the_original_length(tmp_path: Path) -> None:
+    """An engine for longer sequences has the factors for these, as transformers for each such."""
+    checkpoint = make_checkpoint(tmp_path, **LONGROPE, original_max_position_embeddings=16)
+    prompts = random_prompts(0, [17, 30, 100])
+    llm = make_llm(checkpoint.path, max_num_batched_tokens=23)
+    assert generate_ids(llm, prompts, greedy(8)) == checkpoint.complete(prompts, 8)
+
+
+def test_same_log_probabilities(
+    reference: tuple[Checkpoint, list[list[int]], list[list[int]]],
+) -> None:
+    """Factors and caps of the logits leave the likeliest token what it is, and change these."""
+    checkpoint, prompts, expected = reference
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=3)
     llm = make_llm(checkpoint.path)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, logprobs=3))
-    for prompt, output in zip(prompts, outputs, strict=True):
-        expected = checkpoint.logits(prompt)[-1].log_softmax(-1)
-        (logprobs,) = output["logprobs"]
-        assert len(logprobs) >= 3
-        for token, logprob in logprobs.items():
-            assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
+    try:
+        outputs = llm.generate(prompts[:9], params, use_tqdm=False)
+    finally:
+        llm.exit()
+    for prompt, tokens, output in zip(prompts, expected, outputs, strict=False):
+        logits = checkpoint.logits(prompt + tokens[:3])[len(prompt) - 1 :]
+        for theirs, ours in zip(logits.log_softmax(-1), output["logprobs"], strict=True):
+            assert len(ours) == 3
+            for token_id, value in ours.items():
+                assert value == pytest.approx(theirs[token_id].item(), abs=2e-4)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -155,6 +233,16 @@ def test_logits_are_scaled(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama-mlp-bias": (dict(architecture="LlamaForCausalLM", mlp_bias=True), "mlp_bias True"),
     "llama-act": (dict(architecture="LlamaForCausalLM", hidden_act="gelu"), "hidden_act 'gelu'"),
+    "gemma3-act": (dict(GEMMA3, hidden_activation="gelu"), "hidden_activation 'gelu'.*'gelu_pytor"),
+    "gemma3-bidirectional": (
+        dict(GEMMA3, use_bidirectional_attention=True),
+        "use_bidirectional_attention True is not supported for gemma3_text",
+    ),
+    "gemma3-cap": (dict(GEMMA3, attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
+    "gemma2-bidirectional": (
+        dict(architecture="Gemma2ForCausalLM", use_bidirectional_attention=True),
+        "use_bidirectional_attention True is not supported for gemma2",
+    ),
     "mistral-bias": (
         dict(architecture="MistralForCausalLM", attention_bias=True),
         "attention_bias True is not supported for mistral",

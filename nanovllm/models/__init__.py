@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.config import Config
 from nanovllm.models.causal_lm import CausalLM, head_size
+from nanovllm.models.gemma3 import Gemma3ForCausalLM
 from nanovllm.models.granite import GraniteForCausalLM
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.mistral import MistralForCausalLM
@@ -22,6 +23,9 @@ MODELS: dict[str, type[CausalLM]] = {
     # which of them it is.
     "Qwen2ForCausalLM": Qwen3ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    # Gemma 2 has the same layers with other options.
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "Gemma2ForCausalLM": Gemma3ForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
     "MinistralForCausalLM": MistralForCausalLM,  # it says in `layer_types` which have a window
     "Phi3ForCausalLM": Phi3ForCausalLM,

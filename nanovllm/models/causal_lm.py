@@ -17,8 +17,10 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.rope import rope_frequencies
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
 
 
@@ -59,11 +61,20 @@ def rotary_embeddings(
 ) -> dict[str, RotaryEmbedding | None]:
     """Make the rotary embedding of each type of layer that the model has.
 
-    Types that rotate alike share one, so that a step on the CPU gathers its rows once.
+    Types that rotate alike share one: its tables are large where sequences are long.
+
+    Raises:
+        ValueError: the RoPE is of no kind that is known, or one of its numbers is wrong.
     """
-    frequencies = default_frequencies(head_size(config), rope_theta(config))
-    rotary_emb = RotaryEmbedding(frequencies, max_position)
-    return dict.fromkeys(layer_types(config), rotary_emb)
+    shared: dict[tuple[float, ...], RotaryEmbedding] = {}
+    found: dict[str, RotaryEmbedding | None] = {}
+    for kind in dict.fromkeys(layer_types(config)):
+        rope = rope_frequencies(config, head_size(config), max_position, kind)
+        key = (rope.factor, *rope.frequencies.tolist())
+        if key not in shared:
+            shared[key] = RotaryEmbedding(rope.frequencies, max_position, rope.factor)
+        found[kind] = shared[key]
+    return found
 
 
 def check_option(config: PretrainedConfig, name: str, *supported: object) -> None:
@@ -155,14 +166,12 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        rope_theta(config)
         activation(config)
-        if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types(
-            config
-        ):
-            raise ValueError(
-                "sliding-window attention is not supported; set use_sliding_window to false"
-            )
+        for kind in dict.fromkeys(layer_types(config)):
+            if kind not in LAYER_TYPES:
+                allowed = ", ".join(LAYER_TYPES)
+                raise ValueError(f"layers of type {kind!r} are not supported; supported: {allowed}")
+            rope_frequencies(config, head_size(config), config.max_position_embeddings, kind)
         if getattr(config, "quantization_config", None):
             raise ValueError(
                 "quantised checkpoints are not supported; use a bf16, fp16 or fp32 one"
