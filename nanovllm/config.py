@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import torch
 from transformers import PretrainedConfig
 
-from nanovllm.checkpoint import check_architecture, read_hf_config, resolve_model, stored_dtype
+from nanovllm.checkpoint import (
+    check_architecture,
+    read_hf_config,
+    resolve_model,
+    stored_dtype,
+    unwrap,
+)
 from nanovllm.hf_overrides import override_config
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 
@@ -114,6 +120,7 @@ class Config:
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
         self.hf_config = deepcopy(self.hf_config)  # so that the caller may change its own
+        self.hf_config = unwrap(self.hf_config, Path(self.model) if needs_weights else None)
         if self.hf_overrides is not None:
             override_config(self.hf_config, self.hf_overrides)
         check_architecture(self.hf_config.architectures, "hf_config", architectures)

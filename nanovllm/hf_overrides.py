@@ -10,7 +10,7 @@ ROPE_OPTIONS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def override_config(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    """Lay `hf_overrides` over a configuration; of a model with other parts, over its text_config.
+    """Lay `hf_overrides` over the configuration of a language model, in place.
 
     Raises:
         TypeError: it is no dict, or a value is of another type than the configuration's own.
@@ -18,8 +18,7 @@ def override_config(config: PretrainedConfig, overrides: dict[str, Any]) -> None
     """
     if not isinstance(overrides, dict):
         raise TypeError(f"hf_overrides must be a dict or None, not {overrides!r}")
-    text_config = config.get_text_config()
-    names = [*text_config.to_dict(), *ROPE_OPTIONS]
+    names = [*config.to_dict(), *ROPE_OPTIONS]
     for name, value in overrides.items():
         if name not in names:
             nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
@@ -27,18 +26,17 @@ def override_config(config: PretrainedConfig, overrides: dict[str, Any]) -> None
                 f"hf_overrides has {name!r}, and the configuration of {config.model_type} has no "
                 f"such option; did you mean {nearest!r}?"
             )
-        owner = config if name == "architectures" else text_config
-        own = getattr(owner, name, None)
+        own = getattr(config, name, None)
         if own is None and name in ("rope_scaling", "rope_parameters"):
             own = {}
         may_be_any = own is None or value is None or name.endswith("_token_id")  # or a list of ids
         if not may_be_any and not is_alike(value, own):
             raise TypeError(f"hf_overrides[{name!r}] must be of the type of {own!r}, not {value!r}")
         if name in ROPE_OPTIONS:
-            override_rope(owner, name, value)
+            override_rope(config, name, value)
             continue
         try:
-            setattr(owner, name, value)
+            setattr(config, name, value)
         except Exception as error:  # transformers 5 has checks of its own
             raise TypeError(f"hf_overrides[{name!r}] cannot be {value!r}: {error}") from error
 

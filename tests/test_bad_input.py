@@ -241,7 +241,10 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
         ),
         (dict(rope_parameters=None, rope_scaling=dict(rope_type="llama3", factor=8.0)), "'llama3'"),
         (dict(hidden_act="gelu"), "'gelu' is not supported"),
-        (dict(use_sliding_window=True, sliding_window=16, max_window_layers=0), "sliding"),
+        (
+            dict(layer_types=["chunked_attention", "full_attention"]),
+            "layers of type 'chunked_attention' are not supported; supported: full_attention, sl",
+        ),
         (dict(quantization_config=dict(quant_method="fp8")), "quantised"),
         (dict(num_key_value_heads=3), "3"),
     ],

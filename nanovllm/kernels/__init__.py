@@ -5,6 +5,7 @@
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `flash_attention`: the same two attentions by the `flash_attn` package
+- `torch_attention`: what the references of both share, and a CPU's step
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`: sampling
