@@ -23,6 +23,7 @@ from nanovllm.kernels import (
     paged_decode,
     penalties,
     prefill_all_reduce,
+    projection_norm,
     rms_norm,
     split_gemm,
     threshold,
@@ -85,6 +86,7 @@ def main() -> None:
         gumbel,
         norm_rope_store,
         paged_decode,
+        projection_norm,
         rms_norm,
         gate_mul,
         split_gemm,
@@ -110,6 +112,11 @@ def main() -> None:
         norm_rope_store.norm_rope_store(
             qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS
         )
+    rows, heads = numbers(16, (HEADS + 2 * KV_HEADS) * DIM), numbers(HEADS * DIM)
+    kv_heads = heads[: KV_HEADS * DIM]
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS)
+    sums = projection_norm.sums_of_squares(rows, len(heads), len(kv_heads))
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS, sums, 4)
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
