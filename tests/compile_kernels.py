@@ -16,9 +16,13 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import (
     all_reduce,
+    expert_gemv,
     gate_mul,
     gemv,
+    grouped_gemm,
     gumbel,
+    moe,
+    moe_routing,
     norm_rope_store,
     paged_decode,
     penalties,
@@ -82,8 +86,11 @@ def main() -> None:
     JITFunction.run = compile_only
     for module in (
         all_reduce,
+        expert_gemv,
         gemv,
+        grouped_gemm,
         gumbel,
+        moe_routing,
         norm_rope_store,
         paged_decode,
         projection_norm,
@@ -104,6 +111,24 @@ def main() -> None:
     gemv.gemv(x[:1], numbers(256, HIDDEN), activation="silu")
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
+
+    # Qwen3-30B-A3B, on one rank
+    experts = moe.MoEWeights(
+        router=numbers(128, 2048),
+        gate_up=torch.empty(128, 2 * 768, 2048, dtype=torch.bfloat16),
+        down=torch.empty(128, 2048, 768, dtype=torch.bfloat16),
+        top_k=8,
+        is_normalized=True,
+    )
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048))
+    for num_tokens in (2, 200, 600, 2000):  # tiles of 16, 32, 128 and 128 tokens
+        moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+    router = numbers(16, 256, dtype=torch.float32)
+    gate_up, down = router.expand(16, 16, 256).contiguous(), router.new_zeros(16, 256, 8)
+    for grouped_gemm.has_tma in (lambda: True, lambda: False):
+        exact = moe.MoEWeights(router, gate_up, down, top_k=2, is_normalized=False)
+        moe.moe_partial_sums(router, exact)
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
 
     positions, angles = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32)
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]

@@ -32,6 +32,13 @@ LONGROPE: dict[str, Any] = dict(
     partial_rotary_factor=0.25,
     rope_scaling=dict(type="longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 5.0, 12.0]),
 )
+QWEN3_MOE: dict[str, Any] = dict(
+    architecture="Qwen3MoeForCausalLM",
+    head_dim=16,
+    moe_intermediate_size=24,
+    num_experts=7,
+    num_experts_per_tok=3,
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(architecture="LlamaForCausalLM", rope_theta=5e5),
     "llama-tied-mqa": dict(
@@ -150,6 +157,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         attention_bias=True,
         tie_word_embeddings=True,
     ),
+    "qwen3-moe": dict(**QWEN3_MOE, norm_topk_prob=True, seed=1),
+    "qwen3-moe-one-expert-a-token": dict(**{**QWEN3_MOE, "num_experts_per_tok": 1}, seed=1),
+    "qwen3-moe-some-layers-dense": dict(
+        **QWEN3_MOE, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3], seed=2
+    ),
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),
@@ -174,7 +186,8 @@ def reference(
     """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
     need(FAMILIES[name])
-    checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **{"seed": 1, **FAMILIES[name]})
+    options = {"seed": 1, **FAMILIES[name]}
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **options)
     prompts = random_prompts(0, LENGTHS)
     prompts += [prompts[8][:40] + tail for tail in random_prompts(1, [3, 20])] + [prompts[11]]
     return checkpoint, prompts, checkpoint.complete(prompts, NUM_TOKENS)
@@ -263,6 +276,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "use_sliding_window False",
     ),
     "granite-mlp-bias": (dict(architecture="GraniteForCausalLM", mlp_bias=True), "mlp_bias True"),
+    "qwen3-moe-top-k": (
+        dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
+        r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",
+    ),
+    "qwen3-moe-act": (
+        dict(**QWEN3_MOE, hidden_act="gelu_pytorch_tanh"),
+        "hidden_act 'gelu_pytorch_tanh' is not supported for qwen3_moe",
+    ),
+    "qwen3-moe-window": (
+        dict(**QWEN3_MOE, use_sliding_window=True, sliding_window=32),
+        "use_sliding_window True is not supported for qwen3_moe",
+    ),
+    "qwen3-moe-sparse-step": (
+        dict(**QWEN3_MOE, decoder_sparse_step=0, mlp_only_layers=[0, 1]),
+        r"decoder_sparse_step \(0\)",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from nanovllm.models.mistral import MistralForCausalLM
 from nanovllm.models.olmo2 import Olmo2ForCausalLM
 from nanovllm.models.phi3 import Phi3ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
 from nanovllm.models.smollm3 import SmolLM3ForCausalLM
 from nanovllm.utils.loader import fill_dummy, load_model
 
@@ -22,6 +23,7 @@ MODELS: dict[str, type[CausalLM]] = {
     # Qwen3 with a QKV bias and without the norms on q and k: one class reads from the configuration
     # which of them it is.
     "Qwen2ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
     # Gemma 2 has the same layers with other options.
     "Gemma3ForCausalLM": Gemma3ForCausalLM,

@@ -22,7 +22,7 @@ from nanovllm.quantization.weight_format import Shard
 class StackedColumnParallelLinear(MergedColumnParallelLinear):
     """Matrices that are merged in the checkpoint, too: one tensor, named like this layer."""
 
-    packed_modules_mapping = None
+    packed_modules_mapping: Any = None
 
     def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: None = None) -> None:
         """Copy this rank's rows of each matrix; of the file nothing else is read."""

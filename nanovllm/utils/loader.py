@@ -29,8 +29,8 @@ def load_model(model: nn.Module, path: str) -> None:
     """Fill every parameter of `model` from the checkpoint in `path`. Raises a ValueError if there
     are no weight files, one cannot be read, or a tensor is missing, unknown or of the wrong shape.
     """
-    expected = expected_tensors(model)
     files = find_tensors(Path(path))
+    expected = expected_tensors(model, files)
     if HEAD in files and HEAD not in expected:  # tied, which is listed by its first name only
         dtype = model.get_parameter(EMBEDDING).dtype
         settle_tied_head(expected, files, dtype)
@@ -88,17 +88,24 @@ def settle_tied_head(
         )
 
 
-def expected_tensors(model: nn.Module) -> dict[str, LoadTensor]:
+def expected_tensors(model: nn.Module, names: Collection[str]) -> dict[str, LoadTensor]:
     """Name every tensor that a checkpoint of this model must hold, and the function to load it.
 
     A module that merges several checkpoint modules has a `packed_modules_mapping`: checkpoint name
-    -> shard id. Tied weights are expected once, by the name of the module that comes first.
+    -> shard id. One whose tensors a checkpoint may name in several ways has a `checkpoint_tensors`,
+    which is shown all `names` that there are. Tied weights are expected once, by the name of the
+    module that comes first.
     """
     expected: dict[str, LoadTensor] = {}
     for name, param in model.named_parameters():
-        load = partial(param.weight_loader, param)  # type: ignore[attr-defined]
         module_name, _, kind = name.rpartition(".")
-        packed = getattr(model.get_submodule(module_name), "packed_modules_mapping", None)
+        module = model.get_submodule(module_name)
+        name_tensors = getattr(module, "checkpoint_tensors", None)
+        if name_tensors is not None:
+            expected.update(name_tensors(module_name, names))
+            continue
+        load = partial(param.weight_loader, param)  # type: ignore[attr-defined]
+        packed = getattr(module, "packed_modules_mapping", None)
         if packed is None:
             expected[name] = load
             continue
