@@ -70,8 +70,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
             sliding_attention=dict(rope_type="default", rope_theta=1e3),
         ),
-        query_pre_attn_scalar=10,
-        final_logit_softcapping=1.5,
+        query_pre_attn_scalar=40,
+        final_logit_softcapping=3.0,
     ),
     "gemma3-wide-window": dict(
         GEMMA3, sliding_window=200, sliding_window_pattern=2, attention_bias=True
