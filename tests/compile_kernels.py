@@ -16,13 +16,18 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import (
     all_reduce,
+    expert_gemv,
     gate_mul,
     gemv,
+    grouped_gemm,
     gumbel,
+    moe,
+    moe_routing,
     norm_rope_store,
     paged_decode,
     penalties,
     prefill_all_reduce,
+    projection_norm,
     rms_norm,
     split_gemm,
     threshold,
@@ -47,7 +52,8 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     if "READ_AHEAD" in options:
         # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
         # tiles of K and V but one in shared memory.
-        least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
+        tile = options["BLOCK_N"] * options["HEAD_DIM"] * torch.bfloat16.itemsize
+        least = 2 * (options["num_stages"] - 1) * tile
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)
 
@@ -60,15 +66,34 @@ def ints(*shape: int) -> torch.Tensor:
     return numbers(*shape, dtype=torch.int32)
 
 
+def compile_attention_options() -> None:
+    """Windows and soft caps, with the heads of Qwen3-8B and those of Gemma 3."""
+    for dim, window, softcap in ((DIM, 512, 50.0), (DIM, None, 50.0), (256, 512, None)):
+        q, k, v = numbers(16, HEADS + 2 * KV_HEADS, dim).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        caches = [numbers(4, 256, KV_HEADS, dim) for _ in range(2)]
+        options: dict[str, Any] = {"window": window, "softcap": softcap}
+        for splits in (1, 8):
+            config = paged_decode.DecodeConfig(64, splits)
+            tables = ints(16, 16)
+            paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
+        for block_tables in (None, ints(2, 16)):
+            inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
+            varlen_prefill.varlen_prefill(*inputs, **options)
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
     for module in (
         all_reduce,
+        expert_gemv,
         gemv,
+        grouped_gemm,
         gumbel,
+        moe_routing,
         norm_rope_store,
         paged_decode,
+        projection_norm,
         rms_norm,
         gate_mul,
         split_gemm,
@@ -87,6 +112,24 @@ def main() -> None:
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
 
+    # Qwen3-30B-A3B, on one rank
+    experts = moe.MoEWeights(
+        router=numbers(128, 2048),
+        gate_up=torch.empty(128, 2 * 768, 2048, dtype=torch.bfloat16),
+        down=torch.empty(128, 2048, 768, dtype=torch.bfloat16),
+        top_k=8,
+        is_normalized=True,
+    )
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048))
+    for num_tokens in (2, 200, 600, 2000):  # tiles of 16, 32, 128 and 128 tokens
+        moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+    router = numbers(16, 256, dtype=torch.float32)
+    gate_up, down = router.expand(16, 16, 256).contiguous(), router.new_zeros(16, 256, 8)
+    for grouped_gemm.has_tma in (lambda: True, lambda: False):
+        exact = moe.MoEWeights(router, gate_up, down, top_k=2, is_normalized=False)
+        moe.moe_partial_sums(router, exact)
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
+
     positions, angles = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32)
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
     for shape, weight in (((5,), numbers(DIM)), ((), None)):
@@ -94,12 +137,18 @@ def main() -> None:
         norm_rope_store.norm_rope_store(
             qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS
         )
+    rows, heads = numbers(16, (HEADS + 2 * KV_HEADS) * DIM), numbers(HEADS * DIM)
+    kv_heads = heads[: KV_HEADS * DIM]
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS)
+    sums = projection_norm.sums_of_squares(rows, len(heads), len(kv_heads))
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS, sums, 4)
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
-        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config)
+        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+    compile_attention_options()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

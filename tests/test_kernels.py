@@ -556,6 +556,17 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
 # --- flash_attention: how it calls the package, without the package ---
 
 
+def package_options(window_size, softcap):
+    left, right = window_size
+    if left in (-1, None):
+        assert right == left
+        left = None
+    else:
+        assert right == 0
+        left += 1
+    return {"window": left, "softcap": softcap or None}
+
+
 def package_2_varlen(
     q,
     k,
@@ -566,20 +577,30 @@ def package_2_varlen(
     max_seqlen_k,
     softmax_scale=None,
     causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
     block_table=None,
 ):
     assert causal
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return varlen_prefill_torch(q, k, v, k, v, *lengths, softmax_scale, block_table)
+    options = package_options(window_size, softcap)
+    return varlen_prefill_torch(q, k, v, k, v, *lengths, softmax_scale, block_table, **options)
 
 
 def package_2_kvcache(
-    q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
 ):
     assert q.shape[1] == 1
-    return paged_decode_torch(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[
-        :, None
-    ]
+    inputs = (q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)
+    return paged_decode_torch(*inputs, **package_options(window_size, softcap))[:, None]
 
 
 def package_4_varlen(
@@ -594,15 +615,19 @@ def package_4_varlen(
     page_table=None,
     softmax_scale=None,
     causal=False,
+    window_size=(None, None),
+    softcap=0.0,
 ):
+    options = {"causal": causal, "window_size": window_size, "softcap": softcap}
     assert causal and (page_table is None) == (cu_seqlens_k is not None) == (seqused_k is None)
     if cu_seqlens_q is None:
-        return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale), None
+        return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale, **options), None
     if page_table is not None:
         assert seqused_k.dtype == torch.int32
         cu_seqlens_k = prefix_sums(seqused_k.tolist())
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return package_2_varlen(q, k, v, *lengths, softmax_scale, causal, page_table), None
+    inputs = (q, k, v, *lengths, softmax_scale)
+    return package_2_varlen(*inputs, block_table=page_table, **options), None
 
 
 @pytest.mark.parametrize("version", ["2", "4"])

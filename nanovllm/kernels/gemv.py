@@ -84,6 +84,7 @@ def gemv(
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`; all but the product is optional.
 
@@ -96,6 +97,7 @@ def gemv(
     residual: `[1, out]`; it is overwritten with the result, and returned.
     activation: "silu" or "gelu_tanh": the weight is `[2 * out, in]`, the gate projection above the
         up projection, and `act(gate) * up` takes the place of the product; without bias.
+    out_dtype: of the result, if there is no residual; by default x's.
     """
     in_size = x.shape[1]
     is_gated = activation is not None
@@ -104,7 +106,7 @@ def gemv(
     assert all(tensor is None or tensor.is_contiguous() for tensor in (x, weight, residual))
     out = residual
     if out is None:
-        out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
+        out = torch.empty(1, out_size, dtype=out_dtype or x.dtype, device=x.device)
     chunks = max(1, next_power_of_2(in_size) // 256)
     rows = ELEMENTS_PER_PROGRAM // (256 * chunks)
     if is_gated:

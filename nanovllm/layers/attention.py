@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.attention_backend import TORCH, AttentionBackend, PrefillPlan
+from nanovllm.kernels.attention_backend import (
+    TORCH,
+    AttentionBackend,
+    AttentionOptions,
+    PrefillPlan,
+)
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import Attended
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -27,6 +32,7 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         rotary_emb: RotaryEmbedding | None,
+        options: AttentionOptions | None = None,
     ) -> None:
         """rotary_emb: None for a layer that does not rotate q and k."""
         super().__init__()
@@ -34,7 +40,7 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rotary_emb = rotary_emb
-        self.scale = head_dim**-0.5
+        self.options = options or AttentionOptions(scale=head_dim**-0.5)
         self.backend: AttentionBackend = TORCH
         self.only_last_tokens = False
         self.k_cache = torch.empty(0)
@@ -79,5 +85,5 @@ class Attention(nn.Module):
             rows = step.last_token_rows
             q = q[rows]
             plan = self.backend.last_tokens_plan(plan)
-        out = self.backend.attend(q, k, v, self.k_cache, self.v_cache, plan, self.scale)
+        out = self.backend.attend(q, k, v, self.k_cache, self.v_cache, plan, self.options)
         return Attended(out.flatten(-2), rows)

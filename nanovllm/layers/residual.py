@@ -82,14 +82,16 @@ class Addition(NamedTuple):
     post_norm: RMSNorm | None  # of the layer's output, before it is added
     scale: float  # of the layer's output
 
-    def layer_input(self) -> Tensor:
-        """What the layer multiplies, for all rows."""
+    def product(self, epilogue: Epilogue) -> Tensor | PartialSums:
+        """This rank's product for all rows."""
         x = self.x
         if isinstance(x, Normed):
             x.keeps_values = False  # this is the last reader
         if self.before is not None:
-            return self.before(x)
-        return x.values() if isinstance(x, Normed) else x
+            x = self.before(x)
+        if isinstance(x, Normed) and uses_gemv(x.hidden):
+            return x.project(self.layer, epilogue)  # the layer computes the norm, too
+        return self.layer.matmul(x.values() if isinstance(x, Normed) else x, epilogue)
 
     def piece(self, rows: slice) -> Tensor:
         """This rank's product for some rows only, before it is summed over the ranks."""
@@ -222,6 +224,16 @@ class ResidualStream:
         in_pieces = values is not None and self._has_own_rows_only
         return Normed(self, norm, values, in_pieces)
 
+    def values(self) -> Tensor:
+        """Finish the open addition, if there is one, and return `hidden` as it is, unnormalised.
+
+        As all of `hidden` it changes in place, so it must be read before the next `normed`.
+        """
+        if self._open is not None:
+            self._make_addition(None)
+        self._complete_rows()
+        return self.hidden
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, `[m]` integers."""
         if self._open is not None:
@@ -251,8 +263,7 @@ class ResidualStream:
         return values
 
     def _add_on_one_rank(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
-        x = addition.layer_input()
-        product = addition.layer.matmul(x, Epilogue(add_to=self.hidden))
+        product = addition.product(Epilogue(add_to=self.hidden))
         if not isinstance(product, PartialSums):
             return None  # the kernel that multiplied has added, too
         if norm is None:
@@ -262,9 +273,8 @@ class ResidualStream:
     def _add_over_ranks(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
         """Sum the ranks' products and add them, in one kernel where the sum is small."""
         self._complete_rows()
-        x = addition.layer_input()
-        product = addition.layer.matmul(x, READER_SUMS)
-        if uses_gemv(x):
+        product = addition.product(READER_SUMS)
+        if uses_gemv(self.hidden):
             norm = None  # the GEMV that reads the norm computes it
         return self.tp.add_all_reduced(self.hidden, product, norm)
 
@@ -284,7 +294,7 @@ class ResidualStream:
         Returns `norm` of the result where the kernel that adds computes it on the way.
         """
         self._complete_rows()
-        product = addition.layer.matmul(addition.layer_input(), READER_SUMS)
+        product = addition.product(READER_SUMS)
         if self.tp.size > 1:
             product = self.tp.all_reduce(product if isinstance(product, Tensor) else product.sum())
         post_norm = addition.post_norm

@@ -2,29 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-
-
-def rope_theta(hf_config: PretrainedConfig) -> float:
-    """Return the base of the rotation frequencies.
-
-    Raises:
-        ValueError: the RoPE is scaled or partial, which is not implemented, or has no base.
-    """
-    # transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling.
-    parameters = getattr(hf_config, "rope_parameters", None)
-    if not parameters:
-        parameters = getattr(hf_config, "rope_scaling", None) or {}
-    theta = parameters.get("rope_theta", getattr(hf_config, "rope_theta", None))
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    factor = parameters.get("partial_rotary_factor", 1.0)
-    if rope_type != "default" or factor != 1.0:
-        raise ValueError(
-            f"RoPE with partial_rotary_factor {factor} and type {rope_type!r} is not supported"
-        )
-    if not theta or theta <= 0:
-        raise ValueError(f"the model's config.json must give a positive rope_theta, not {theta}")
-    return float(theta)
 
 
 def default_frequencies(rotary_size: int, theta: float) -> Tensor:

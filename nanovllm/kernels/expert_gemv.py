@@ -1,0 +1,188 @@
+"""The linear layers of a mixture's experts for one token, where reading the weights takes the time.
+
+As in `gemv`, a program takes a few whole rows of a weight, here of the experts that the router has
+just chosen: there is one launch for gate and up of all of them, and one for down and their sum.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels._triton import (
+    launch_next,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
+from nanovllm.kernels.moe_routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """How the rows of the experts' weights are shared out."""
+
+    rows: int  # outputs of a program
+    num_warps: int
+
+
+GATE_UP_CONFIG = GemvConfig(rows=8, num_warps=4)
+DOWN_CONFIG = GemvConfig(rows=2, num_warps=4)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr,
+    weight_ptr,
+    experts_ptr,
+    norm_ptr,
+    eps,
+    out_ptr,
+    IN_SIZE: tl.constexpr,
+    OUT_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program computes ROWS outputs of one expert; its tiles are those of `_gemv_kernel`."""
+    launch_next(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.program_id(1)
+    column = tl.arange(0, CHUNKS)[None, :, None] * 256 + tl.arange(0, 256)[None, None, :]
+    column = tl.broadcast_to(column, (ROWS, CHUNKS, 256))
+    in_column = column < IN_SIZE
+    mask = (row < OUT_SIZE)[:, None, None] & in_column
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + column, mask=in_column, other=0.0)
+    wait_for_previous(PDL)
+    expert = tl.load(experts_ptr + slot).to(tl.int64)
+    gate_ptr = weight_ptr + expert * (2 * OUT_SIZE * IN_SIZE)
+    offsets = row[:, None, None] * IN_SIZE + column
+    gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
+    up_weight = tl.load(gate_ptr + OUT_SIZE * IN_SIZE + offsets, mask=mask, other=0.0)
+    x = tl.load(x_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    # The norm divides all of x by the same number, so it is enough to scale the results.
+    scale = 1.0
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / IN_SIZE + eps)
+        x *= norm.to(tl.float32)
+    gate = tl.sum(tl.sum(gate_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+    up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+    out = gate / (1.0 + tl.exp(-gate)) * up  # silu(gate) * up
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + slot * OUT_SIZE + row, out, mask=row < OUT_SIZE)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr,
+    weight_ptr,
+    experts_ptr,
+    routing_weights_ptr,
+    residual_ptr,
+    out_ptr,
+    IN_SIZE: tl.constexpr,
+    OUT_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program computes ROWS outputs: all experts' products, weighted and added up.
+
+    SLOTS and COLUMNS are TOP_K and IN_SIZE, rounded up to powers of two.
+    """
+    launch_next(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, SLOTS)[None, :, None]
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    is_row = row < OUT_SIZE
+    is_slot = slot < TOP_K
+    in_row = is_slot & (column < IN_SIZE)
+    wait_for_previous(PDL)
+    # One load for the tiles of all experts, so that none of them waits for another.
+    expert = tl.load(experts_ptr + slot, mask=is_slot, other=0).to(tl.int64)
+    offsets = expert * (OUT_SIZE * IN_SIZE) + row[:, None, None] * IN_SIZE + column
+    mask = is_row[:, None, None] & in_row
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + slot * IN_SIZE + column, mask=in_row, other=0.0).to(tl.float32)
+    routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
+    out = tl.sum(tl.sum(weight * (x * routing_weight), axis=2), axis=1)
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+def expert_gate_up_gemv(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    config: GemvConfig = GATE_UP_CONFIG,
+) -> Tensor:
+    """`expert_gate_up` for one token: x `[1, hidden]`, the result `[top_k, intermediate]`.
+
+    norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first, or None.
+    """
+    _, matrix_rows, in_size = weight.shape
+    out_size = matrix_rows // 2
+    top_k = routing.experts.shape[1]
+    assert x.shape == (1, in_size) and x.is_contiguous() and weight.is_contiguous()
+    out = torch.empty(top_k, out_size, dtype=x.dtype, device=x.device)
+    _gate_up_kernel[(triton.cdiv(out_size, config.rows), top_k)](
+        x,
+        weight,
+        routing.experts,
+        norm_weight,
+        eps,
+        out,
+        IN_SIZE=in_size,
+        OUT_SIZE=out_size,
+        ROWS=config.rows,
+        CHUNKS=max(1, next_power_of_2(in_size) // 256),
+        num_warps=config.num_warps,
+        **pdl_options(),
+    )
+    return out
+
+
+def expert_down_gemv(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    residual: Tensor | None = None,
+    config: GemvConfig = DOWN_CONFIG,
+) -> Tensor:
+    """Return the experts' outputs times their routing weights, added up, `[1, hidden]`.
+
+    x: `[top_k, intermediate]`. weight: `[num_experts, hidden, intermediate]`.
+    residual: `[1, hidden]`; added, overwritten with the result, and returned.
+    """
+    _, out_size, in_size = weight.shape
+    top_k = routing.experts.shape[1]
+    assert x.shape == (top_k, in_size) and x.is_contiguous() and weight.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    out = residual
+    if out is None:
+        out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
+    _down_kernel[(triton.cdiv(out_size, config.rows),)](
+        x,
+        weight,
+        routing.experts,
+        routing.weights,
+        residual,
+        out,
+        IN_SIZE=in_size,
+        OUT_SIZE=out_size,
+        TOP_K=top_k,
+        ROWS=config.rows,
+        SLOTS=next_power_of_2(top_k),
+        COLUMNS=next_power_of_2(in_size),
+        num_warps=config.num_warps,
+        **pdl_options(),
+    )
+    return out

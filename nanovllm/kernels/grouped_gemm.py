@@ -1,0 +1,225 @@
+"""The linear layers of a mixture's experts: one GEMM for each expert that has tokens, all in one
+launch.
+
+The host does not know which experts have tokens. It launches as many programs as there can be
+tiles, and each program finds its tile in the experts' counters (see moe_routing.py); those for
+which there is no tile return at once. Weights of experts without tokens are not read.
+
+A tile is TOKENS pairs of one expert times ROWS rows of its weight. As in `split_gemm`, the rows of
+the weight are the rows of the tensor cores' instruction, which takes 64 of them, but as few as 8
+tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels._triton import (
+    TensorDescriptor,
+    device_limits,
+    has_tma,
+    launch_next,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    triton,
+    wait_for_previous,
+)
+from nanovllm.kernels.moe_routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedConfig:
+    """The tiles of a grouped GEMM."""
+
+    tokens: int  # pairs in a tile, at least 16
+    rows: int  # of the weight in a tile; of gate and of up each
+    chunk: int  # of the inner dimension
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _grouped_gemm_kernel(
+    x_ptr,
+    weight_desc,
+    weight_ptr,
+    counts_ptr,
+    buckets_ptr,
+    routing_weights_ptr,
+    out_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IN_SIZE: tl.constexpr,
+    OUT_SIZE: tl.constexpr,
+    GATED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program computes one tile, over the whole inner dimension.
+
+    GATED: x has a row for each token, the weight of an expert is its gate above its up projection,
+    and `silu(gate) * up` is written, a row for each pair. Otherwise x has a row for each pair, and
+    the product times the pair's routing weight is written to `out[slot, token]`.
+    """
+    launch_next(PDL)
+    tile = tl.program_id(1)
+    wait_for_previous(PDL)
+    # Expert after expert, each has ceil(count / TOKENS) tiles. Which expert's is this one?
+    ids = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    ends = tl.cumsum((counts + TOKENS - 1) // TOKENS, axis=0)
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    if expert >= NUM_EXPERTS:
+        return  # there are fewer tiles than there could be
+    first_tile = tl.max(tl.where(ends <= tile, ends, 0), axis=0)
+    place = (tile - first_tile) * TOKENS + tl.arange(0, TOKENS)
+    is_pair = place < tl.load(counts_ptr + expert)
+    bucket_ptr = buckets_ptr + expert.to(tl.int64) * num_tokens
+    pair = tl.load(bucket_ptr + place, mask=is_pair, other=0)
+
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < OUT_SIZE
+    MATRIX_ROWS: tl.constexpr = 2 * OUT_SIZE if GATED else OUT_SIZE
+    first_row = expert * MATRIX_ROWS + tl.program_id(0) * ROWS  # of all experts' rows
+    x_row = pair // TOP_K if GATED else pair
+    x_row_ptr = x_ptr + x_row.to(tl.int64)[:, None] * IN_SIZE
+    weight_row_ptr = weight_ptr + (expert.to(tl.int64) * MATRIX_ROWS + row[:, None]) * IN_SIZE
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    up_acc = acc
+    for first in range(0, IN_SIZE, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        in_row = column < IN_SIZE
+        x = tl.load(x_row_ptr + column, mask=is_pair[:, None] & in_row, other=0.0)
+        if weight_desc is not None:
+            weight = weight_desc.load([first_row, first])
+        else:
+            mask = is_row[:, None] & in_row
+            weight = tl.load(weight_row_ptr + column, mask=mask, other=0.0)
+        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+        if GATED:
+            if weight_desc is not None:
+                up_weight = weight_desc.load([first_row + OUT_SIZE, first])
+            else:
+                up_row_ptr = weight_row_ptr + OUT_SIZE * IN_SIZE
+                up_weight = tl.load(up_row_ptr + column, mask=mask, other=0.0)
+            up_acc = tl.dot(up_weight, tl.trans(x), up_acc, input_precision="ieee")
+    out = acc
+    if GATED:
+        out = acc / (1.0 + tl.exp(-acc)) * up_acc  # silu(gate) * up
+        out_row = pair
+    else:
+        routing_weight = tl.load(routing_weights_ptr + pair, mask=is_pair, other=0.0)
+        out = acc * routing_weight[None, :]
+        out_row = pair % TOP_K * num_tokens + pair // TOP_K
+    out_ptrs = out_ptr + out_row.to(tl.int64)[:, None] * OUT_SIZE + row[None, :]
+    out = tl.trans(out).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=is_pair[:, None] & is_row[None, :])
+
+
+def grouped_config(
+    num_pairs: int, num_experts: int, is_gated: bool, dtype: torch.dtype, device: torch.device
+) -> GroupedConfig:
+    """Choose the tiles for so many pairs; they should rarely need two tiles for an expert as long
+    as reading its weight is what takes the time.
+    """
+    mean = triton.cdiv(num_pairs, num_experts)
+    tokens = min(128, max(16, next_power_of_2(2 * mean - 1)))
+    if dtype.itemsize > 2:  # exact products are not for tensor cores, and the tiles are larger
+        return GroupedConfig(min(tokens, 32), 64, 32, num_warps=4, num_stages=2)
+    # Measured on an H100.
+    if tokens <= 32:
+        config = GroupedConfig(tokens, 64, 128, num_warps=4, num_stages=3 if is_gated else 4)
+    elif tokens == 64:
+        config = GroupedConfig(tokens, 64, 64, num_warps=4, num_stages=4)
+    elif is_gated:
+        config = GroupedConfig(tokens, 128, 64, num_warps=8, num_stages=4)
+    else:
+        config = GroupedConfig(tokens, 128, 64, num_warps=4, num_stages=3)  # two programs fit
+    weight_rows = 2 * config.rows if is_gated else config.rows
+    stage_bytes = (weight_rows + tokens) * config.chunk * dtype.itemsize
+    max_stages = device_limits(device)[1] // stage_bytes
+    return replace(config, num_stages=max(1, min(config.num_stages, max_stages)))
+
+
+def expert_gate_up(
+    x: Tensor, weight: Tensor, routing: Routing, config: GroupedConfig | None = None
+) -> Tensor:
+    """Return `silu(gate) * up` of each pair of token and expert, `[n * top_k, intermediate]`.
+
+    x: `[n, hidden]`, n >= 2. weight: `[num_experts, 2 * intermediate, hidden]`, each expert's gate
+    projection above its up projection. Both are contiguous.
+    """
+    num_pairs = routing.experts.numel()
+    out = torch.empty(num_pairs, weight.shape[1] // 2, dtype=x.dtype, device=x.device)
+    launch_grouped_gemm(x, weight, routing, out, is_gated=True, config=config)
+    return out
+
+
+def expert_down(
+    x: Tensor, weight: Tensor, routing: Routing, config: GroupedConfig | None = None
+) -> Tensor:
+    """Return the output of each pair times its routing weight, as partial sums
+    `[top_k, n, hidden]`.
+
+    x: `[n * top_k, intermediate]`. weight: `[num_experts, hidden, intermediate]`. Both are
+    contiguous.
+    """
+    num_tokens, top_k = routing.experts.shape
+    out = torch.empty(top_k, num_tokens, weight.shape[1], dtype=x.dtype, device=x.device)
+    launch_grouped_gemm(x, weight, routing, out, is_gated=False, config=config)
+    return out
+
+
+def launch_grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    out: Tensor,
+    is_gated: bool,
+    config: GroupedConfig | None,
+) -> None:
+    """Launch the kernel that `expert_gate_up` and `expert_down` share."""
+    num_experts, matrix_rows, in_size = weight.shape
+    out_size = out.shape[-1]
+    num_tokens, top_k = routing.experts.shape
+    num_pairs = num_tokens * top_k
+    assert x.is_contiguous() and weight.is_contiguous()
+    if config is None:
+        config = grouped_config(num_pairs, num_experts, is_gated, x.dtype, x.device)
+    chunk = min(config.chunk, max(16, next_power_of_2(in_size)))
+    weight_desc = None
+    if has_tma() and in_size * weight.itemsize % 16 == 0:
+        rows = weight.view(num_experts * matrix_rows, in_size)
+        weight_desc = TensorDescriptor.from_tensor(rows, [config.rows, chunk])
+    # The most there can be: each expert with a tile of which a single place is taken, and all other
+    # pairs in full tiles.
+    num_used = min(num_pairs, num_experts)
+    max_tiles = num_used + (num_pairs - num_used) // config.tokens
+    _grouped_gemm_kernel[(triton.cdiv(out_size, config.rows), max_tiles)](
+        x,
+        weight_desc,
+        weight,
+        routing.counts,
+        routing.buckets,
+        routing.weights,
+        out,
+        num_tokens,
+        NUM_EXPERTS=num_experts,
+        EXPERTS=next_power_of_2(num_experts),
+        TOP_K=top_k,
+        IN_SIZE=in_size,
+        OUT_SIZE=out_size,
+        GATED=is_gated,
+        TOKENS=config.tokens,
+        ROWS=config.rows,
+        CHUNK=chunk,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **pdl_options(),
+    )
