@@ -28,6 +28,16 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
+# Text models with an encoder of images around them, of which the text model is what is run; and the
+# architectures of text models, by the type of configuration that is inside.
+WRAPPERS = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+TEXT_MODELS = {"gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM"}
+# What the names of their tensors begin with, and what that is without the wrapper: as the hub has
+# them, and as transformers names its modules since 4.52.
+TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
+IMAGE_TENSOR = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+HEAD = "lm_head.weight"
+Stored = tuple[Path, str]  # a file and the name of a tensor in it
 GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
 
 
@@ -125,11 +135,45 @@ def read_hf_config(path: Path, architectures: Collection[str] = ()) -> Pretraine
         advice = "pass the directory of a checkpoint in Hugging Face format"
         raise ValueError(f"{path} has no config.json; {other_formats(path) or advice}")
     # Before transformers reads the file, whose error for an unknown architecture would say less.
-    check_architecture(read_json(file).get("architectures"), str(file), architectures)
+    supported = [*architectures, *WRAPPERS] if architectures else []
+    check_architecture(read_json(file).get("architectures"), str(file), supported)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
         raise ValueError(f"transformers cannot read {file}: {reason_of(error)}") from error
+
+
+def is_wrapper(architectures: object) -> bool:
+    """Whether the "architectures" of a config.json, which may be anything, name a wrapper."""
+    return isinstance(architectures, list) and architectures != [] and architectures[0] in WRAPPERS
+
+
+def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
+    """The configuration of the text model of a checkpoint: its own, or one inside it. Raises a
+    ValueError if that is of a type unknown here. Nothing is read from `path` if it is None.
+    """
+    names = hf_config.architectures
+    if not names or not is_wrapper(names):
+        return hf_config
+    text: PretrainedConfig = hf_config.text_config
+    if text.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"{names[0]} with a text model of type {text.model_type!r} is not "
+            f"supported; supported: {', '.join(TEXT_MODELS)}"
+        )
+    text.architectures = [TEXT_MODELS[text.model_type]]
+    # What is said of the whole counts before what is said of the part.
+    text.dtype = stored_dtype(hf_config, stored_dtype(text))
+    for name in ("eos_token_id", "quantization_config"):
+        if getattr(hf_config, name, None) is not None:
+            setattr(text, name, getattr(hf_config, name))
+    # transformers 4 asks the part whether the LM head is the embedding, and 5 the whole, unless
+    # the files hold a head of its own. Where the two disagree, the files tell which is meant.
+    if not hf_config.tie_word_embeddings:
+        text.tie_word_embeddings = False
+    elif not text.tie_word_embeddings and path is not None:
+        text.tie_word_embeddings = HEAD not in find_tensors(path)
+    return text
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -156,11 +200,11 @@ def check_architecture(names: object, source: str, supported: Collection[str]) -
         )
 
 
-def stored_dtype(hf_config: PretrainedConfig) -> str:
-    """Name of the dtype of a checkpoint; bfloat16 if its configuration does not say."""
+def stored_dtype(hf_config: PretrainedConfig, default: str = "bfloat16") -> str:
+    """Name of the dtype of a checkpoint, or `default` if its configuration does not say."""
     # transformers 5 calls it dtype and 4 torch_dtype; either may hold a string.
     stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
-    return str(stored or "bfloat16").removeprefix("torch.")
+    return str(stored or default).removeprefix("torch.")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -277,27 +321,46 @@ def open_weights(file: Path) -> Iterator[Any]:
         raise ValueError(f"cannot read the weights in {file}: {reason}") from error
 
 
-def find_tensors(path: Path) -> dict[str, Path]:
-    """Name each tensor of a checkpoint and its file; a ValueError if two files hold the same."""
-    found: dict[str, Path] = {}
+def find_tensors(path: Path) -> dict[str, Stored]:
+    """Find the tensors of a checkpoint's text model, by the names that they have in one that is not
+    wrapped; a ValueError if two are of the same name.
+    """
+    unwraps = is_wrapper(read_json(path / "config.json").get("architectures"))
+    found: dict[str, Stored] = {}
     for file in weight_files(path):
         with open_weights(file) as tensors:
-            names = list(tensors.keys())
-        for name in names:
+            stored_names = list(tensors.keys())
+        for stored_name in stored_names:
+            name = text_name(stored_name) if unwraps else stored_name
+            if name is None:
+                continue
             if name in found:
                 raise ValueError(
-                    f"{found[name]} and {file.name} both hold the tensor {name!r}; remove the file "
-                    "that is not of this checkpoint"
+                    f"{found[name][0]} and {file.name} both hold the tensor {name!r}; remove the "
+                    "file that is not of this checkpoint"
                 )
-            found[name] = file
+            found[name] = file, stored_name
     return found
 
 
-def are_equal(files: dict[str, Path], first: str, second: str, dtype: torch.dtype) -> bool:
+def text_name(name: str) -> str | None:
+    """The name of a wrapped model's tensor in the text model; None if it is of the image encoder.
+
+    A name that is of neither is returned as it is: the loader will not know it.
+    """
+    if IMAGE_TENSOR.match(name):
+        return None
+    for prefix, replacement in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def are_equal(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
     """Whether two tensors of a checkpoint hold the same values once they are read as `dtype`."""
-    with open_weights(files[first]) as first_file, open_weights(files[second]) as second_file:
-        ours = first_file.get_tensor(first)  # mapped from the file, not copied
-        theirs = second_file.get_tensor(second)
+    with open_weights(first[0]) as first_file, open_weights(second[0]) as second_file:
+        ours = first_file.get_tensor(first[1])  # mapped from the file, not copied
+        theirs = second_file.get_tensor(second[1])
         if ours.shape != theirs.shape:
             return False
         if ours.dtype == theirs.dtype and ours.nbytes % 8 == 0:

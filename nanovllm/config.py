@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import torch
 from transformers import PretrainedConfig
 
-from nanovllm.checkpoint import check_architecture, read_hf_config, resolve_model, stored_dtype
+from nanovllm.checkpoint import (
+    check_architecture,
+    read_hf_config,
+    resolve_model,
+    stored_dtype,
+    unwrap,
+)
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
@@ -110,6 +116,7 @@ class Config:
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
         self.hf_config = deepcopy(self.hf_config)  # so that the caller may change its own
+        self.hf_config = unwrap(self.hf_config, Path(self.model) if needs_weights else None)
         check_architecture(self.hf_config.architectures, "hf_config", architectures)
         named = getattr(self.hf_config, "transformers_weights", None)
         if named is not None and needs_weights:

@@ -1,11 +1,13 @@
 """Time the attention kernels on a GPU, alone.
 
     python scripts/bench_attention.py [--sweep]      # --sweep tries other tiles too
+    python scripts/bench_attention.py --window 512 1024 [--context 8192]      # sliding windows only
 
 Decode runs inside a CUDA graph, as in the engine, over sequences of 920 tokens on average. It is
 limited by reading K and V: GB/s, against the 4.2 TB/s that an H200 reads. Calls in a row read
 different blocks, more than the L2 cache holds. Prefill is limited by arithmetic: TFLOP/s of the
-causal half, against 790.
+causal half, against 790. With windows both are counted for what the window holds, beside the same
+attention without a window and (decode) with no more context than the window.
 """
 
 import argparse
@@ -64,12 +66,9 @@ def microseconds(run: Callable[[], object], calls: int = 1, repeats: int = 10) -
 class DecodeWork:
     """One batch size, with so many sets of block tables that no call finds its blocks in L2."""
 
-    def __init__(self, num_seqs: int, k_cache: torch.Tensor, v_cache: torch.Tensor):
-        lengths = torch.tensor([920])
-        if num_seqs > 1:
-            lengths = torch.randint(200, 1641, (num_seqs,))
-        self.bytes = int(lengths.sum()) * TOKEN_BYTES
-        width = 2048 // BLOCK_SIZE  # of a block table
+    def __init__(self, lengths: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor):
+        num_seqs = len(lengths)
+        width = -(-max(2048, int(lengths.max())) // BLOCK_SIZE)  # of a block table
         num_blocks = len(k_cache)
         num_sets = max(2, min(64, num_blocks // (num_seqs * width)))
         # Two permutations: at the largest batch, two sets need more blocks than there are.
@@ -94,10 +93,17 @@ class DecodeWork:
             run_all()
         return microseconds(graph.replay, len(self.tables))
 
-    def report(self, name: object, us: float) -> str:
+    def report(self, name: object, us: float, window: int | None = None) -> str:
         """A line for a kernel that takes `us` microseconds."""
-        rate = self.bytes / us / 1000
+        seen = self.lengths if window is None else self.lengths.clamp(max=window)
+        rate = int(seen.sum()) * TOKEN_BYTES / us / 1000
         return f"{name!s:<62}{us:>9.1f} us {rate:>7.0f} GB/s {rate / READ_GB_PER_S:>6.0%}"
+
+
+def random_cache() -> torch.Tensor:
+    """K or V, 1 GiB: a call at batch 256 reads nearly all of it, the smaller ones take turns."""
+    shape = (2 * 2**30 // (BLOCK_SIZE * TOKEN_BYTES), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    return torch.randn(shape, dtype=DTYPE, device="cuda")
 
 
 def bench_decode(sweep: bool, flash: bool) -> None:
@@ -107,12 +113,13 @@ def bench_decode(sweep: bool, flash: bool) -> None:
         sweep: try other tiles too, and print the best six.
         flash: time flash-attn too.
     """
-    # 1 GiB each: a call at batch 256 reads nearly all of it, the smaller ones take turns.
-    shape = (2 * 2**30 // (BLOCK_SIZE * TOKEN_BYTES), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    k_cache = torch.randn(shape, dtype=DTYPE, device="cuda")
-    v_cache = torch.randn(shape, dtype=DTYPE, device="cuda")
+    k_cache = random_cache()
+    v_cache = random_cache()
     for num_seqs in (1, 4, 16, 64, 256):
-        work = DecodeWork(num_seqs, k_cache, v_cache)
+        lengths = torch.tensor([920])
+        if num_seqs > 1:
+            lengths = torch.randint(200, 1641, (num_seqs,))
+        work = DecodeWork(lengths, k_cache, v_cache)
         print(f"\ndecode, batch {num_seqs}")
         chosen = decode_config(num_seqs, KV_HEADS, HEAD_DIM, DTYPE, k_cache.device, BLOCK_SIZE)
         print(work.report(chosen, work.time(paged_decode)))
@@ -145,13 +152,24 @@ class PrefillWork:
         blocks = torch.arange(num_blocks, dtype=torch.int32, device="cuda")
         self.tables = blocks.view(num_seqs, -1)
         self.inputs = (q, k, v, k_cache, v_cache, cu_seqlens, cu_seqlens, length, length, SCALE)
-        self.flops = 2 * 2 * HEADS * HEAD_DIM * num_seqs * length**2 / 2
+        self.num_seqs = num_seqs
+        self.length = length
 
-    def report(self, name: object, prefill: Callable[..., object], *more: object) -> None:
-        """Time a kernel and print a line; `more` are its further arguments."""
+    def report(
+        self,
+        name: object,
+        prefill: Callable[..., object],
+        tables: torch.Tensor | None = None,
+        window: int | None = None,
+        **options: object,
+    ) -> None:
+        """Time a kernel and print a line; the keywords are its further arguments."""
+        seen = min(window or self.length, self.length)  # by a query that is not among the first
+        pairs = self.num_seqs * (self.length * seen - seen**2 / 2)  # of a query and a key
+        flops = 2 * 2 * HEADS * HEAD_DIM * pairs
         try:
-            us = microseconds(lambda: prefill(*self.inputs, *more))
-            print(f"{name!s:<62}{us:>9.1f} us {self.flops / us / 1e6:>7.0f} TFLOP/s")
+            us = microseconds(lambda: prefill(*self.inputs, tables, window=window, **options))
+            print(f"{name!s:<62}{us:>9.1f} us {flops / us / 1e6:>7.0f} TFLOP/s")
         except Exception as error:  # a configuration may ask for more shared memory than there is
             print(f"{name!s:<62} {type(error).__name__}: {str(error)[:60]}")
 
@@ -169,14 +187,54 @@ def bench_prefill(sweep: bool, flash: bool) -> None:
             work.report(name, flash_attention.flash_prefill)
             work.report("  the same from the cache", flash_attention.flash_prefill, work.tables)
         for config in PREFILL_CONFIGS if sweep else ():
-            work.report(config, varlen_prefill, None, config)
+            work.report(config, varlen_prefill, config=config)
+
+
+def bench_windows(windows: list[int], context: int, flash: bool) -> None:
+    """Print what attention costs in a long context, with each window and without one.
+
+    Args:
+        windows: in tokens.
+        context: tokens of each sequence, a multiple of the block size.
+        flash: time flash-attn too.
+    """
+    decodes: dict[str, Callable[..., object]] = {"triton": paged_decode}
+    prefills: dict[str, Callable[..., object]] = {"triton": varlen_prefill}
+    if flash:
+        decodes["flash_attn"] = flash_attention.flash_decode
+        prefills["flash_attn"] = flash_attention.flash_prefill
+    k_cache = random_cache()
+    v_cache = random_cache()
+    for num_seqs in (1, 16, 64):
+        print(f"\ndecode, batch {num_seqs}, context {context}")
+        work = DecodeWork(torch.full((num_seqs,), context), k_cache, v_cache)
+        for name, decode in decodes.items():
+            print(work.report(f"{name}, no window", work.time(decode)))
+            for window in windows:
+                us = work.time(decode, window=window)
+                print(work.report(f"{name}, window {window}", us, window))
+        for window in windows:
+            short = DecodeWork(torch.full((num_seqs,), window), k_cache, v_cache)
+            us = short.time(paged_decode)
+            print(short.report(f"triton, no window, context {window} only", us))
+    for num_seqs in (1, 8):
+        print(f"\nprefill, {num_seqs} sequences of {context}")
+        prompts = PrefillWork(num_seqs, context)
+        for name, prefill in prefills.items():
+            for window in (None, *windows):
+                prompts.report(f"{name}, window {window}", prefill, window=window)
+                prompts.report("  the same from the cache", prefill, prompts.tables, window)
 
 
 def main() -> None:
     """Time both kinds of attention."""
     parser = argparse.ArgumentParser(description="Time the attention kernels on a GPU.")
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes too")
-    sweep = parser.parse_args().sweep
+    parser.add_argument("--window", type=int, nargs="+", help="time these sliding windows only")
+    parser.add_argument("--context", type=int, default=8192, help="of the windows; default 8192")
+    args = parser.parse_args()
+    if args.context % BLOCK_SIZE:
+        parser.error(f"--context must be a multiple of {BLOCK_SIZE}, not {args.context}")
     if not torch.cuda.is_available():
         raise SystemExit("bench_attention.py needs a CUDA GPU")
     torch.manual_seed(0)
@@ -187,8 +245,11 @@ def main() -> None:
         print(error)
         flash = False
     print(torch.cuda.get_device_name())
-    bench_decode(sweep, flash)
-    bench_prefill(sweep, flash)
+    if args.window:
+        bench_windows(args.window, args.context, flash)
+        return
+    bench_decode(args.sweep, flash)
+    bench_prefill(args.sweep, flash)
 
 
 if __name__ == "__main__":

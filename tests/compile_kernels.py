@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from nanovllm.kernels import (
     all_reduce,
     expert_gemv,
+    gate_mul,
     gemv,
     grouped_gemm,
     gumbel,
@@ -27,7 +28,6 @@ from nanovllm.kernels import (
     penalties,
     prefill_all_reduce,
     rms_norm,
-    silu_mul,
     split_gemm,
     threshold,
     varlen_prefill,
@@ -51,7 +51,8 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     if "READ_AHEAD" in options:
         # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
         # tiles of K and V but one in shared memory.
-        least = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * DIM * torch.bfloat16.itemsize
+        tile = options["BLOCK_N"] * options["HEAD_DIM"] * torch.bfloat16.itemsize
+        least = 2 * (options["num_stages"] - 1) * tile
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
     print(self.__name__)
 
@@ -62,6 +63,21 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def ints(*shape: int) -> torch.Tensor:
     return numbers(*shape, dtype=torch.int32)
+
+
+def compile_attention_options() -> None:
+    """Windows and soft caps, with the heads of Qwen3-8B and those of Gemma 3."""
+    for dim, window, softcap in ((DIM, 512, 50.0), (DIM, None, 50.0), (256, 512, None)):
+        q, k, v = numbers(16, HEADS + 2 * KV_HEADS, dim).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        caches = [numbers(4, 256, KV_HEADS, dim) for _ in range(2)]
+        options: dict[str, Any] = {"window": window, "softcap": softcap}
+        for splits in (1, 8):
+            config = paged_decode.DecodeConfig(64, splits)
+            tables = ints(16, 16)
+            paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
+        for block_tables in (None, ints(2, 16)):
+            inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
+            varlen_prefill.varlen_prefill(*inputs, **options)
 
 
 def main() -> None:
@@ -77,20 +93,20 @@ def main() -> None:
         norm_rope_store,
         paged_decode,
         rms_norm,
-        silu_mul,
+        gate_mul,
         split_gemm,
     ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     rms_norm.rms_norm(x, norm, EPS)
-    silu_mul.silu_mul(x)
+    gate_mul.gate_mul(x)
     for weight in (norm, None):
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS)
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS, norm.float(), EPS)
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    gemv.gemv(x[:1], numbers(256, HIDDEN), gated=True)
+    gemv.gemv(x[:1], numbers(256, HIDDEN), activation="silu")
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
 
@@ -116,9 +132,10 @@ def main() -> None:
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
-        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config)
+        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+    compile_attention_options()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

@@ -29,6 +29,15 @@ from nanovllm.engine.sequence import Sequence
 
 VOCAB = 127  # odd, and divisible by no number of ranks
 MAX_LEN = 1024
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    head_dim=8,
+    image_size=28,
+    patch_size=14,
+)
 QWEN3, QWEN2 = "Qwen3ForCausalLM", "Qwen2ForCausalLM"
 
 
@@ -110,11 +119,14 @@ def make_checkpoint(
     seed: int = 0,
     std: float = 0.3,
     save: bool = True,
+    around: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Checkpoint:
     """A small model with large random weights, so that its greedy completions vary.
 
-    architecture: any causal language model of `transformers`.
+    architecture: any causal language model of `transformers`, or one with a small image encoder
+        around it.
+    around: overrides of the configuration around the text model's, which holds the latter.
     overrides: of its configuration.
     All weights can be written in bfloat16, so that a checkpoint means the same in every dtype.
     """
@@ -135,6 +147,10 @@ def make_checkpoint(
         options["head_dim"] = 16
     options.update(overrides)
     model_class = getattr(transformers, architecture)
+    if architecture.endswith("ForConditionalGeneration"):
+        tied = options["tie_word_embeddings"]
+        options = dict(text_config=options, vision_config=VISION, tie_word_embeddings=tied)
+        options.update(around or {})
     model: PreTrainedModel = model_class(model_class.config_class(**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -17,9 +17,9 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import cpu_attention
-from nanovllm.kernels.attention_backend import CPU, TORCH, AttentionBackend
+from nanovllm.kernels.attention_backend import CPU, TORCH, AttentionBackend, AttentionOptions
 from nanovllm.kernels.cpu_threads import WORK_PER_THREAD, threads_for
-from nanovllm.kernels.silu_mul import silu_mul_in_place, silu_mul_torch
+from nanovllm.kernels.gate_mul import gate_mul_in_place, gate_mul_torch
 
 # --- aborts ---------------------------------------------------------------------------------------
 
@@ -183,7 +183,12 @@ def test_an_engine_of_a_small_model_uses_one_thread_and_restores_the_setting(
 # --- the CPU's attention --------------------------------------------------------------------------
 
 
-def attend(backend: AttentionBackend, lengths: list[tuple[int, int]], in_place: bool) -> list:
+def attend(
+    backend: AttentionBackend,
+    lengths: list[tuple[int, int]],
+    in_place: bool,
+    options: tuple[AttentionOptions, ...] = (AttentionOptions(0.25), AttentionOptions(0.25)),
+) -> list:
     """Two layers of a step whose sequences have (new, all) tokens; everything that it yields."""
     torch.manual_seed(len(lengths))
     block_size, heads, kv_heads, head_dim = 8, 6, 2, 16
@@ -214,11 +219,11 @@ def attend(backend: AttentionBackend, lengths: list[tuple[int, int]], in_place: 
         norms = torch.rand(2, head_dim) if layer else (None, None)
         store = (positions, angles.cos(), angles.sin(), *norms, 1e-6, *caches[layer], slots, heads)
         q, k, v = backend.store(plan, qkv, *store).split((heads, kv_heads, kv_heads), dim=1)
-        results += [qkv, backend.attend(q, k, v, *caches[layer], plan, 0.25)]
+        results += [qkv, backend.attend(q, k, v, *caches[layer], plan, options[layer])]
     if max(num_new) > 1:
         last = torch.tensor(num_new).cumsum(0) - 1
         last_plan = backend.last_tokens_plan(plan)
-        results.append(backend.attend(q[last], k, v, *caches[1], last_plan, 0.25))
+        results.append(backend.attend(q[last], k, v, *caches[1], last_plan, options[1]))
     return results
 
 
@@ -261,7 +266,7 @@ def test_padding_rows_store_nothing_and_disturb_nobody() -> None:
         plan = backend.plan_decode(torch.tensor([10, 0, 3], dtype=torch.int32), tables)
         inputs = (torch.randn(3, 4, 16), positions, table.cos(), table.sin(), None, None, 0.0)
         q, k, v = backend.store(plan, *inputs, *caches, slots, 2).split((2, 1, 1), dim=1)
-        out = backend.attend(q, k, v, *caches, plan, 0.25)
+        out = backend.attend(q, k, v, *caches, plan, AttentionOptions(0.25))
         results.append((out[[0, 2]], caches.clone()))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference)
@@ -284,11 +289,11 @@ def test_sequences_of_like_length_are_attended_together(
 ) -> None:
     tables = torch.randperm(len(lengths) * 20).view(len(lengths), 20).int().numpy()
     step = cpu_attention.CpuStep([1] * len(lengths), lengths, tables)
-    step._plan(torch.empty(len(lengths) * 20, 256, 1, 2))
-    assert [group.num_seqs for group in step._groups] == groups
+    planned = step._plan(torch.empty(len(lengths) * 20, 256, 1, 2), window=None)
+    assert [group.num_seqs for group in planned] == groups
 
 
 def test_the_activation_in_place_is_the_activation() -> None:
     x = torch.randn(5, 12)
-    expected = silu_mul_torch(x)
-    assert torch.equal(silu_mul_in_place(x), expected)
+    expected = gate_mul_torch(x)
+    assert torch.equal(gate_mul_in_place(x), expected)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    QWEN2,
     Checkpoint,
     generate_ids,
     greedy,
@@ -16,9 +17,12 @@ from conftest import (
     random_prompts,
 )
 
+from nanovllm import SamplingParams
+
 NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 31, 120, 33, 48, 64, 90]
 
+GEMMA3: dict[str, Any] = dict(architecture="Gemma3ForCausalLM", head_dim=16, num_hidden_layers=4)
 QWEN3_MOE: dict[str, Any] = dict(
     architecture="Qwen3MoeForCausalLM",
     head_dim=16,
@@ -33,6 +37,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "llama-bias-wide-heads": dict(
         architecture="LlamaForCausalLM", attention_bias=True, head_dim=32, rms_norm_eps=1e-3
+    ),
+    # Windows: smaller than most prompts, and as long as a block; then larger than all of them.
+    "qwen3-window": dict(
+        num_hidden_layers=3, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
+    "qwen2-window": dict(
+        architecture=QWEN2,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3": dict(
+        GEMMA3, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8
+    ),
+    "gemma3-tied-scaled": dict(
+        GEMMA3 | dict(num_hidden_layers=3),
+        tie_word_embeddings=True,
+        std=0.05,  # with larger weights the embedding outweighs the layers, and tokens repeat
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=33,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+            sliding_attention=dict(rope_type="default", rope_theta=1e3),
+        ),
+        query_pre_attn_scalar=10,
+        final_logit_softcapping=1.5,
+    ),
+    "gemma3-wide-window": dict(
+        GEMMA3, sliding_window=200, sliding_window_pattern=2, attention_bias=True
+    ),
+    "gemma3-wrapped": dict(
+        GEMMA3 | dict(architecture="Gemma3ForConditionalGeneration", num_hidden_layers=2),
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=17,
+    ),
+    "gemma2": dict(
+        architecture="Gemma2ForCausalLM",
+        head_dim=16,
+        num_hidden_layers=3,  # of a window in the first and the last
+        sliding_window=12,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=8.0,
+    ),
+    "gemma2-uncapped": dict(
+        architecture="Gemma2ForCausalLM",
+        head_dim=16,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
     ),
     "qwen3-moe": dict(**QWEN3_MOE, norm_topk_prob=True, seed=1),
     "qwen3-moe-one-expert-a-token": dict(**{**QWEN3_MOE, "num_experts_per_tok": 1}, seed=1),
@@ -83,11 +135,40 @@ def test_same_tokens_however_the_work_is_cut(
         llm.exit()
 
 
+def test_same_log_probabilities(
+    reference: tuple[Checkpoint, list[list[int]], list[list[int]]],
+) -> None:
+    """Factors and caps of the logits leave the likeliest token what it is, and change these."""
+    checkpoint, prompts, expected = reference
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=3)
+    llm = make_llm(checkpoint.path)
+    try:
+        outputs = llm.generate(prompts[:9], params, use_tqdm=False)
+    finally:
+        llm.exit()
+    for prompt, tokens, output in zip(prompts, expected, outputs, strict=False):
+        logits = checkpoint.logits(prompt + tokens[:3])[len(prompt) - 1 :]
+        for theirs, ours in zip(logits.log_softmax(-1), output["logprobs"], strict=True):
+            assert len(ours) == 3
+            for token_id, value in ours.items():
+                assert value == pytest.approx(theirs[token_id].item(), abs=2e-4)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama-mlp-bias": (dict(architecture="LlamaForCausalLM", mlp_bias=True), "mlp_bias True"),
     "llama-act": (dict(architecture="LlamaForCausalLM", hidden_act="gelu"), "hidden_act 'gelu'"),
+    "gemma3-act": (dict(GEMMA3, hidden_activation="gelu"), "hidden_activation 'gelu'.*'gelu_pytor"),
+    "gemma3-bidirectional": (
+        dict(GEMMA3, use_bidirectional_attention=True),
+        "use_bidirectional_attention True is not supported for gemma3_text",
+    ),
+    "gemma3-cap": (dict(GEMMA3, attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
+    "gemma2-bidirectional": (
+        dict(architecture="Gemma2ForCausalLM", use_bidirectional_attention=True),
+        "use_bidirectional_attention True is not supported for gemma2",
+    ),
     "qwen3-moe-top-k": (
         dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
         r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",

@@ -15,6 +15,7 @@ import torch
 
 from nanovllm.kernels import attention_backend, flash_attention
 from nanovllm.kernels._triton import HAS_TRITON, gemm_tile_rows, padded_empty
+from nanovllm.kernels.gate_mul import gate_mul, gate_mul_torch
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import (
@@ -24,7 +25,6 @@ from nanovllm.kernels.paged_decode import (
     paged_decode_torch,
 )
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_torch
 from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.varlen_prefill import (
     PrefillConfig,
@@ -156,7 +156,9 @@ def test_gemv(out_size, in_size, dtype):
     gate_up = randn(2 * out_size, in_size, dtype=dtype) / in_size**0.5
     gate, up = (norm64(x, norm, 1e-3) @ gate_up.double().T).chunk(2, dim=-1)
     assert_near(
-        gemv(x, gate_up, None, norm, 1e-3, gated=True), gate / (1 + torch.exp(-gate)) * up, dtype
+        gemv(x, gate_up, None, norm, 1e-3, activation="silu"),
+        gate / (1 + torch.exp(-gate)) * up,
+        dtype,
     )
 
 
@@ -249,10 +251,10 @@ def test_add_rms_norm_of_an_addend_that_is_changed(num_parts, rows, size, dtype)
                 assert_near(out, norm64(expected, norm, 1e-3), dtype)
 
 
-@pytest.mark.parametrize("activation", [silu_mul_torch, pytest.param(silu_mul, marks=needs_triton)])
+@pytest.mark.parametrize("activation", [gate_mul_torch, pytest.param(gate_mul, marks=needs_triton)])
 @pytest.mark.parametrize("rows, size", [(1, 16), (3, 100), (2, 1500)])
 @both_dtypes
-def test_silu_mul(activation, rows, size, dtype):
+def test_gate_mul(activation, rows, size, dtype):
     x = randn(rows, 2 * size, dtype=dtype) * 3
     gate, up = x.double().chunk(2, dim=-1)
     assert_near(activation(x), gate / (1 + torch.exp(-gate)) * up, dtype)
@@ -554,6 +556,17 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
 # --- flash_attention: how it calls the package, without the package ---
 
 
+def package_options(window_size, softcap):
+    left, right = window_size
+    if left in (-1, None):
+        assert right == left
+        left = None
+    else:
+        assert right == 0
+        left += 1
+    return {"window": left, "softcap": softcap or None}
+
+
 def package_2_varlen(
     q,
     k,
@@ -564,20 +577,30 @@ def package_2_varlen(
     max_seqlen_k,
     softmax_scale=None,
     causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
     block_table=None,
 ):
     assert causal
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return varlen_prefill_torch(q, k, v, k, v, *lengths, softmax_scale, block_table)
+    options = package_options(window_size, softcap)
+    return varlen_prefill_torch(q, k, v, k, v, *lengths, softmax_scale, block_table, **options)
 
 
 def package_2_kvcache(
-    q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
 ):
     assert q.shape[1] == 1
-    return paged_decode_torch(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[
-        :, None
-    ]
+    inputs = (q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)
+    return paged_decode_torch(*inputs, **package_options(window_size, softcap))[:, None]
 
 
 def package_4_varlen(
@@ -592,15 +615,19 @@ def package_4_varlen(
     page_table=None,
     softmax_scale=None,
     causal=False,
+    window_size=(None, None),
+    softcap=0.0,
 ):
+    options = {"causal": causal, "window_size": window_size, "softcap": softcap}
     assert causal and (page_table is None) == (cu_seqlens_k is not None) == (seqused_k is None)
     if cu_seqlens_q is None:
-        return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale), None
+        return package_2_kvcache(q, k, v, seqused_k, page_table, softmax_scale, **options), None
     if page_table is not None:
         assert seqused_k.dtype == torch.int32
         cu_seqlens_k = prefix_sums(seqused_k.tolist())
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return package_2_varlen(q, k, v, *lengths, softmax_scale, causal, page_table), None
+    inputs = (q, k, v, *lengths, softmax_scale)
+    return package_2_varlen(*inputs, block_table=page_table, **options), None
 
 
 @pytest.mark.parametrize("version", ["2", "4"])
@@ -688,7 +715,7 @@ package = types.ModuleType("nanovllm"); package.__path__ = ["nanovllm"]
 sys.modules["nanovllm"] = package  # the kernels alone, not the engine
 import torch
 from nanovllm.kernels import flash_attention, gemv, gumbel, norm_rope_store, paged_decode
-from nanovllm.kernels import penalties, rms_norm, silu_mul, split_gemm, threshold, varlen_prefill
+from nanovllm.kernels import penalties, rms_norm, gate_mul, split_gemm, threshold, varlen_prefill
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_backend import select_backend
 x, weight = torch.randn(2, 32), torch.ones(32)

@@ -3,7 +3,6 @@ process.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from nanovllm.kernels.attention_backend import PrefillPlan
+from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
-from nanovllm.kernels.silu_mul import silu_mul_torch
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
@@ -29,8 +28,9 @@ from nanovllm.layers.linear import (
     RowParallelLinear,
 )
 from nanovllm.layers.residual import ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.rope import rope_frequencies
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.tensor_parallel import get_tensor_parallel, tensor_parallel
@@ -110,7 +110,7 @@ def test_silu_gate_up(size: int) -> None:
     """Each rank has the same columns of gate and up projection, and normalises all of x."""
     gate, up, x = torch.randn(16, 10), torch.randn(16, 10), torch.randn(3, 10)
     norm, normed = make_norm(10)
-    layers = on_ranks(size, lambda: empty(SiluGateUpLinear(10, 16)))
+    layers = on_ranks(size, lambda: empty(GateUpLinear(10, 16)))
     for layer in layers:
         load(layer.weight, up, 1)
         load(layer.weight, gate, 0)
@@ -280,9 +280,10 @@ def test_rmsnorm(dtype: torch.dtype, eps: float) -> None:
 @pytest.mark.parametrize("theta, head_dim", [(1e4, 16), (1e6, 64), (5e5, 128)])
 def test_rope(theta: float, head_dim: int) -> None:
     checkpoint = make_checkpoint(None, head_dim=head_dim, rope_theta=theta, save=False)
-    assert rope_theta(checkpoint.model.config) == theta
     theirs = Qwen3RotaryEmbedding(checkpoint.model.config)
-    ours = RotaryEmbedding(head_dim, 1024, theta)
+    rope = rope_frequencies(checkpoint.model.config, head_dim, 1024)
+    torch.testing.assert_close(rope.frequencies, default_frequencies(head_dim, theta))
+    ours = RotaryEmbedding(rope.frequencies, 1024)
     positions = torch.tensor([0, 1, 2, 77, 500, 1023, 5])
     q, k = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim)
     cos, sin = theirs(q, positions.unsqueeze(0))
@@ -307,7 +308,8 @@ def test_rope(theta: float, head_dim: int) -> None:
 def test_norm_rope_store(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     """q and k normalised head by head, then rotated; k and v in the slots, and nowhere else."""
     config = make_checkpoint(None, save=False).model.config
-    theirs, ours = Qwen3RotaryEmbedding(config), RotaryEmbedding(16, 1024, rope_theta(config))
+    theirs = Qwen3RotaryEmbedding(config)
+    ours = RotaryEmbedding(rope_frequencies(config, 16, 1024).frequencies, 1024)
     q_norm, q_normed = make_norm(16)
     k_norm, k_normed = make_norm(16)
     positions = torch.tensor([0, 1, 600, 3, 1023])
@@ -345,43 +347,10 @@ def test_norm_rope_store(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
         assert torch.equal(cache.flatten(0, 1), expected)
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "'yarn'"),
-        (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)), "'linear'"),
-        (dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=4.0)), "'linear'"),
-        (dict(rope_theta=1e4, rope_scaling=dict(rope_type="dynamic", factor=4.0)), "'dynamic'"),
-        (
-            dict(
-                rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
-            ),
-            "0.5",
-        ),
-        (dict(), "rope_theta"),
-    ],
-)
-def test_rope_types_that_are_not_implemented(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rope_theta(SimpleNamespace(**config))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(rope_theta=5e3, rope_scaling=None),
-        dict(rope_parameters=dict(rope_type="default", rope_theta=5e3)),
-        dict(rope_theta=5e3, rope_scaling=dict(type="default")),
-    ],
-)
-def test_rope_theta_of_both_generations_of_transformers(config: dict[str, Any]) -> None:
-    assert rope_theta(SimpleNamespace(**config)) == 5e3  # type: ignore[arg-type]
-
-
 def test_silu_and_mul() -> None:
     gate, up = torch.randn(2, 5, 8)
     torch.testing.assert_close(
-        silu_mul_torch(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up
+        gate_mul_torch(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up
     )
 
 

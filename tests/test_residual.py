@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_backend import PrefillPlan
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, ResidualStream
@@ -53,7 +53,7 @@ def test_a_block_is_its_formula(num_tokens: int, bias: bool) -> None:
     """h += o(x); h += down(gate_up(norm(h))); norm(h)."""
     first, second = make_norm(), make_norm()
     o_proj = random_layer(RowParallelLinear(24, HIDDEN, bias))
-    gate_up = random_layer(SiluGateUpLinear(HIDDEN, 32))
+    gate_up = random_layer(GateUpLinear(HIDDEN, 32))
     down = random_layer(RowParallelLinear(32, HIDDEN, bias))
     hidden, x = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, 24)
 

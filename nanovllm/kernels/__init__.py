@@ -1,10 +1,11 @@
 """The GPU kernels, one concern a file, each beside the PyTorch reference that it must equal.
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
-- `rms_norm`, `silu_mul`: RMSNorm, after an addition if need be; the activation of the MLP
+- `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `flash_attention`: the same two attentions by the `flash_attn` package
+- `torch_attention`: what the references of both share, and a CPU's step
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`: sampling

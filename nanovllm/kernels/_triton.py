@@ -78,6 +78,20 @@ def wait_for_previous(PDL: tl.constexpr):
         )
 
 
+# --- arithmetic ---
+
+
+@triton.jit
+def soft_capped(scores, limit):
+    """Return `limit * tanh(scores / limit)`: like the scores where they are small, and in (-limit,
+    limit).
+
+    tanh(x) is 1 - 2 / (1 + e^(2x)), to about 1e-7. Where the power overflows it is 1.
+    """
+    power = tl.exp2(scores * (2.8853900817779268 / limit))  # 2 / ln 2
+    return limit - 2.0 * limit / (1.0 + power)
+
+
 # --- the limits of the GPU ---
 
 

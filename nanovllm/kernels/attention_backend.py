@@ -51,6 +51,31 @@ class DecodePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How the layers of a model attend; those of one model may differ.
+
+    Raises:
+        ValueError: a window or a cap that no model can mean.
+    """
+
+    scale: float  # the scores' factor, usually head_dim ** -0.5
+    window: int | None = None  # a query sees so many keys, up to its own; None: all
+    softcap: float | None = None  # a scaled score s becomes softcap * tanh(s / softcap)
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"an attention window of {self.window} tokens is not supported; it must be at "
+                "least 1, or null for none"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(
+                f"a soft cap of {self.softcap} for attention scores is not supported; it must be "
+                "positive, or null for none"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBackend:
     """How to store K and V, and how to attend in the two kinds of step."""
 
@@ -104,16 +129,24 @@ class AttentionBackend:
         k_cache: Tensor,
         v_cache: Tensor,
         plan: PrefillPlan | DecodePlan | None,
-        scale: float,
+        options: AttentionOptions,
     ) -> Tensor:
         """Compute causal attention: a tensor like q `[n, heads, head_dim]`.
 
         k, v: `[n, kv_heads, head_dim]`, of the new tokens, which the cache holds already.
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
-        scale: the scores' factor.
         """
         if isinstance(plan, DecodePlan):
-            return self.decode(q, k_cache, v_cache, plan.context_lens, plan.block_tables, scale)
+            return self.decode(
+                q,
+                k_cache,
+                v_cache,
+                plan.context_lens,
+                plan.block_tables,
+                options.scale,
+                window=options.window,
+                softcap=options.softcap,
+            )
         assert plan is not None
         return self.prefill(
             q,
@@ -125,8 +158,10 @@ class AttentionBackend:
             plan.cu_seqlens_k,
             plan.max_seqlen_q,
             plan.max_seqlen_k,
-            scale,
+            options.scale,
             plan.block_tables,
+            window=options.window,
+            softcap=options.softcap,
         )
 
 
@@ -169,11 +204,11 @@ class CpuBackend(AttentionBackend):
         k_cache: Tensor,
         v_cache: Tensor,
         plan: PrefillPlan | DecodePlan | None,
-        scale: float,
+        options: AttentionOptions,
     ) -> Tensor:
         """Compute causal attention."""
         assert plan is not None and plan.cpu is not None
-        return plan.cpu.attend(q, k, v, k_cache, v_cache, scale)
+        return plan.cpu.attend(q, k, v, k_cache, v_cache, options)
 
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)

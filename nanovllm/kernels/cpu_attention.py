@@ -10,33 +10,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from nanovllm.kernels.torch_attention import causal_mask, masked_attention
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.attention_backend import AttentionOptions
 
 # A group of decoding sequences is attended in one call, padded to its longest. A call more costs as
 # much as some 100 tokens of padding; more tokens in a group do not stay in the L2 cache.
 MAX_PADDING = 128
 MAX_GROUP_TOKENS = 1024
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences that one call attends: several with one query each, or one with any number."""
+    """Sequences that one call attends: several with one query each, or one with any number.
+
+    Keys are those that a query sees: with a window the last ones of a sequence.
+    """
 
     queries: slice  # rows of q
     num_seqs: int
     num_keys: int  # of the longest sequence
     # Where keys lie one after the other, as those of a single sequence or of equally long ones may:
-    first_slot: int  # of the first sequence
+    first_slot: int  # of the first key of the first sequence
     distance: int = 0  # from there to the first slot of the next sequence, and so on
     # Else:
     slots: Tensor | None = None  # [num_seqs * num_keys] int64: which slots to gather
     # True: may be seen. [num_seqs, 1, 1, num_keys] or, of a single sequence, [queries, num_keys].
-    # None: a single query sees all keys, of several the first sees one, the next two, and so on.
+    # None: see `causal_mask`.
     mask: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """By what RoPE multiplies the elements of q and k, and of their partners, to add the two."""
+
+    cos: Tensor  # [tokens, 1, rotary_size] float32
+    sin: Tensor  # the same; negated for the first element of each pair
+    interleaved: bool
+
+    @staticmethod
+    def of_tokens(cos: Tensor, sin: Tensor, interleaved: bool) -> Rotation:
+        """Spread the cosines and sines of pairs, `[tokens, rotary_size / 2]`, over the elements."""
+        cos = cos.unsqueeze(1)
+        sin = sin.unsqueeze(1)
+        if interleaved:
+            both_cos = torch.stack((cos, cos), dim=-1).flatten(-2)
+            both_sin = torch.stack((-sin, sin), dim=-1).flatten(-2)
+        else:
+            both_cos = torch.cat((cos, cos), dim=-1)
+            both_sin = torch.cat((-sin, sin), dim=-1)
+        return Rotation(both_cos, both_sin, interleaved)
 
 
 class CpuStep:
@@ -49,13 +79,14 @@ class CpuStep:
         self.num_queries = num_queries
         self.num_keys = num_keys
         self.block_tables = block_tables
-        self._groups: list[Group] = []
-        self._cos: Tensor | None = None  # [tokens, 1, head_dim] float32
-        self._sin = torch.empty(0)  # the same; its first half is negated
+        self._groups: dict[int | None, list[Group]] = {}  # by the window; layers may differ in it
+        # By the table of cosines (a tensor's hash is its identity): layers may have several.
+        self._rotations: dict[Tensor, Rotation] = {}
         self._slots: Tensor | None = None  # int64, of the tokens that are stored
         self._stored: Tensor | None = None  # [tokens] bool: which ones; None: all
-        self._swapped = torch.empty(0)  # [tokens, heads + kv_heads, head_dim] float32
-        self._gathered: list[Tensor] = []  # for K and V: [tokens of the largest group, ...]
+        self._swapped = torch.empty(0)  # [tokens, heads + kv_heads, rotary_size] float32
+        # For K and V: [tokens of the largest group, ...]
+        self._gathered = [torch.empty(0), torch.empty(0)]
 
     def last_tokens(self) -> CpuStep:
         """The same sequences, each with its last query only."""
@@ -65,8 +96,8 @@ class CpuStep:
         self,
         qkv: Tensor,
         positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         eps: float,
@@ -74,59 +105,78 @@ class CpuStep:
         v_cache: Tensor,
         slot_mapping: Tensor | None,
         num_heads: int,
+        interleaved: bool = False,
     ) -> Tensor:
         """Do what norm_rope_store.py's `norm_rope_store` does."""
         if qkv.dim() == 4:
             qkv = qkv.sum(0)
         num_kv_heads = (qkv.shape[1] - num_heads) // 2
         qk = qkv[:, : num_heads + num_kv_heads]
-        if self._cos is None:
-            token_cos = cos[positions].unsqueeze(1)
-            token_sin = sin[positions].unsqueeze(1)
-            self._cos = torch.cat((token_cos, token_cos), dim=-1)
-            self._sin = torch.cat((-token_sin, token_sin), dim=-1)
-            self._swapped = torch.empty(qk.shape, dtype=torch.float32, device=qk.device)
-            if slot_mapping is not None:
-                stored = slot_mapping >= 0  # all but padding rows
-                self._slots = slot_mapping[stored].long()
-                self._stored = None if stored.all() else stored
         x = qk.float()
         if q_weight is not None and k_weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             x[:, :num_heads].mul_(q_weight)
             x[:, num_heads:].mul_(k_weight)
-        # (first, second) becomes (first * cos - second * sin, second * cos + first * sin).
-        first, second = x.chunk(2, dim=-1)
-        torch.cat((second, first), dim=-1, out=self._swapped)
-        rotated = x.mul_(self._cos).add_(self._swapped.mul_(self._sin))
-        if rotated.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
-            qk.copy_(rotated)
-        if self._slots is not None:
-            stored_qkv = qkv if self._stored is None else qkv[self._stored]
-            k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
-            k_cache.flatten(0, 1)[self._slots] = k
-            v_cache.flatten(0, 1)[self._slots] = v
+        if cos is not None and sin is not None:
+            if cos not in self._rotations:
+                self._rotations[cos] = Rotation.of_tokens(
+                    cos[positions], sin[positions], interleaved
+                )
+            self._rotate(x, self._rotations[cos])
+        if x.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
+            qk.copy_(x)
+        if slot_mapping is None:
+            return qkv
+        if self._slots is None:
+            stored = slot_mapping >= 0  # all but padding rows
+            self._slots = slot_mapping[stored].long()
+            self._stored = None if stored.all() else stored
+        stored_qkv = qkv if self._stored is None else qkv[self._stored]
+        k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
+        k_cache.flatten(0, 1)[self._slots] = k
+        v_cache.flatten(0, 1)[self._slots] = v
         return qkv
 
+    def _rotate(self, x: Tensor, rotation: Rotation) -> None:
+        """Rotate q and k in place, x `[tokens, heads + kv_heads, head_dim]` float32."""
+        turning = x[..., : rotation.cos.shape[-1]]
+        if self._swapped.shape != turning.shape:
+            self._swapped = torch.empty(turning.shape, dtype=torch.float32, device=x.device)
+        # (first, second) becomes (first * cos - second * sin, second * cos + first * sin).
+        if rotation.interleaved:
+            pairs = turning.unflatten(-1, (-1, 2))
+            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1, out=self._swapped.view(pairs.shape))
+        else:
+            first, second = turning.chunk(2, dim=-1)
+            torch.cat((second, first), dim=-1, out=self._swapped)
+        turning.mul_(rotation.cos).add_(self._swapped.mul_(rotation.sin))
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        options: AttentionOptions,
     ) -> Tensor:
         """Do what `AttentionBackend.attend` does."""
-        if not self._groups:
-            self._plan(k_cache)
+        if options.window not in self._groups:
+            self._groups[options.window] = self._plan(k_cache, options.window)
+        groups = self._groups[options.window]
         if self.block_tables is not None:
             k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         heads_of_each = q.shape[1] // k.shape[1]
         q = q.unflatten(1, (-1, heads_of_each))  # [queries, kv_heads, heads of each, head_dim]
-        if len(self._groups) == 1:
-            (group,) = self._groups
+        if len(groups) == 1:
+            (group,) = groups
             keys, values = self._read(group, k, which=0), self._read(group, v, which=1)
-            return attend_group(group, q, keys, values, scale).flatten(1, 2)
+            return attend_group(group, q, keys, values, options).flatten(1, 2)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for group in self._groups:
+        for group in groups:
             keys = self._read(group, k, which=0)
             values = self._read(group, v, which=1)
-            out[group.queries] = attend_group(group, q[group.queries], keys, values, scale)
+            out[group.queries] = attend_group(group, q[group.queries], keys, values, options)
         return out.flatten(1, 2)
 
     def _read(self, group: Group, source: Tensor, which: int) -> Tensor:
@@ -141,91 +191,130 @@ class CpuStep:
         torch.index_select(source, 0, group.slots, out=buffer)
         return buffer.unflatten(0, (group.num_seqs, group.num_keys))
 
-    def _plan(self, k_cache: Tensor) -> None:
-        """Cut the sequences into groups, and make the buffers that they need."""
-        starts = np.cumsum([0, *self.num_queries]).tolist()
-        first_key = 0
-        num_seqs = len(self.num_keys)
+    def _plan(self, k_cache: Tensor, window: int | None) -> list[Group]:
+        """Cut the sequences into groups, for layers with this window, and make their buffers."""
+        num_seen = list(self.num_keys)  # by any query of a sequence: the last ones, with a window
+        if window is not None:
+            for index, num_queries in enumerate(self.num_queries):
+                num_seen[index] = min(num_seen[index], num_queries + window - 1)
+        query_starts = np.cumsum([0, *self.num_queries]).tolist()
+        key_ends = np.cumsum(self.num_keys).tolist()
+        groups = []
         index = 0
-        while index < num_seqs:
-            end = self._group_end(index)
-            queries = slice(starts[index], starts[end])
+        while index < len(num_seen):
+            end = self._group_end(index, num_seen)
+            queries = slice(query_starts[index], query_starts[end])
             if self.block_tables is None:
-                group = Group(queries, 1, self.num_keys[index], first_slot=first_key)
-                first_key += self.num_keys[index]
+                num_keys = num_seen[index]
+                mask = causal_mask(self.num_queries[index], num_keys, window, CPU)
+                group = Group(queries, 1, num_keys, key_ends[index] - num_keys, mask=mask)
             else:
-                group = self._read_from_cache(queries, index, end, k_cache.shape[1])
-            self._groups.append(group)
+                group = self._read_from_cache(
+                    queries, index, num_seen[index:end], k_cache.shape[1], window
+                )
+            groups.append(group)
             index = end
-        most = max((len(g.slots) for g in self._groups if g.slots is not None), default=0)
-        shape = (most, *k_cache.shape[2:])
-        self._gathered = [k_cache.new_empty(shape) for _ in range(2)]
+        most = max((len(group.slots) for group in groups if group.slots is not None), default=0)
+        if most > len(self._gathered[0]):
+            shape = (most, *k_cache.shape[2:])
+            self._gathered = [k_cache.new_empty(shape) for _ in range(2)]
+        return groups
 
-    def _group_end(self, start: int) -> int:
+    def _group_end(self, start: int, num_seen: list[int]) -> int:
         """Where the group that begins with sequence `start` ends."""
         if self.block_tables is None or self.num_queries[start] > 1:
             return start + 1
-        longest = self.num_keys[start]
+        longest = num_seen[start]
         padding = 0
-        for index in range(start + 1, len(self.num_keys)):
-            padding += longest - self.num_keys[index]
-            is_longer = self.num_keys[index] > longest  # the scheduler puts the longest first
+        for index in range(start + 1, len(num_seen)):
+            padding += longest - num_seen[index]
+            is_longer = num_seen[index] > longest  # the scheduler puts the longest first
             is_full = (index + 1 - start) * longest > MAX_GROUP_TOKENS
             if is_longer or is_full or padding > MAX_PADDING or self.num_queries[index] > 1:
                 return index
-        return len(self.num_keys)
+        return len(num_seen)
 
-    def _read_from_cache(self, queries: slice, start: int, end: int, block_size: int) -> Group:
-        """Make the group of sequences `start` to `end`, whose keys are all in the cache."""
+    def _read_from_cache(
+        self,
+        queries: slice,
+        start: int,
+        num_seen: list[int],
+        block_size: int,
+        window: int | None,
+    ) -> Group:
+        """Make the group of the sequences from `start` on, whose keys are all in the cache.
+
+        num_seen: of each of them, the keys that some query sees.
+        """
         assert self.block_tables is not None
-        num_seqs = end - start
-        lengths = np.array(self.num_keys[start:end])[:, None]
+        num_seqs = len(num_seen)
+        lengths = np.array(num_seen)[:, None]
+        ends = np.array(self.num_keys[start : start + num_seqs])[:, None]
+        first_keys = ends - lengths
         num_keys = int(lengths.max())
-        blocks = self.block_tables[start:end, : -(-num_keys // block_size)].astype(np.int64)
+        num_blocks = -(-int(ends.max()) // block_size)
+        blocks = self.block_tables[start : start + num_seqs, :num_blocks].astype(np.int64)
+
+        def slots_of(positions: np.ndarray) -> np.ndarray:  # [num_seqs, any number], both
+            found = np.take_along_axis(blocks, positions // block_size, axis=1)
+            return found * block_size + positions % block_size
+
+        first_slots = slots_of(first_keys)[:, 0]
         slots = None
-        distances = np.diff(blocks[:, 0])
+        distances = np.diff(first_slots)
         distance = int(distances[0]) if num_seqs > 1 else 0
         # With lengths that differ, a view would show slots past a sequence's end. They are masked,
         # but what an earlier sequence left there may be NaN.
-        in_place = (np.diff(blocks) == 1).all() and (lengths == num_keys).all()
+        numbers = np.arange(num_blocks - 1)  # of the blocks, but the last
+        is_seen_with_next = (first_keys // block_size <= numbers) & (
+            numbers < (ends - 1) // block_size
+        )
+        is_broken = is_seen_with_next & (np.diff(blocks) != 1)
+        in_place = not is_broken.any() and (lengths == num_keys).all()
         if not in_place or distance < 0 or (distances != distance).any():
             # Positions past a sequence's end read its last token again, which exists.
-            positions = np.minimum(np.arange(num_keys), lengths - 1)
-            found = np.take_along_axis(blocks, positions // block_size, axis=1)
-            slots = torch.from_numpy((found * block_size + positions % block_size).ravel())
-        mask = None
-        num_queries = self.num_queries[start]
-        if 1 < num_queries < num_keys:
-            # SDPA's own triangle lets the first query see one key; here the last query sees all.
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cpu")
-            mask = ones.tril(num_keys - num_queries)
+            positions = first_keys + np.minimum(np.arange(num_keys), lengths - 1)
+            slots = torch.from_numpy(slots_of(positions).ravel())
+        if self.num_queries[start] > 1:
+            mask = causal_mask(self.num_queries[start], num_keys, window, CPU)
         elif lengths.min() < num_keys:
             mask = torch.from_numpy(np.arange(num_keys) < lengths)[:, None, None]
+        else:
+            mask = None
         return Group(
             queries=queries,
             num_seqs=num_seqs,
             num_keys=num_keys,
-            first_slot=int(blocks[0, 0]) * block_size,
-            distance=distance * block_size,
+            first_slot=int(first_slots[0]),
+            distance=distance,
             slots=slots,
             mask=mask,
         )
 
 
-def attend_group(group: Group, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend_group(
+    group: Group, q: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions
+) -> Tensor:
     """Attend one group; the result is like q.
 
     q: `[num_seqs or queries, kv_heads, heads of each, head_dim]`.
     keys, values: `[num_seqs, num_keys, kv_heads, head_dim]`.
     """
-    sdpa = F.scaled_dot_product_attention  # [batch, heads, queries or keys, head_dim]
     if len(q) == group.num_seqs:
         # The query heads that share a KV head take the place of query positions.
-        return sdpa(q, keys.transpose(1, 2), values.transpose(1, 2), group.mask, scale=scale)
+        keys = keys.transpose(1, 2)
+        values = values.transpose(1, 2)
+        return masked_attention(q, keys, values, group.mask, options.scale, options.softcap)
     # KV heads take the place of the batch, so that K and V are repeated without a copy.
     q = q.permute(1, 2, 0, 3)
     repeated = (-1, q.shape[1], -1, -1)
-    keys = keys[0].transpose(0, 1)[:, None].expand(repeated)
-    values = values[0].transpose(0, 1)[:, None].expand(repeated)
-    out = sdpa(q, keys, values, group.mask, is_causal=group.mask is None, scale=scale)
+    out = masked_attention(
+        q,
+        keys[0].transpose(0, 1)[:, None].expand(repeated),
+        values[0].transpose(0, 1)[:, None].expand(repeated),
+        group.mask,
+        options.scale,
+        options.softcap,
+        is_causal=group.mask is None,
+    )
     return out.permute(2, 0, 1, 3)

@@ -6,6 +6,7 @@ compiles its kernels at first use). The package is imported when it is first nee
 
 import importlib.metadata
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -67,11 +68,30 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
     if head_dim > 128 or head_dim % step:
         raise ValueError(f"flash_attn {version} serves head_dim {sizes}, not {head_dim}: {remedy}")
     try:
-        _functions()
+        prefill, _ = _functions()
     except Exception as error:  # ImportError, or whatever a package for another torch or GPU raises
         raise ValueError(
             f"flash_attn does not import ({error}): install it again, or {remedy}"
         ) from error
+    missing = {"window_size", "softcap"} - inspect.signature(prefill).parameters.keys()
+    if missing:
+        raise ValueError(
+            f"this flash_attn has no {' and no '.join(sorted(missing))}: install 2.6 or later, or "
+            f"flash-attn-4, or {remedy}"
+        )
+
+
+def _score_options(window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Return the options of `paged_decode` by the package's names.
+
+    Nothing stands for what is off, whose defaults differ among the versions.
+    """
+    options: dict[str, Any] = {}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)  # keys to the left of a query's own, and right
+    if softcap is not None:
+        options["softcap"] = softcap
+    return options
 
 
 def flash_prefill(
@@ -86,6 +106,9 @@ def flash_prefill(
     max_seqlen_k: int,
     scale: float,
     block_tables: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`varlen_prefill` by flash_attn: the same arguments and result, fp16 and bf16 only.
 
@@ -116,6 +139,7 @@ def flash_prefill(
         softmax_scale=scale,
         causal=True,
         **lengths,
+        **_score_options(window, softcap),
     )
     return out[0] if isinstance(out, tuple) else out  # version 4 also returns the log-sum-exp
 
@@ -127,6 +151,9 @@ def flash_decode(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`paged_decode` by flash_attn: the same arguments, fp16 and bf16 only.
 
@@ -144,6 +171,7 @@ def flash_decode(
             block_table=block_tables,
             softmax_scale=scale,
             causal=True,
+            **_score_options(window, softcap),
         )
     else:
         out, _ = prefill(
@@ -154,5 +182,6 @@ def flash_decode(
             page_table=block_tables,
             softmax_scale=scale,
             causal=True,
+            **_score_options(window, softcap),
         )
     return out[:, 0]

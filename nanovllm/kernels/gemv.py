@@ -17,6 +17,7 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.gate_mul import gated
 
 ELEMENTS_PER_PROGRAM = 32768  # of the weight
 
@@ -34,7 +35,7 @@ def _gemv_kernel(
     IN_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes ROWS outputs.
@@ -51,7 +52,7 @@ def _gemv_kernel(
     offsets = row.to(tl.int64)[:, None, None] * IN_SIZE + column
     mask = in_row[:, None, None] & in_column
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
-    if GATED:
+    if ACTIVATION is not None:
         up_weight_ptr = weight_ptr + out_size.to(tl.int64) * IN_SIZE
         up_weight = tl.load(up_weight_ptr + offsets, mask=mask, other=0.0)
     if norm_ptr is not None:
@@ -67,9 +68,9 @@ def _gemv_kernel(
     out = tl.sum(tl.sum(weight.to(tl.float32) * x, axis=1), axis=1) * scale
     if bias_ptr is not None:
         out += tl.load(bias_ptr + row, mask=in_row, other=0.0).to(tl.float32)
-    if GATED:
+    if ACTIVATION is not None:
         up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
-        out = out / (1.0 + tl.exp(-out)) * up  # silu(gate) * up
+        out = gated(out, up, ACTIVATION)
     if residual_ptr is not None:
         out += tl.load(residual_ptr + row, mask=in_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=in_row)
@@ -82,31 +83,33 @@ def gemv(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    gated: bool = False,
+    activation: str | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`; all but the product is optional.
 
     The reference is `F.linear` with `rms_norm_torch` before it and the addition, or
-    `silu_mul_torch`, after it.
+    `gate_mul_torch`, after it.
 
-    x: `[1, in]`. weight: `[out, in]`. bias: `[out]`. All tensors are contiguous and of one dtype.
+    x: `[1, in]`. weight: `[out, in]`. bias: `[out]`. All tensors are contiguous and of one dtype,
+        but for norm_weight, which may be float32.
     norm_weight, eps: `[in]` and the epsilon of the RMSNorm; None: x is taken as it is.
     residual: `[1, out]`; it is overwritten with the result, and returned.
-    gated: the weight is `[2 * out, in]`, the gate projection above the up projection, and
-        `silu(gate) * up` takes the place of the product; without bias.
+    activation: "silu" or "gelu_tanh": the weight is `[2 * out, in]`, the gate projection above the
+        up projection, and `act(gate) * up` takes the place of the product; without bias.
     out_dtype: of the result, if there is no residual; by default x's.
     """
     in_size = x.shape[1]
-    out_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert x.shape[0] == 1 and not (gated and bias is not None)
+    is_gated = activation is not None
+    out_size = weight.shape[0] // 2 if is_gated else weight.shape[0]
+    assert x.shape[0] == 1 and not (is_gated and bias is not None)
     assert all(tensor is None or tensor.is_contiguous() for tensor in (x, weight, residual))
     out = residual
     if out is None:
         out = torch.empty(1, out_size, dtype=out_dtype or x.dtype, device=x.device)
     chunks = max(1, next_power_of_2(in_size) // 256)
     rows = ELEMENTS_PER_PROGRAM // (256 * chunks)
-    if gated:
+    if is_gated:
         rows //= 2  # each output needs two rows of the weight
     rows = max(1, rows)
     _gemv_kernel[(triton.cdiv(out_size, rows),)](
@@ -121,7 +124,7 @@ def gemv(
         IN_SIZE=in_size,
         ROWS=rows,
         CHUNKS=chunks,
-        GATED=gated,
+        ACTIVATION=activation,
         num_warps=8,
         **pdl_options(),
     )

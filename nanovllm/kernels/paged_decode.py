@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanovllm.kernels._triton import (
     device_limits,
@@ -20,10 +19,12 @@ from nanovllm.kernels._triton import (
     next_power_of_2,
     padded_empty,
     pdl_options,
+    soft_capped,
     tl,
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.torch_attention import masked_attention
 
 MAX_SPLITS = 32
 
@@ -47,6 +48,7 @@ def decode_config(
     dtype: torch.dtype,
     device: torch.device,
     block_size: int,
+    window: int | None = None,
 ) -> DecodeConfig:
     """Return the configuration that was measured to be fastest, within the GPU's shared memory.
 
@@ -73,6 +75,10 @@ def decode_config(
     stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
     while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
         block_n //= 2
+    if window is not None:
+        # More splits than the window has tiles would find no work. Where it begins inside a tile,
+        # it has one tile more.
+        splits = min(splits, 1 + -(-(window - 1) // block_n))
     # Many programs, maybe with short contexts, gain when three of them are on a multiprocessor; few
     # gain by having as many registers as they want.
     max_registers = 168 if programs > 6 * num_multiprocessors and token_bytes == 256 else None
@@ -80,11 +86,17 @@ def decode_config(
 
 
 @triton.jit
-def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr):
-    """How many tiles of a sequence a split takes, and how many splits then have any: at least 1."""
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
+def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """The first tile of a sequence that its query sees, how many tiles from there on a split takes,
+    and how many splits then have any: at least 1.
+    """
+    first_seen = 0
+    if WINDOW:
+        first_seen = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
+    num_tiles = tl.cdiv(context_len, BLOCK_N) - first_seen
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
-    return tiles_per_split, tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
+    used_splits = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
+    return first_seen, tiles_per_split, used_splits
 
 
 @triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
@@ -99,6 +111,7 @@ def _paged_decode_kernel(
     q_stride,
     table_stride,
     scale_log2,
+    softcap_log2,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -106,11 +119,15 @@ def _paged_decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
     READ_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program takes one split of one sequence, for the GROUP query heads of one KV head."""
+    """A program takes one split of one sequence, for the GROUP query heads of one KV head.
+
+    The query sees the last WINDOW tokens; 0: all. `softcap_log2` is None without a cap.
+    """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
@@ -118,7 +135,9 @@ def _paged_decode_kernel(
     # A CUDA graph fixes the number of splits, but not the context length. So the tiles that there
     # are in this step are divided among the splits, and a split without any ends here.
     context_len = tl.load(context_lens_ptr + seq)
-    tiles_per_split, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N)
+    first_seen, tiles_per_split, used_splits = _divide_tiles(
+        context_len, num_splits, BLOCK_N, WINDOW
+    )
     if split >= used_splits:
         return
     # At least 16 rows, as tl.dot needs them; those from GROUP on are padding.
@@ -128,7 +147,7 @@ def _paged_decode_kernel(
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     table_ptr = block_tables_ptr + seq * table_stride
-    first_tile = split * tiles_per_split
+    first_tile = first_seen + split * tiles_per_split
     num_tiles = tl.cdiv(context_len, BLOCK_N)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
     # Of K and V, this step writes the newest token of each sequence, which lies in the sequence's
@@ -160,6 +179,8 @@ def _paged_decode_kernel(
                 q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
+        if WINDOW:
+            valid = valid & (tokens >= context_len - WINDOW)
         # The offsets have 64 bits, as a cache has more than 2^31 elements.
         if BLOCK_SIZE % BLOCK_N == 0:
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
@@ -173,6 +194,8 @@ def _paged_decode_kernel(
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if softcap_log2 is not None:
+            scores = soft_capped(scores, softcap_log2)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         # Online softmax, to the base 2: whenever the maximum grows, what was summed is scaled down.
         # The maximum is finite, since each tile has at least one valid token.
@@ -203,6 +226,7 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -213,7 +237,8 @@ def _combine_kernel(
     """
     launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    _, used_splits = _divide_tiles(tl.load(context_lens_ptr + row // HEADS), num_splits, BLOCK_N)
+    context_len = tl.load(context_lens_ptr + row // HEADS)
+    _, _, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N, WINDOW)
     wait_for_previous(PDL)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
@@ -240,6 +265,9 @@ def paged_decode(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Return the attention of one query token a sequence over its cached tokens: a tensor like q.
@@ -254,13 +282,18 @@ def paged_decode(
         padding row, whose result is zeros.
     block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
     scale: of the scores, usually head_dim ** -0.5.
+    window: the query sees the last `window` tokens, its own included; None: all. The others are not
+        read.
+    softcap: a scaled score s becomes softcap * tanh(s / softcap), or stays s with None.
     config: overrides `decode_config`, for tests and tuning.
     """
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
-    config = config or decode_config(num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size)
+    config = config or decode_config(
+        num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size, window
+    )
     splits = config.num_splits
     group = heads // kv_heads
     block_d = max(16, next_power_of_2(head_dim))
@@ -282,6 +315,7 @@ def paged_decode(
         q.stride(0),
         block_tables.stride(0),
         scale * math.log2(math.e),
+        None if softcap is None else softcap * math.log2(math.e),
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -289,6 +323,7 @@ def paged_decode(
         BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
+        WINDOW=window or 0,
         STAGES=config.num_stages,
         # In float32 the q that the loop carries would not stay in registers.
         READ_AHEAD=q.itemsize == 2,
@@ -308,6 +343,7 @@ def paged_decode(
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             BLOCK_N=config.block_n,
+            WINDOW=window or 0,
             SPLITS=next_power_of_2(splits),
             **pdl_options(),
         )
@@ -321,6 +357,9 @@ def paged_decode_torch(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`paged_decode` in PyTorch: the reference, and the CPU's path.
 
@@ -345,8 +384,10 @@ def paged_decode_torch(
     # The query heads that share a KV head take the place of query positions: K and V are not
     # repeated.
     grouped = q.unflatten(1, (kv_heads, -1))
-    mask = (tokens < lens)[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        grouped, gathered(k_cache), gathered(v_cache), attn_mask=mask, scale=scale
+    mask = tokens < lens
+    if window is not None:
+        mask &= tokens >= lens - window
+    out = masked_attention(
+        grouped, gathered(k_cache), gathered(v_cache), mask[:, None, None, :], scale, softcap
     )
     return torch.where(lens[:, :, None] > 0, out.flatten(1, 2), 0)

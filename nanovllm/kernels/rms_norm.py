@@ -80,7 +80,7 @@ def _rms_norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight`, a new tensor like x, computed in float32.
 
-    x: `[n, size]`, contiguous. weight: `[size]`.
+    x: `[n, size]`, contiguous. weight: `[size]`, of the dtype of x or float32.
     """
     num_rows, size = x.shape
     assert x.is_contiguous()
@@ -199,4 +199,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == weight.dtype == torch.float32:  # one call instead of seven
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if weight.dtype == torch.float32:  # more precise than x: the product is rounded once, at last
+        return (normed * weight).to(x.dtype)
+    return normed.to(x.dtype) * weight

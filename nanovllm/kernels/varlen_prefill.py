@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanovllm.kernels._triton import (
     TensorDescriptor,
     device_limits,
     has_tma,
     next_power_of_2,
+    soft_capped,
     tl,
     triton,
 )
+from nanovllm.kernels.torch_attention import causal_mask, masked_attention
 
 
 class PrefillConfig(NamedTuple):
@@ -79,6 +80,7 @@ def _varlen_prefill_kernel(
     v_stride,
     table_stride,
     scale_log2,
+    softcap_log2,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -86,11 +88,13 @@ def _varlen_prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """A program takes a tile of BLOCK_M queries of one head of one sequence.
 
-    With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
+    A query sees the WINDOW keys up to its own; 0: all. `softcap_log2` is None without a cap. With
+    TMA, `k_ptr` and `v_ptr` are tensor descriptors.
     """
     # The head is the fastest index: heads that share a KV head run side by side, and find its keys
     # in the L2 cache. Of the tiles the last comes first: its queries see the most keys, and the
@@ -114,19 +118,28 @@ def _varlen_prefill_kernel(
     kv_dim = head // (HEADS // KV_HEADS) * HEAD_DIM  # the first element of the KV head in a row
     if block_tables_ptr is not None:
         block_tables_ptr += seq.to(tl.int64) * table_stride
-    # Query i sees the keys up to number `earlier + i`, so that the last query sees all of them. The
-    # tiles of keys that every query of this tile sees come first, and need no mask. Those that the
-    # diagonal crosses come second (MASKED = 1).
+    # Query i sees the keys up to number `earlier + i`, so that the last query sees all of them; and
+    # from number `earlier + i - WINDOW + 1` on. The tiles of keys come in three phases: those that
+    # the left edges of the windows cross (0), those that every query of this tile sees, which need
+    # no mask (1), and those that the diagonal crosses, and left edges too if the window is short
+    # (2). All begin at multiples of BLOCK_N.
     earlier = k_len - q_len
     first_masked = (first_query + earlier + 1) // BLOCK_N * BLOCK_N
     last = tl.minimum(first_query + BLOCK_M + earlier, k_len)  # exclusive
+    begin = 0
+    left_end = 0
+    if WINDOW:
+        first_seen = tl.maximum(first_query + earlier - WINDOW + 1, 0)  # by the first query
+        begin = first_seen // BLOCK_N * BLOCK_N
+        first_seen_by_all = tl.maximum(first_query + BLOCK_M + earlier - WINDOW, 0)
+        left_end = tl.minimum(tl.cdiv(first_seen_by_all, BLOCK_N) * BLOCK_N, first_masked)
+    scores_to_log2 = scale_log2 if softcap_log2 is None else 1.0
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASKED in tl.static_range(2):
-        for start in range(
-            first_masked if MASKED else 0, last if MASKED else first_masked, BLOCK_N
-        ):
+    for PHASE in tl.static_range(0 if WINDOW else 1, 3):
+        end = left_end if PHASE == 0 else (first_masked if PHASE == 1 else last)
+        for start in range(begin, end, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             if TMA:  # the tile lies in one piece, which the hardware copies
                 row = k_start + start
@@ -135,13 +148,13 @@ def _varlen_prefill_kernel(
                     row = block * BLOCK_SIZE + start % BLOCK_SIZE
                 k = k_ptr.load([row, kv_dim])
                 v = v_ptr.load([row, kv_dim])
-                if MASKED:  # noqa: SIM102 (this is decided when the kernel is compiled)
+                if PHASE != 1:  # noqa: SIM102 (this is decided when the kernel is compiled)
                     if start + BLOCK_N > k_len:
                         # What lies behind the last key may be NaN, and 0 * NaN is NaN.
                         v = tl.where((keys < k_len)[:, None], v, 0.0)
             else:
                 mask = (dims < HEAD_DIM)[None, :]
-                if MASKED:
+                if PHASE != 1:
                     mask = mask & (keys < k_len)[:, None]
                 rows = k_start + keys
                 if block_tables_ptr is not None:
@@ -153,16 +166,26 @@ def _varlen_prefill_kernel(
                 k = tl.load(k_ptr + rows * k_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
                 v = tl.load(v_ptr + rows * v_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if MASKED:
+            if softcap_log2 is not None:
+                scores = soft_capped(scores * scale_log2, softcap_log2)
+            if PHASE != 1:
                 is_seen = keys[None, :] <= (queries + earlier)[:, None]
+                if WINDOW:
+                    is_seen = is_seen & (keys[None, :] > (queries + earlier - WINDOW)[:, None])
                 scores = tl.where(is_seen, scores, float("-inf"))
-            # Online softmax, as in `paged_decode`. The maximum is finite: every query sees key 0.
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-            p = tl.exp2(scores * scale_log2 - new_max[:, None])
-            alpha = tl.exp2(row_max - new_max)
+            # Online softmax, as in `paged_decode`. Without a window the maximum is finite, since
+            # every query sees key 0. With one a query may have seen no key yet; -inf less -inf
+            # would be NaN.
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scores_to_log2)
+            finite_max = new_max
+            if WINDOW:
+                finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(scores * scores_to_log2 - finite_max[:, None])
+            alpha = tl.exp2(row_max - finite_max)
             row_sum = row_sum * alpha + tl.sum(p, 1)
             row_max = new_max
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        begin = end
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + (q_rows * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, out, mask=q_mask)
@@ -186,6 +209,9 @@ def varlen_prefill(
     max_seqlen_k: int,
     scale: float,
     block_tables: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
     """Return causal attention over sequences laid end to end: a tensor like q, contiguous.
@@ -201,6 +227,9 @@ def varlen_prefill(
     scale: of the scores, positive.
     block_tables: as in `paged_decode`: all keys are read from the cache, where the new ones already
         are. None: all tokens are new, and in k and v.
+    window: a query sees the last `window` tokens up to its own; None: all. Tiles of keys that no
+        query of a tile sees are not read.
+    softcap: as in `paged_decode`.
     config: overrides `prefill_config`, for tests and tuning.
     """
     _, heads, head_dim = q.shape
@@ -244,6 +273,7 @@ def varlen_prefill(
         v.stride(0),
         table_stride,
         scale * math.log2(math.e),
+        None if softcap is None else softcap * math.log2(math.e),
         HEADS=heads,
         KV_HEADS=k.shape[1],
         HEAD_DIM=head_dim,
@@ -251,6 +281,7 @@ def varlen_prefill(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
+        WINDOW=window or 0,
         TMA=uses_tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -270,6 +301,9 @@ def varlen_prefill_torch(
     max_seqlen_k: int,
     scale: float,
     block_tables: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`varlen_prefill` in PyTorch, one sequence at a time: the reference, and the CPU's path."""
     q_lens = cu_seqlens_q.diff().tolist()
@@ -289,18 +323,13 @@ def varlen_prefill_torch(
             values = v_cache[blocks].flatten(0, 1)[:k_len]
         q_start += q_len
         k_start += k_len
-        # SDPA takes [batch, heads, tokens, head_dim], and as many KV heads as query heads.
+        # [batch, heads, tokens, head_dim], with as many KV heads as query heads
         query = query.transpose(0, 1)[None]
         group = q.shape[1] // keys.shape[1]
         keys = keys.transpose(0, 1).repeat_interleave(group, dim=0)[None]
         values = values.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        # SDPA's own causal mask lets the first query see one key; here the last query sees all.
-        is_causal = q_len == k_len
-        mask = None
-        if 1 < q_len < k_len:
-            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
-        out = F.scaled_dot_product_attention(
-            query, keys, values, mask, is_causal=is_causal, scale=scale
-        )
+        mask = causal_mask(q_len, k_len, window, q.device)
+        is_causal = mask is None and q_len > 1
+        out = masked_attention(query, keys, values, mask, scale, softcap, is_causal)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)

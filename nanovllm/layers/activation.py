@@ -1,31 +1,35 @@
-"""The gated half of a SwiGLU MLP (Shazeer, GLU Variants Improve Transformer, 2020)."""
+"""The gated half of a SwiGLU or GeGLU MLP (Shazeer, GLU Variants Improve Transformer, 2020)."""
 
 from typing import Any
 
 from torch import Tensor
 
-from nanovllm.kernels.silu_mul import silu_mul, silu_mul_in_place
+from nanovllm.kernels.gate_mul import gate_mul, gate_mul_in_place
 from nanovllm.layers.linear import MergedColumnParallelLinear
 from nanovllm.layers.residual import Normed
-from nanovllm.quantization.weight_format import GATED, PLAIN, uses_gemv
+from nanovllm.quantization.weight_format import PLAIN, Epilogue, uses_gemv
 
 
-class SiluGateUpLinear(MergedColumnParallelLinear):
-    """`silu(x W_gate^T) * (x W_up^T)`, of x `[n, in]`: `[n, out / tp]`.
+class GateUpLinear(MergedColumnParallelLinear):
+    """`act(x W_gate^T) * (x W_up^T)`, of x `[n, in]`: `[n, out / tp]`.
 
     The two matrices, `[output_size, input_size]` each over all ranks, are stacked for one GEMM. For
-    a single token the activation is a part of the GEMV.
+    a single token the activation, "silu" or "gelu_tanh", is a part of the GEMV.
     """
 
     packed_modules_mapping = {"gate_proj": 0, "up_proj": 1}
 
-    def __init__(self, input_size: int, output_size: int) -> None:
+    def __init__(self, input_size: int, output_size: int, activation: str = "silu") -> None:
         super().__init__(input_size, [output_size, output_size])
+        assert activation in ("silu", "gelu_tanh"), activation
+        self.activation = activation
+        self.gated = Epilogue(activation=activation)
 
     def forward(self, x: Tensor | Normed) -> Any:
         """Multiply, and apply the activation."""
         is_fused = uses_gemv(x.hidden if isinstance(x, Normed) else x)
-        product = self.project(x, GATED if is_fused else PLAIN)
+        product = self.project(x, self.gated if is_fused else PLAIN)
         if is_fused:
             return product
-        return silu_mul(product) if product.is_cuda else silu_mul_in_place(product)
+        apply = gate_mul if product.is_cuda else gate_mul_in_place
+        return apply(product, self.activation)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.attention_backend import TORCH, AttentionBackend, PrefillPlan
+from nanovllm.kernels.attention_backend import (
+    TORCH,
+    AttentionBackend,
+    AttentionOptions,
+    PrefillPlan,
+)
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import Attended
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -22,14 +27,20 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, rotary_emb: RotaryEmbedding
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotary_emb: RotaryEmbedding | None,
+        options: AttentionOptions | None = None,
     ) -> None:
+        """rotary_emb: None for a layer that does not rotate q and k."""
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rotary_emb = rotary_emb
-        self.scale = head_dim**-0.5
+        self.options = options or AttentionOptions(scale=head_dim**-0.5)
         self.backend: AttentionBackend = TORCH
         self.only_last_tokens = False
         self.k_cache = torch.empty(0)
@@ -49,14 +60,15 @@ class Attention(nn.Module):
         """
         step = get_context()
         projected = qkv.values if isinstance(qkv, PartialSums) else qkv
+        rotary = self.rotary_emb
         # K and V go to the cache before anything is read from it: a sequence may share blocks that
         # another one fills in this very step.
         heads = self.backend.store(
             step.attention,
             projected.unflatten(-1, (-1, self.head_dim)),
             positions,
-            self.rotary_emb.cos,
-            self.rotary_emb.sin,
+            None if rotary is None else rotary.cos,
+            None if rotary is None else rotary.sin,
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps,
@@ -64,6 +76,7 @@ class Attention(nn.Module):
             self.v_cache,
             step.slot_mapping,
             self.num_heads,
+            rotary is not None and rotary.interleaved,
         )
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention
@@ -72,5 +85,5 @@ class Attention(nn.Module):
             rows = step.last_token_rows
             q = q[rows]
             plan = self.backend.last_tokens_plan(plan)
-        out = self.backend.attend(q, k, v, self.k_cache, self.v_cache, plan, self.scale)
+        out = self.backend.attend(q, k, v, self.k_cache, self.v_cache, plan, self.options)
         return Attended(out.flatten(-2), rows)

@@ -1,46 +1,44 @@
 """Rotary position embedding (Su et al., RoFormer, 2021)."""
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from torch import Tensor, nn
 
 
-def rope_theta(hf_config: PretrainedConfig) -> float:
-    """Return the base of the rotation frequencies.
+def default_frequencies(rotary_size: int, theta: float) -> Tensor:
+    """Angles by which one position turns each pair, `theta^(-2 i / rotary_size)` of pair i.
 
-    Raises:
-        ValueError: the RoPE is scaled or partial, which is not implemented, or has no base.
+    `[rotary_size / 2]` float32, on the CPU whatever the model's device: everywhere the same.
     """
-    # transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling.
-    parameters = getattr(hf_config, "rope_parameters", None)
-    if not parameters:
-        parameters = getattr(hf_config, "rope_scaling", None) or {}
-    theta = parameters.get("rope_theta", getattr(hf_config, "rope_theta", None))
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    factor = parameters.get("partial_rotary_factor", 1.0)
-    if rope_type != "default" or factor != 1.0:
-        raise ValueError(
-            f"RoPE with partial_rotary_factor {factor} and type {rope_type!r} is not supported"
-        )
-    if not theta or theta <= 0:
-        raise ValueError(f"the model's config.json must give a positive rope_theta, not {theta}")
-    return float(theta)
+    exponents = torch.arange(0, rotary_size, 2, dtype=torch.float32, device="cpu") / rotary_size
+    return 1.0 / theta**exponents
 
 
 class RotaryEmbedding(nn.Module):
     """Tables of the cosines and sines by which `norm_rope_store` rotates q and k.
 
-    `cos` and `sin` are `[max_position, head_dim / 2]` float32. At position p, the pair of elements
-    (i, i + head_dim / 2) of a head is rotated by the angle `p * theta^(-2 i / head_dim)`.
+    `cos` and `sin` are `[max_position, rotary_size / 2]` float32. At position p, pair i of a head
+    is rotated by the angle `p * frequencies[i]` and multiplied by `factor`. The pair is the
+    elements i and i + rotary_size / 2 or, interleaved, 2 i and 2 i + 1. The elements of a head from
+    number rotary_size on are left as they are.
+
+    frequencies: `[rotary_size / 2]` float32, on the CPU.
+    factor: of q and k, so that the scores get its square; kinds for long contexts have one.
     """
 
-    def __init__(self, head_dim: int, max_position: int, theta: float) -> None:
+    def __init__(
+        self,
+        frequencies: Tensor,
+        max_position: int,
+        factor: float = 1.0,
+        interleaved: bool = False,
+    ) -> None:
         super().__init__()
         device = torch.get_default_device()
+        self.interleaved = interleaved
         # On the CPU, in float32, whatever the model's device and dtype: the same table everywhere.
-        indices = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-        frequencies = 1.0 / theta ** (indices / head_dim)
         positions = torch.arange(max_position, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, frequencies)
-        self.register_buffer("cos", angles.cos().to(device), persistent=False)
-        self.register_buffer("sin", angles.sin().to(device), persistent=False)
+        cos = angles.cos() * factor
+        sin = angles.sin() * factor
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)

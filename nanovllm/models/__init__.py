@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.config import Config
 from nanovllm.models.causal_lm import CausalLM, head_size
+from nanovllm.models.gemma3 import Gemma3ForCausalLM
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -19,6 +20,9 @@ MODELS: dict[str, type[CausalLM]] = {
     "Qwen2ForCausalLM": Qwen3ForCausalLM,
     "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    # Gemma 2 has the same layers with other options.
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "Gemma2ForCausalLM": Gemma3ForCausalLM,
 }
 
 

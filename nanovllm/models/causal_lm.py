@@ -12,12 +12,16 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.layers.activation import SiluGateUpLinear
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_theta
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.rope import rope_frequencies
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -28,7 +32,49 @@ def head_size(config: PretrainedConfig) -> int:
 def layer_types(config: PretrainedConfig) -> list[str]:
     """Return "full_attention" or "sliding_attention" for each layer."""
     types = getattr(config, "layer_types", None)
-    return list(types or ["full_attention"] * config.num_hidden_layers)
+    if types:
+        return list(types)
+    has_window = getattr(config, "sliding_window", None) is not None
+    if not has_window or not getattr(config, "use_sliding_window", True):
+        return ["full_attention"] * config.num_hidden_layers
+    # Families with a window in every layer say no more. The others did not name the types before
+    # transformers 4.53: in Qwen the first ones see everything, in Gemma one of so many does.
+    first = getattr(config, "max_window_layers", 0)
+    pattern = getattr(config, "sliding_window_pattern", None)
+    if config.model_type == "gemma2":
+        pattern = 2
+    types = ["sliding_attention"] * config.num_hidden_layers
+    for index in range(config.num_hidden_layers):
+        if index < first or (pattern is not None and (index + 1) % pattern == 0):
+            types[index] = "full_attention"
+    return types
+
+
+def windows(config: PretrainedConfig) -> list[int | None]:
+    """Return how many tokens a token sees in each layer, itself included; None: all before it."""
+    window = getattr(config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in layer_types(config)]
+
+
+def rotary_embeddings(
+    config: PretrainedConfig, max_position: int
+) -> dict[str, RotaryEmbedding | None]:
+    """Make the rotary embedding of each type of layer that the model has.
+
+    Types that rotate alike share one: its tables are large where sequences are long.
+
+    Raises:
+        ValueError: the RoPE is of no kind that is known, or one of its numbers is wrong.
+    """
+    shared: dict[tuple[float, ...], RotaryEmbedding] = {}
+    found: dict[str, RotaryEmbedding | None] = {}
+    for kind in dict.fromkeys(layer_types(config)):
+        rope = rope_frequencies(config, head_size(config), max_position, kind)
+        key = (rope.factor, *rope.frequencies.tolist())
+        if key not in shared:
+            shared[key] = RotaryEmbedding(rope.frequencies, max_position, rope.factor)
+        found[kind] = shared[key]
+    return found
 
 
 def check_option(config: PretrainedConfig, name: str, *supported: object) -> None:
@@ -41,12 +87,25 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
         )
 
 
+def activation(config: PretrainedConfig) -> str:
+    """Return the activation of the MLPs, as `GateUpLinear` calls it.
+
+    Raises:
+        ValueError: it is none of those that there are kernels for.
+    """
+    option = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    check_option(config, option, *ACTIVATIONS)
+    return ACTIVATIONS[getattr(config, option)]
+
+
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = SiluGateUpLinear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = GateUpLinear(
+            config.hidden_size, config.intermediate_size, activation(config)
+        )
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
 
 
@@ -69,11 +128,11 @@ class DecoderModel(nn.Module):
         self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
     ) -> None:
         super().__init__()
-        rotary_emb = RotaryEmbedding(head_size(config), max_position, rope_theta(config))
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        rotary = rotary_embeddings(config, max_position)
         self.layers = nn.ModuleList(
-            layer_class(config, index, rotary_emb)  # type: ignore[misc]  # it is a module, too
-            for index in range(config.num_hidden_layers)
+            layer_class(config, index, rotary[kind])  # type: ignore[misc]  # it is a module, too
+            for index, kind in enumerate(layer_types(config))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -105,14 +164,12 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        rope_theta(config)
-        check_option(config, "hidden_act", "silu")
-        if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types(
-            config
-        ):
-            raise ValueError(
-                "sliding-window attention is not supported; set use_sliding_window to false"
-            )
+        activation(config)
+        for kind in dict.fromkeys(layer_types(config)):
+            if kind not in LAYER_TYPES:
+                allowed = ", ".join(LAYER_TYPES)
+                raise ValueError(f"layers of type {kind!r} are not supported; supported: {allowed}")
+            rope_frequencies(config, head_size(config), config.max_position_embeddings, kind)
         if getattr(config, "quantization_config", None):
             raise ValueError(
                 "quantised checkpoints are not supported; use a bf16, fp16 or fp32 one"

@@ -7,12 +7,13 @@ causal_lm.py.
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size
+from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size, windows
 
 
 class Qwen3Attention(nn.Module):
@@ -32,8 +33,9 @@ class Qwen3Attention(nn.Module):
         self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, qkv_bias)
         self.q_norm = None if is_qwen2 else RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = None if is_qwen2 else RMSNorm(head_dim, config.rms_norm_eps)
+        options = AttentionOptions(scale=head_dim**-0.5, window=windows(config)[index])
         self.attn = Attention(
-            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb, options
         )
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 

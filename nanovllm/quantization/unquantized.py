@@ -105,7 +105,7 @@ class Unquantized(WeightFormat):
                 norm_weight=None if norm is None else norm.weight,
                 eps=0.0 if norm is None else norm.eps,
                 residual=residual,
-                gated=epilogue.is_gated,
+                activation=epilogue.activation,
             )
         assert norm is None, "only the GEMV normalises its input"
         if choice.kernel is MatmulKernel.SPLIT_K:

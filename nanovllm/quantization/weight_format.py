@@ -65,12 +65,11 @@ class Epilogue(NamedTuple):
 
     add_to: Tensor | None = None  # [n, out]: add the product to this, unless it is in partial sums
     reader_sums: bool = False  # whoever reads the product adds up partial sums, if there are any
-    is_gated: bool = False  # W is a gate above an up projection: `silu(gate) * up`; for a GEMV only
+    activation: str | None = None  # W is a gate above an up projection: `act(gate) * up`; GEMV only
     out: Tensor | None = None  # [n, out]: where the product is to be written
 
 
 PLAIN = Epilogue()
-GATED = Epilogue(is_gated=True)
 READER_SUMS = Epilogue(reader_sums=True)
 
 

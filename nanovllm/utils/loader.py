@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.checkpoint import are_equal, find_tensors, open_weights
+from nanovllm.checkpoint import HEAD, Stored, are_equal, find_tensors, open_weights
 from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # may be one tensor (tied)
+EMBEDDING = "model.embed_tokens.weight"  # may be one tensor with HEAD (tied)
 DTYPES = ("BF16", "F16", "F32", "F64")  # of safetensors; others are of quantised weights
 
 
@@ -35,8 +35,8 @@ def load_model(model: nn.Module, path: str) -> None:
         dtype = model.get_parameter(EMBEDDING).dtype
         settle_tied_head(expected, files, dtype)
     unknown = {
-        name: file.name
-        for name, file in files.items()
+        stored_name: file.name
+        for name, (file, stored_name) in files.items()
         if name not in expected and not name.endswith("rotary_emb.inv_freq")  # it is computed
     }
     missing = expected.keys() - files.keys()
@@ -54,12 +54,23 @@ def load_model(model: nn.Module, path: str) -> None:
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     total = len(expected)
     with progress_bar(total=total, desc="Loading weights", delay=1.0, leave=False) as update:
-        for file in dict.fromkeys(files.values()):
-            load_file(file, expected, update)
+        for file, loads in group_by_file(expected, files).items():
+            load_file(file, loads, update)
+
+
+def group_by_file(
+    expected: dict[str, LoadTensor], files: dict[str, Stored]
+) -> dict[Path, dict[str, LoadTensor]]:
+    """For each file, the functions that load its tensors, by the names that they have there."""
+    grouped: dict[Path, dict[str, LoadTensor]] = {}
+    for name, (file, stored_name) in files.items():
+        if name in expected:
+            grouped.setdefault(file, {})[stored_name] = expected[name]
+    return grouped
 
 
 def settle_tied_head(
-    expected: dict[str, LoadTensor], files: dict[str, Path], dtype: torch.dtype
+    expected: dict[str, LoadTensor], files: dict[str, Stored], dtype: torch.dtype
 ) -> None:
     """Decide what an `lm_head.weight` is for a model that has the embedding in its place.
 
@@ -68,12 +79,12 @@ def settle_tied_head(
     """
     if EMBEDDING not in files:
         expected[HEAD] = expected.pop(EMBEDDING)
-    elif are_equal(files, EMBEDDING, HEAD, dtype):
+    elif are_equal(files[EMBEDDING], files[HEAD], dtype):
         del files[HEAD]
     else:
         raise ValueError(
-            f"{files[HEAD]} holds an {HEAD} that differs from {EMBEDDING}, and config.json has "
-            "tie_word_embeddings; set that to false to use the head, or remove the tensor"
+            f"{files[HEAD][0]} holds an {HEAD} that differs from {EMBEDDING}, and config.json "
+            "has tie_word_embeddings; set that to false to use the head, or remove the tensor"
         )
 
 
@@ -104,17 +115,15 @@ def expected_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Load
     return expected
 
 
-def load_file(file: Path, expected: dict[str, LoadTensor], update: Update) -> None:
-    """Load those tensors of a file that are expected."""
+def load_file(file: Path, loads: dict[str, LoadTensor], update: Update) -> None:
+    """Load tensors of a file, each with its function."""
     with open_weights(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - it is no dict, and has no iterator
-            if name not in expected:
-                continue
+        for name, load in loads.items():
             loaded = tensors.get_slice(name)  # of which the loader reads this rank's part only
             try:
                 if loaded.get_dtype() not in DTYPES:
                     raise ValueError(f"is {loaded.get_dtype()} and not {', '.join(DTYPES)}")
-                expected[name](loaded)
+                load(loaded)
             except ValueError as error:  # of check_shape, too
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
             update()

@@ -44,7 +44,8 @@ class TensorParallel:
         """
         if self.small_all_reduce is not None and self.small_all_reduce.takes(residual):
             x = product if isinstance(product, Tensor) else product.values
-            if norm is None:
+            # Its kernel reads a weight in the words of the rows: two numbers each, if 16 bits wide.
+            if norm is None or norm.weight.dtype != residual.dtype:
                 return self.small_all_reduce(x, residual)[1]
             return self.small_all_reduce(x, residual, norm.weight, norm.eps)[1]
         residual.add_(self.all_reduce(product if isinstance(product, Tensor) else product.sum()))

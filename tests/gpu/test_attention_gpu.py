@@ -44,13 +44,17 @@ def relative_error(out, expected):
     return ((out.double() - expected).norm() / expected.norm()).item()
 
 
-def exact(q, k, v, scale):
+def exact(q, k, v, scale, window=None, softcap=None):
     """float64 attention of q `[q_len, heads, dim]` over k, v `[k_len, kv_heads, dim]`; the last
-    sees all."""
+    sees all, or as many as the window has."""
     (q_len, heads, _), (k_len, kv_heads, _) = q.shape, k.shape
     k, v = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     seen = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+    if window is not None:
+        seen = seen.triu(k_len - q_len - window + 1)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -94,11 +98,11 @@ class Cache:
         ]
 
 
-def exact_decode(q, cache, lengths, scale):
+def exact_decode(q, cache, lengths, scale, **options):
     rows = []
     for i, n in enumerate(lengths):
         rows.append(
-            exact(q[i : i + 1], *cache.keys_and_values(i, n), scale)
+            exact(q[i : i + 1], *cache.keys_and_values(i, n), scale, **options)
             if n
             else torch.zeros_like(q[i : i + 1])
         )
@@ -154,7 +158,7 @@ def test_decode_shapes(heads, kv_heads, head_dim, dtype, num_splits):
     cache = Cache(lengths, 48, dtype, kv_heads, head_dim)
     q = randn(len(lengths), heads, head_dim, dtype=dtype)
     config = DecodeConfig(32, num_splits)
-    out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, 0.1, config)
+    out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, 0.1, config=config)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert relative_error(out, exact_decode(q, cache, lengths, 0.1)) < TOLERANCE[dtype]
 
@@ -163,7 +167,8 @@ def test_decode_shapes(heads, kv_heads, head_dim, dtype, num_splits):
 @pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("block_size", [48, 256])
-def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_splits):
+@pytest.mark.parametrize("window", [None, 1, 300])
+def test_decode_reads_ahead_but_not_the_new_token(window, block_size, num_stages, num_splits):
     lengths = [*range(1, 1200, 9)]  # the new token in any of the first tiles, or later
     cache, scale, config = (
         Cache(lengths, block_size, BF16),
@@ -171,7 +176,8 @@ def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_sp
         DecodeConfig(64, num_splits, num_stages=num_stages),
     )
     q = randn(len(lengths), HEADS, HEAD_DIM, dtype=BF16)
-    expected = exact_decode(q, cache, lengths, scale)
+    expected = exact_decode(q, cache, lengths, scale, window=window)
+    options = {"window": window, "config": config}
     slots = torch.stack([s[-1] for s in cache.slots])
     qkv = torch.cat((q, *(values.flatten(0, 1)[slots] for values in (cache.k, cache.v))), dim=1)
     sin = torch.zeros(1, HEAD_DIM // 2, device="cuda")
@@ -189,7 +195,8 @@ def test_decode_reads_ahead_but_not_the_new_token(block_size, num_stages, num_sp
             x, weight, None, 4
         )  # only takes time: the next kernels start beside it, and wait
         new = norm_rope_store(qkv, *rope, None, None, 0.0, *store)
-        return paged_decode(new[:, :HEADS], cache.k, cache.v, lens, cache.tables, scale, config)
+        q = new[:, :HEADS]
+        return paged_decode(q, cache.k, cache.v, lens, cache.tables, scale, **options)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -377,7 +384,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     scale = HEAD_DIM**-0.5
     expected = exact_decode(q, cache, lengths, scale)
     for config in (None, DecodeConfig(128, 1)):
-        out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, scale, config)
+        out = paged_decode(q, cache.k, cache.v, ints(lengths), cache.tables, scale, config=config)
         assert relative_error(out, expected) < TOLERANCE[BF16]
     sums = (prefix_sums([1, 1]), prefix_sums(lengths), 1, 1000)
     out = varlen_prefill(q, None, None, cache.k, cache.v, *sums, scale, cache.tables)

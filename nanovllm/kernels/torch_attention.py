@@ -1,0 +1,52 @@
+"""Attention in plain PyTorch, as the references and the CPU's path compute it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Return which keys the last `num_queries` tokens see: `[num_queries, num_keys]` bool, or None.
+
+    None: a single query sees all keys; of as many queries as keys the first sees one, the next two,
+    and so on.
+    """
+    earlier = num_keys - num_queries
+    is_windowed = window is not None and window < num_keys
+    if not is_windowed and (num_queries == 1 or earlier == 0):
+        return None
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(earlier)
+    if window is None:
+        return mask
+    return mask.triu(earlier - window + 1)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Return attention: a tensor like q.
+
+    q, k, v: `[batch, heads, queries or keys, head_dim]`.
+    mask: bool, of a shape that broadcasts to `[batch, heads, queries, keys]`; True: may be seen.
+    scale, softcap: as in `paged_decode`.
+    is_causal: instead of a mask, for as many queries as keys.
+    """
+    if softcap is None:  # PyTorch's own is fused, so that the scores are never in memory
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+    if is_causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q.float() @ k.float().transpose(2, 3)
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)
