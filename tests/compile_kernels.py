@@ -121,6 +121,12 @@ def main() -> None:
     moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048))
     for num_tokens in (2, 200, 600, 2000):  # tiles of 16, 32, 128 and 128 tokens
         moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+    router = numbers(16, 256, dtype=torch.float32)
+    gate_up, down = router.expand(16, 16, 256).contiguous(), router.new_zeros(16, 256, 8)
+    for grouped_gemm.has_tma in (lambda: True, lambda: False):
+        exact = moe.MoEWeights(router, gate_up, down, top_k=2, is_normalized=False)
+        moe.moe_partial_sums(router, exact)
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
 
     positions, angles = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32)
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
