@@ -173,6 +173,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
         r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",
     ),
+    "qwen3-moe-act": (
+        dict(**QWEN3_MOE, hidden_act="gelu_pytorch_tanh"),
+        "hidden_act 'gelu_pytorch_tanh' is not supported for qwen3_moe",
+    ),
+    "qwen3-moe-window": (
+        dict(**QWEN3_MOE, use_sliding_window=True, sliding_window=32),
+        "use_sliding_window True is not supported for qwen3_moe",
+    ),
     "qwen3-moe-sparse-step": (
         dict(**QWEN3_MOE, decoder_sparse_step=0, mlp_only_layers=[0, 1]),
         r"decoder_sparse_step \(0\)",
