@@ -268,9 +268,10 @@ GEMMA = dict(
     max_position_embeddings=131072,
     num_hidden_layers=6,
 )
+GEMMA_NAMESPACE = SimpleNamespace(model_type="gemma3_text", **GEMMA)
 
 
-@pytest.mark.parametrize("config", [SimpleNamespace(**GEMMA), Gemma3TextConfig(**GEMMA)])
+@pytest.mark.parametrize("config", [GEMMA_NAMESPACE, Gemma3TextConfig(**GEMMA)])
 def test_gemma_3_has_two(config: Any) -> None:
     """Scaled in the layers with full attention, another theta and no scaling in the others."""
     local = rope_frequencies(config, 256, 4096, "sliding_attention")
@@ -282,8 +283,9 @@ def test_gemma_3_has_two(config: Any) -> None:
 def test_parameters_by_layer_types() -> None:
     yarn = dict(rope_type="yarn", rope_theta=5e5, factor=8.0, original_max_position_embeddings=8192)
     by_type = dict(full_attention=yarn, sliding_attention=dict(rope_type="default", rope_theta=5e5))
-    flat = SimpleNamespace(rope_parameters=yarn, max_position_embeddings=65536)
-    nested = SimpleNamespace(rope_parameters=by_type, max_position_embeddings=65536)
+    options: Any = dict(max_position_embeddings=65536, model_type="olmo3")
+    flat = SimpleNamespace(rope_parameters=yarn, **options)
+    nested = SimpleNamespace(rope_parameters=by_type, **options)
     expected = rope_frequencies(flat, 128, 4096)
     assert_same(rope_frequencies(nested, 128, 4096, "full_attention"), expected)
     assert_same(rope_frequencies(flat, 128, 4096, "sliding_attention"), expected)  # all are alike
@@ -338,7 +340,9 @@ def test_what_is_not_there_or_wrong_is_named(parameters: dict[str, Any], message
 
 
 def test_a_layer_type_that_is_not_there() -> None:
-    config = SimpleNamespace(rope_parameters=dict(full_attention=YARN), max_position_embeddings=64)
+    config = SimpleNamespace(
+        rope_parameters=dict(full_attention=YARN), max_position_embeddings=64, model_type="olmo3"
+    )
     with pytest.raises(ValueError, match="lack 'sliding_attention'"):
         rope_frequencies(config, 16, 64, "sliding_attention")  # type: ignore[arg-type]
 
