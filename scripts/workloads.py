@@ -1,4 +1,4 @@
-"""What bench.py measures: six loads, and the shapes of two real models.
+"""What bench.py measures: six loads, and the shapes of real models.
 
 Prompts are random token ids, drawn in a fixed order, so that every engine and every run is asked
 for the same work. Weights may be random too: they cost as much time as trained ones.
@@ -134,9 +134,54 @@ def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
     return Load(prompts, output_lens)
 
 
-# What differs between the two models; everything else is in `write_shape`.
+# The config.json of published models, as far as it matters with random weights.
+_QWEN3: dict[str, object] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "rope_theta": 1_000_000,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "tie_word_embeddings": False,
+}
+_LLAMA3: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_theta": 500_000.0,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+_LLAMA3_ROPE: dict[str, object] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES: dict[str, dict[str, object]] = {
     "qwen3-0.6b": {
+        **_QWEN3,
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "num_hidden_layers": 28,
@@ -144,13 +189,91 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
+    "qwen3-4b": {
+        **_QWEN3,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "max_window_layers": 36,
+        "tie_word_embeddings": True,
+    },
     "qwen3-8b": {
+        **_QWEN3,
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "num_hidden_layers": 36,
         "max_window_layers": 36,
-        "num_attention_heads": 32,
+    },
+    "qwen3-14b": {
+        **_QWEN3,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "max_window_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,  # of dense layers, of which it has none
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "max_window_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "llama-3.2-1b": {
+        **_LLAMA3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "rope_scaling": {**_LLAMA3_ROPE, "factor": 8.0},
         "tie_word_embeddings": False,
+    },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "rope_theta": 1_000_000,
+        "rope_local_base_freq": 10_000,
+        "rope_scaling": None,
+        "max_position_embeddings": 32768,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,  # every sixth layer has no window
+        "bos_token_id": 2,
+        "eos_token_id": [1, 106],
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
     },
 }
 
@@ -165,30 +288,14 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "head_dim",
     "tie_word_embeddings",
+    "sliding_window",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
 )
 
 
 def write_shape(name: str, directory: str) -> str:
     """Write the config.json of a real model to `directory`, for load_format="dummy"; return it."""
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "torch_dtype": "bfloat16",
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "rope_theta": 1_000_000,
-        "rope_scaling": None,
-        "max_position_embeddings": 40960,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        **SHAPES[name],
-    }
-    Path(directory, "config.json").write_text(json.dumps(config, indent=2))
+    Path(directory, "config.json").write_text(json.dumps(SHAPES[name], indent=2))
     return directory

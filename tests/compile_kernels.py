@@ -27,6 +27,7 @@ from nanovllm.kernels import (
     paged_decode,
     penalties,
     prefill_all_reduce,
+    projection_norm,
     rms_norm,
     split_gemm,
     threshold,
@@ -92,6 +93,7 @@ def main() -> None:
         moe_routing,
         norm_rope_store,
         paged_decode,
+        projection_norm,
         rms_norm,
         gate_mul,
         split_gemm,
@@ -122,6 +124,12 @@ def main() -> None:
     moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048))
     for num_tokens in (2, 200, 600, 2000):  # tiles of 16, 32, 128 and 128 tokens
         moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+    router = numbers(16, 256, dtype=torch.float32)
+    gate_up, down = router.expand(16, 16, 256).contiguous(), router.new_zeros(16, 256, 8)
+    for grouped_gemm.has_tma in (lambda: True, lambda: False):
+        exact = moe.MoEWeights(router, gate_up, down, top_k=2, is_normalized=False)
+        moe.moe_partial_sums(router, exact)
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
 
     positions, angles = numbers(16, dtype=torch.int64), numbers(99, DIM // 2, dtype=torch.float32)
     caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
@@ -130,6 +138,11 @@ def main() -> None:
         norm_rope_store.norm_rope_store(
             qkv, positions, angles, angles, weight, weight, EPS, *caches, ints(16), HEADS
         )
+    rows, heads = numbers(16, (HEADS + 2 * KV_HEADS) * DIM), numbers(HEADS * DIM)
+    kv_heads = heads[: KV_HEADS * DIM]
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS)
+    sums = projection_norm.sums_of_squares(rows, len(heads), len(kv_heads))
+    projection_norm.projection_norm(rows, heads, kv_heads, EPS, sums, 4)
     qkv = numbers(16, HEADS + 2 * KV_HEADS, DIM)
     for rotated, interleaved in ((0, False), (24, False), (64, True), (24, True)):
         cos = numbers(99, rotated, dtype=torch.float32) if rotated else None

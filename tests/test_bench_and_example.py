@@ -10,9 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import bench
 import example
+from nanovllm.config import Config
+from nanovllm.models import MODELS, model_class
 from scripts import compare_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,19 +127,30 @@ def test_the_small_load_keeps_what_the_workload_is_about() -> None:
         assert (small.shared_len > 0) == (workload.shared_len > 0)
 
 
-@pytest.mark.parametrize(
-    "shape, parameters", [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360)]
-)
-def test_shapes_are_those_of_the_real_models(shape: str, parameters: int, tmp_path: Path) -> None:
-    """As many parameters as the published checkpoints hold, from the shapes of all tensors."""
-    bench.write_shape(shape, str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    hidden, inter, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads) + 2 * head_dim
-    layer = attention + 3 * hidden * inter + 2 * hidden
-    embeddings = config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
-    assert embeddings + config["num_hidden_layers"] * layer + hidden == parameters
+PUBLISHED_PARAMETERS = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize("shape", bench.SHAPES)
+def test_shapes_are_those_of_the_real_models(shape: str, tmp_path: Path) -> None:
+    """An engine's configuration is made of each, and a model of as many parameters as are in the
+    published checkpoint; tied ones count once.
+    """
+    path = bench.write_shape(shape, str(tmp_path))
+    config = Config(path, load_format="dummy", device="cpu", architectures=MODELS)
+    make_model = model_class(config.hf_config)
+    make_model.check_config(config.hf_config, tp_size=1)
+    with torch.device("meta"):
+        model = make_model(config.hf_config, max_position=64)
+    assert sum(param.numel() for param in model.parameters()) == PUBLISHED_PARAMETERS[shape]
 
 
 # --- the scripts --------------------------------------------------------------------------------

@@ -4,11 +4,15 @@ What all families share is tested at more cuts, on Qwen, in test_equality.py.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import (
     QWEN2,
+    QWEN3,
     Checkpoint,
     generate_ids,
     greedy,
@@ -18,11 +22,20 @@ from conftest import (
 )
 
 from nanovllm import SamplingParams
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.models.causal_lm import rotary_embeddings, windows
+from nanovllm.models.mistral import MistralForCausalLM
 
 NUM_TOKENS = 24
 LENGTHS = [1, 2, 15, 16, 17, 7, 3, 31, 120, 33, 48, 64, 90]
 
 GEMMA3: dict[str, Any] = dict(architecture="Gemma3ForCausalLM", head_dim=16, num_hidden_layers=4)
+LONGROPE: dict[str, Any] = dict(
+    architecture="Phi3ForCausalLM",
+    num_attention_heads=2,  # of 24 numbers each, of which 6 are rotated
+    partial_rotary_factor=0.25,
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 5.0, 12.0]),
+)
 QWEN3_MOE: dict[str, Any] = dict(
     architecture="Qwen3MoeForCausalLM",
     head_dim=16,
@@ -61,8 +74,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
             sliding_attention=dict(rope_type="default", rope_theta=1e3),
         ),
-        query_pre_attn_scalar=10,
-        final_logit_softcapping=1.5,
+        query_pre_attn_scalar=40,
+        final_logit_softcapping=3.0,
     ),
     "gemma3-wide-window": dict(
         GEMMA3, sliding_window=200, sliding_window_pattern=2, attention_bias=True
@@ -85,6 +98,68 @@ FAMILIES: dict[str, dict[str, Any]] = {
         head_dim=16,
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
+    ),
+    "mistral": dict(
+        architecture="MistralForCausalLM", sliding_window=None, head_dim=24, rope_theta=1e6
+    ),
+    # A window smaller than most prompts, that ends inside a block.
+    "mistral-window": dict(
+        architecture="MistralForCausalLM", sliding_window=21, tie_word_embeddings=True
+    ),
+    "ministral": dict(
+        architecture="MinistralForCausalLM",
+        head_dim=16,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=16,
+    ),
+    "phi3-window": dict(architecture="Phi3ForCausalLM", sliding_window=9),
+    "phi3-shared-kv-head-tied": dict(
+        architecture="Phi3ForCausalLM", num_key_value_heads=1, tie_word_embeddings=True
+    ),
+    # All sequences are shorter than the original length.
+    "phi3-partial-longrope": dict(LONGROPE, original_max_position_embeddings=256),
+    "olmo2-shared-kv-head": dict(
+        architecture="Olmo2ForCausalLM", num_key_value_heads=1, rms_norm_eps=1e-3
+    ),
+    "olmo2-bias": dict(architecture="Olmo2ForCausalLM", attention_bias=True, std=0.6),
+    "olmo3": dict(
+        architecture="Olmo3ForCausalLM",
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        sliding_window=20,  # in all layers but the last, the only one whose RoPE is scaled
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40),
+    ),
+    "smollm3": dict(
+        architecture="SmolLM3ForCausalLM",
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,  # the second layer has no RoPE
+        tie_word_embeddings=True,
+    ),
+    "smollm3-window-bias": dict(
+        architecture="SmolLM3ForCausalLM",
+        num_hidden_layers=3,
+        no_rope_layers=[0, 1, 0],  # these have the window
+        use_sliding_window=True,
+        sliding_window=20,
+        attention_bias=True,
+        head_dim=16,
+    ),
+    "granite": dict(
+        architecture="GraniteForCausalLM",
+        embedding_multiplier=6.0,
+        attention_multiplier=0.5,
+        residual_multiplier=0.4,
+        logits_scaling=0.5,
+    ),
+    "granite-bias-tied": dict(
+        architecture="GraniteForCausalLM",
+        embedding_multiplier=3,
+        attention_multiplier=0.1,
+        residual_multiplier=1.5,
+        logits_scaling=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
     ),
     "qwen3-moe": dict(**QWEN3_MOE, norm_topk_prob=True, seed=1),
     "qwen3-moe-one-expert-a-token": dict(**{**QWEN3_MOE, "num_experts_per_tok": 1}, seed=1),
@@ -119,13 +194,21 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def need(options: dict[str, Any]) -> None:
+    """Skip a test of an architecture that is newer than the installed transformers."""
+    architecture = options.get("architecture", QWEN3)
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
     """A checkpoint, prompts of many lengths, some that begin alike, and their completions."""
     name = request.param
-    options = {"seed": 1 + list(FAMILIES).index(name), **FAMILIES[name]}
+    need(FAMILIES[name])
+    options = {"seed": 1, **FAMILIES[name]}
     checkpoint = make_checkpoint(tmp_path_factory.mktemp(name), **options)
     prompts = random_prompts(0, LENGTHS)
     prompts += [prompts[8][:40] + tail for tail in random_prompts(1, [3, 20])] + [prompts[11]]
@@ -153,6 +236,14 @@ def test_same_tokens_however_the_work_is_cut(
         llm.exit()
 
 
+def test_longrope_beyond_the_original_length(tmp_path: Path) -> None:
+    """An engine for longer sequences has the factors for these, as transformers for each such."""
+    checkpoint = make_checkpoint(tmp_path, **LONGROPE, original_max_position_embeddings=16)
+    prompts = random_prompts(0, [17, 30, 100])
+    llm = make_llm(checkpoint.path, max_num_batched_tokens=23)
+    assert generate_ids(llm, prompts, greedy(8)) == checkpoint.complete(prompts, 8)
+
+
 def test_same_log_probabilities(
     reference: tuple[Checkpoint, list[list[int]], list[list[int]]],
 ) -> None:
@@ -172,6 +263,79 @@ def test_same_log_probabilities(
                 assert value == pytest.approx(theirs[token_id].item(), abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(model_type="llama"), [None] * 5),
+        (dict(model_type="mistral", sliding_window=None), [None] * 5),
+        (dict(model_type="mistral", sliding_window=8), [8] * 5),
+        (dict(model_type="qwen2", sliding_window=8, use_sliding_window=False), [None] * 5),
+        (
+            dict(
+                model_type="qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=3
+            ),
+            [None, None, None, 8, 8],
+        ),
+        (dict(model_type="gemma2", sliding_window=8), [8, None, 8, None, 8]),
+        (
+            dict(model_type="gemma3_text", sliding_window=8, sliding_window_pattern=3),
+            [8, 8, None, 8, 8],
+        ),
+    ],
+)
+def test_windows_of_configurations_that_name_no_types_of_layers(
+    options: dict[str, Any], expected: list[int | None]
+) -> None:
+    """As those of transformers before 4.53."""
+    assert windows(SimpleNamespace(num_hidden_layers=5, **options)) == expected
+
+
+def test_layers_that_rotate_alike_share_a_table() -> None:
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    options = dict(
+        model_type="gemma3_text",
+        layer_types=types,
+        num_hidden_layers=3,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    for local_theta in (1e6, 1e4):
+        parameters = {
+            "full_attention": dict(rope_type="default", rope_theta=1e6),
+            "sliding_attention": dict(rope_type="default", rope_theta=local_theta),
+        }
+        config = SimpleNamespace(rope_parameters=parameters, **options)
+        tables = rotary_embeddings(config, 64)
+        assert set(tables) == set(types)
+        are_one = tables["full_attention"] is tables["sliding_attention"]
+        assert are_one == (local_theta == 1e6)
+
+
+def test_dummy_weights_of_norms_are_one() -> None:
+    """Of Gemma's too, whose checkpoints hold the weight minus 1, and which float32 holds."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=127,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    config.architectures = ["Gemma3ForCausalLM"]
+    llm = make_llm("no/such/path", load_format="dummy", hf_config=config, dtype="bfloat16")
+    try:
+        (tokens,) = generate_ids(llm, [[1, 2, 3]], greedy(4))
+        assert len(tokens) == 4
+        norms = [m for m in llm.model_runner.model.modules() if isinstance(m, RMSNorm)]
+        assert len(norms) == 2 * 6 + 1
+        for norm in norms:
+            assert norm.weight.dtype == torch.float32
+            assert torch.equal(norm.weight, torch.ones(norm.weight.shape))
+    finally:
+        llm.exit()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -187,9 +351,37 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         dict(architecture="Gemma2ForCausalLM", use_bidirectional_attention=True),
         "use_bidirectional_attention True is not supported for gemma2",
     ),
+    "mistral-bias": (
+        dict(architecture="MistralForCausalLM", attention_bias=True),
+        "attention_bias True is not supported for mistral",
+    ),
+    "phi3-bias": (dict(architecture="Phi3ForCausalLM", attention_bias=True), "attention_bias True"),
+    "phi3-head-bias": (
+        dict(architecture="Phi3ForCausalLM", lm_head_bias=True),
+        "lm_head_bias True",
+    ),
+    "olmo2-act": (dict(architecture="Olmo2ForCausalLM", hidden_act="relu"), "hidden_act 'relu'"),
+    "smollm3-mlp-bias": (dict(architecture="SmolLM3ForCausalLM", mlp_bias=True), "mlp_bias True"),
+    "smollm3-no-window": (
+        dict(
+            architecture="SmolLM3ForCausalLM",
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=8,
+        ),
+        "use_sliding_window False",
+    ),
+    "granite-mlp-bias": (dict(architecture="GraniteForCausalLM", mlp_bias=True), "mlp_bias True"),
     "qwen3-moe-top-k": (
         dict(**{**QWEN3_MOE, "num_experts_per_tok": 8}),
         r"num_experts_per_tok \(8\) must be 1 to num_experts \(7\)",
+    ),
+    "qwen3-moe-act": (
+        dict(**QWEN3_MOE, hidden_act="gelu_pytorch_tanh"),
+        "hidden_act 'gelu_pytorch_tanh' is not supported for qwen3_moe",
+    ),
+    "qwen3-moe-window": (
+        dict(**QWEN3_MOE, use_sliding_window=True, sliding_window=32),
+        "use_sliding_window True is not supported for qwen3_moe",
     ),
     "qwen3-moe-sparse-step": (
         dict(**QWEN3_MOE, decoder_sparse_step=0, mlp_only_layers=[0, 1]),
@@ -201,6 +393,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_options_that_would_be_run_wrongly_are_refused(name: str, tmp_path: Path) -> None:
     options, message = REFUSED[name]
+    need(options)
     checkpoint = make_checkpoint(tmp_path, **options)
     with pytest.raises(ValueError, match=message):
         make_llm(checkpoint.path)
+
+
+def test_types_of_layers_that_mistral_does_not_have_are_refused() -> None:
+    """It has its window in all layers. (transformers reads a config.json with both as Ministral's,
+    where there is that.)
+    """
+    config = transformers.MistralConfig(num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(ValueError, match="layer_types .* is not supported for mistral"):
+        MistralForCausalLM.check_config(config, tp_size=1)

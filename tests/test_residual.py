@@ -90,6 +90,24 @@ def test_post_norm_and_scale() -> None:
     torch.testing.assert_close(stream.hidden, expected)
 
 
+def test_a_layer_can_read_the_stream_as_it_is() -> None:
+    """h += norm(o(h)); h += norm(down(gate_up(h))), as OLMo has it."""
+    first, second, last = make_norm(), make_norm(), make_norm()
+    o_proj = random_layer(RowParallelLinear(HIDDEN, HIDDEN))
+    gate_up = random_layer(GateUpLinear(HIDDEN, 32))
+    down = random_layer(RowParallelLinear(32, HIDDEN))
+    hidden = torch.randn(3, HIDDEN)
+
+    middle = hidden + first(o_proj(hidden))
+    end = middle + second(down(gate_up(middle)))
+
+    stream = ResidualStream(hidden.clone())
+    stream.add(o_proj, stream.values(), post_norm=first)
+    torch.testing.assert_close(stream.values(), middle)
+    stream.add(down, stream.values(), before=gate_up, post_norm=second)
+    torch.testing.assert_close(stream.normed(last).values(), last(end))
+
+
 def test_only_some_rows_go_on() -> None:
     layer, norm = random_layer(RowParallelLinear(8, HIDDEN)), make_norm()
     hidden, x, rows = torch.randn(6, HIDDEN), torch.randn(2, 8), torch.tensor([1, 5])
@@ -316,8 +334,11 @@ def test_ranks_agree_with_transformers(tmp_path: Any, in_pieces: bool, num_layer
     assert ranks[0].num_sums_in_pieces == (2 * (num_layers - 1) if in_pieces else 0)
 
 
-def test_all_rows_are_completed_where_they_are_needed() -> None:
-    """Behind a sum in pieces: for a second norm of it, and for an addition that cannot be cut."""
+@pytest.mark.parametrize("reads_norm", [True, False])
+def test_all_rows_are_completed_where_they_are_needed(reads_norm: bool) -> None:
+    """Behind a sum in pieces: for a second norm of it or the stream itself, and for an addition
+    that cannot be cut.
+    """
     exchange, norm = Exchange(2), make_norm()
     layers = []
     for rank in range(2):
@@ -332,7 +353,8 @@ def test_all_rows_are_completed_where_they_are_needed() -> None:
         stream.add(layers[rank], x[rank])
         first = stream.normed(norm)
         values = first.values().clone()
-        assert torch.equal(stream.normed(norm).values(), values)
+        again = stream.normed(norm).values() if reads_norm else norm(stream.values())
+        assert torch.equal(again, values)
         stream.add(layers[rank], x[rank], scale=2.0)
         results[rank] = stream.normed(norm).values()
         for read in (first.values, lambda: first.piece(slice(2))):  # the next sum overwrites it

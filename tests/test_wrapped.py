@@ -20,6 +20,7 @@ from conftest import (
     random_prompts,
 )
 from safetensors.torch import load_file, save_file
+from test_text import byte_fallback
 
 from nanovllm.checkpoint import TEXT_MODELS
 from nanovllm.config import Config
@@ -147,6 +148,21 @@ def test_what_is_said_of_the_whole_counts(gemma: Checkpoint, tmp_path: Path) -> 
     inner = gemma.model.config.text_config.eos_token_id
     assert set(llm.config.eos) == {5, 6} | ({inner} if inner is not None else set())
     llm.exit()
+
+
+def test_texts(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, **GEMMA_OPTIONS, vocab_size=300)
+    tokenizer = byte_fallback(drops_first_space=False)
+    tokenizer.save_pretrained(tmp_path)
+    llm = make_llm(str(tmp_path))
+    try:
+        assert tokenizer.eos_token_id in llm.config.eos
+        (output,) = llm.generate("hello é", greedy(12), use_tqdm=False)
+    finally:
+        llm.exit()
+    (expected,) = checkpoint.complete([tokenizer.encode("hello é")], 12)
+    assert output["token_ids"] == expected
+    assert output["text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_quantised_weights_of_the_whole_are_refused(gemma: Checkpoint, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
 - `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
+- `projection_norm`: q-norm and k-norm over all heads together
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
+- `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
+  GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: what the references of both share, and a CPU's step

@@ -224,6 +224,16 @@ class ResidualStream:
         in_pieces = values is not None and self._has_own_rows_only
         return Normed(self, norm, values, in_pieces)
 
+    def values(self) -> Tensor:
+        """Finish the open addition, if there is one, and return `hidden` as it is, unnormalised.
+
+        As all of `hidden` it changes in place, so it must be read before the next `normed`.
+        """
+        if self._open is not None:
+            self._make_addition(None)
+        self._complete_rows()
+        return self.hidden
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, `[m]` integers."""
         if self._open is not None:

@@ -6,9 +6,14 @@ from transformers import PretrainedConfig
 from nanovllm.config import Config
 from nanovllm.models.causal_lm import CausalLM, head_size
 from nanovllm.models.gemma3 import Gemma3ForCausalLM
+from nanovllm.models.granite import GraniteForCausalLM
 from nanovllm.models.llama import LlamaForCausalLM
+from nanovllm.models.mistral import MistralForCausalLM
+from nanovllm.models.olmo2 import Olmo2ForCausalLM
+from nanovllm.models.phi3 import Phi3ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
+from nanovllm.models.smollm3 import SmolLM3ForCausalLM
 from nanovllm.utils.loader import fill_dummy, load_model
 
 __all__ = ["MODELS", "build_model", "head_size", "model_class"]
@@ -23,6 +28,13 @@ MODELS: dict[str, type[CausalLM]] = {
     # Gemma 2 has the same layers with other options.
     "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "Gemma2ForCausalLM": Gemma3ForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "MinistralForCausalLM": MistralForCausalLM,  # it says in `layer_types` which have a window
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+    "Olmo2ForCausalLM": Olmo2ForCausalLM,
+    "Olmo3ForCausalLM": Olmo2ForCausalLM,  # with windows
+    "SmolLM3ForCausalLM": SmolLM3ForCausalLM,
+    "GraniteForCausalLM": GraniteForCausalLM,
 }
 
 

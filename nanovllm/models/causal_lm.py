@@ -101,9 +101,11 @@ def activation(config: PretrainedConfig) -> str:
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`; the residual stream calls the two layers."""
 
+    gate_up_class: ClassVar[type[GateUpLinear]] = GateUpLinear
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.gate_up_proj = GateUpLinear(
+        self.gate_up_proj = self.gate_up_class(
             config.hidden_size, config.intermediate_size, activation(config)
         )
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)

@@ -4,9 +4,12 @@ Pre-norm blocks of grouped-query attention and a SwiGLU MLP. The RoPE of Llama 3
 scaled, which is a matter of its frequencies alone.
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -18,15 +21,23 @@ from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option, head_siz
 class LlamaAttention(nn.Module):
     """Grouped-query attention."""
 
-    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+    qkv_class: ClassVar[type[QKVParallelLinear]] = QKVParallelLinear
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        index: int,
+        rotary_emb: RotaryEmbedding | None,
+        options: AttentionOptions | None = None,
+    ) -> None:
         super().__init__()
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
         head_dim = head_size(config)
         bias = bool(getattr(config, "attention_bias", False))
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, bias)
+        self.qkv_proj = self.qkv_class(config.hidden_size, head_dim, heads, kv_heads, bias)
         self.attn = Attention(
-            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary_emb, options
         )
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias)
 
@@ -36,14 +47,22 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """`h += attention(norm(h))`, then `h += mlp(norm(h))`."""
+    """`h += attention(norm(h))`, then `h += mlp(norm(h))`.
 
-    def __init__(self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding) -> None:
+    Families that differ in one of the two derive from this class, and name their own.
+    """
+
+    attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
+    mlp_class: ClassVar[type[GatedMLP]] = GatedMLP
+
+    def __init__(
+        self, config: PretrainedConfig, index: int, rotary_emb: RotaryEmbedding | None
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, index, rotary_emb)
+        self.self_attn = self.attention_class(config, index, rotary_emb)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = self.mlp_class(config)
 
     def forward(self, positions: Tensor, stream: ResidualStream) -> None:
         """Update the hidden states in `stream`."""

@@ -11,7 +11,7 @@ from nanovllm.layers.linear import divide
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
 from nanovllm.models.qwen3 import Qwen3Attention
 
 
@@ -62,6 +62,8 @@ class Qwen3MoeForCausalLM(CausalLM):
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
+        check_option(config, "hidden_act", "silu")  # the kernels of the experts know no other
+        check_option(config, "use_sliding_window", False, None)
         if config.decoder_sparse_step < 1:
             raise ValueError(
                 f"decoder_sparse_step ({config.decoder_sparse_step}) must be at least 1"

@@ -44,9 +44,12 @@ def apply_chat_template(
         return []
     continues = bool(options.get("continue_final_message"))
     options = {"add_generation_prompt": not continues, **options, **FORCED}
-    checked = [check_conversation(index, item) for index, item in enumerate(conversations)]
+    chosen = []
+    for index, conversation in enumerate(conversations):
+        checked = check_conversation(index, conversation)
+        chosen.append(choose_form(tokenizer, checked, conversation, options))
     try:
-        prompts: Any = apply_to_either_form(tokenizer, checked, conversations, options)
+        prompts: Any = tokenizer.apply_chat_template(chosen, **options)
     except Exception as error:  # jinja's own, or whatever a template's expression raises
         raise ValueError(
             f"the chat template of {model} cannot be applied to these messages: "
@@ -55,25 +58,45 @@ def apply_chat_template(
     return prompts
 
 
-def apply_to_either_form(
+# --- the form that a template reads ---------------------------------------------------------------
+
+
+def choose_form(
     tokenizer: PreTrainedTokenizerBase,
-    checked: list[Conversation],
-    conversations: list[Conversation],
+    checked: Conversation,
+    original: Conversation,
     options: dict[str, Any],
-) -> Any:
-    """Apply the template to tool calls with dicts as arguments or, where it wants to concatenate
-    them, with the strings that the caller passed.
+) -> Conversation:
+    """Return a conversation in the form that the template reads best.
+
+    That is `checked`, with strings as contents and dicts as arguments, unless the template says
+    more of what the caller passed: it tests whether there is a content, reads parts of text one by
+    one, or concatenates arguments, which must be strings then.
     """
+    pairs = list(zip(checked, original, strict=True))
+    with_calls = [with_calls_of(message, passed) for message, passed in pairs]
+    with_contents = [with_content_of(message, passed) for message, passed in pairs]
+    if checked == with_calls == with_contents:
+        return checked  # nearly always: there is one form only
+    for messages in (checked, with_calls):
+        pairs = list(zip(messages, original, strict=True))
+        contents = [with_content_of(message, passed) for message, passed in pairs]
+        text = render(tokenizer, messages, options)
+        if says_all(tokenizer, contents, messages, text, options):
+            return contents
+        if text is not None:
+            return messages
+    return with_contents  # refused in any form; the error is to be about what was passed
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Conversation, options: dict[str, Any]
+) -> str | None:
+    """The text that the template makes of a conversation; None if it refuses it."""
     try:
-        return tokenizer.apply_chat_template(checked, **options)
-    except TypeError:
-        as_passed = []
-        for messages, originals in zip(checked, conversations, strict=True):
-            pairs = zip(messages, originals, strict=True)
-            as_passed.append([with_calls_of(message, original) for message, original in pairs])
-        if as_passed == checked:
-            raise
-        return tokenizer.apply_chat_template(as_passed, **options)
+        return str(tokenizer.apply_chat_template(messages, **{**options, "tokenize": False}))
+    except Exception:  # jinja's own, or whatever a template's expression raises
+        return None
 
 
 def with_calls_of(message: Message, original: Message) -> Message:
@@ -81,6 +104,60 @@ def with_calls_of(message: Message, original: Message) -> Message:
     if "tool_calls" not in message:
         return message
     return {**message, "tool_calls": original["tool_calls"]}
+
+
+def with_content_of(message: Message, original: Message) -> Message:
+    """Return a checked message with no content, or its parts of text, if the caller passed that."""
+    if "content" not in original:
+        return {key: value for key, value in message.items() if key != "content"}
+    content = original["content"]
+    if content is None:
+        return {**message, "content": None}
+    if isinstance(content, str) or len(content) < 2:  # one part is the string
+        return message
+    return {**message, "content": [text_part(part_text("", part)) for part in content]}
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a content in OpenAI's form."""
+    return {"type": "text", "text": text}
+
+
+def says_all(
+    tokenizer: PreTrainedTokenizerBase,
+    contents: Conversation,
+    messages: Conversation,
+    text: str | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether a template understands `contents`, some of which are None, absent, or lists of parts.
+
+    `text` is what it makes of the same `messages` with strings; None if it refuses them.
+    """
+    full_text = render(tokenizer, contents, options)
+    if full_text is None:
+        return False
+    if full_text.count("None") > (text or "").count("None"):
+        return False  # it has written what stands for no content
+    lists = [message["content"] for message in contents if has_parts(message)]
+    if not lists:
+        return True
+    # It may write a list as Python does. Then it writes one part not as it writes a string.
+    single = [
+        {**message, "content": [text_part(message["content"])]} if has_parts(passed) else message
+        for message, passed in zip(messages, contents, strict=True)
+    ]
+    if text is None or render(tokenizer, single, options) != text:
+        return False
+    return all(part["text"].strip() in full_text for parts in lists for part in parts)
+
+
+def has_parts(message: Message) -> bool:
+    """Whether the content of a message is a list of parts."""
+    return isinstance(message.get("content"), list)
+
+
+# --- checks -----------------------------------------------------------------------------------
 
 
 def find_template(
@@ -175,20 +252,22 @@ def content_text(name: str, content: Any) -> str:
         raise TypeError(
             f"content of {name} must be a string or a list of text parts, not {content!r:.100}"
         )
-    texts = []
-    for part in content:
-        text = part
-        if isinstance(part, dict):
-            text = part.get("text")
-            if part.get("type", "text") not in ("text", "input_text", "output_text"):
-                text = None
-        if not isinstance(text, str):
-            raise ValueError(
-                f"content of {name} has a part that is no text: {part!r:.100}; only parts like "
-                '{"type": "text", "text": "..."} can be used'
-            )
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(part_text(name, part) for part in content)
+
+
+def part_text(name: str, part: Any) -> str:
+    """The text of one part of the content of a message."""
+    text = part
+    if isinstance(part, dict):
+        text = part.get("text")
+        if part.get("type", "text") not in ("text", "input_text", "output_text"):
+            text = None
+    if not isinstance(text, str):
+        raise ValueError(
+            f"content of {name} has a part that is no text: {part!r:.100}; only parts like "
+            '{"type": "text", "text": "..."} can be used'
+        )
+    return text
 
 
 def check_tool_call(name: str, call: Any) -> Any:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable
-from functools import lru_cache
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,19 +78,39 @@ class TextDecoder:
 
         A completion is decoded behind it. Decoded alone, it would lose its first space.
         """
-        for token_id in reversed(prompt_ids[-PROMPT_TAIL:]):
-            if self.ends_run(token_id):
-                text = self.decode([token_id], skips_special=True)
-                if text and NO_CHARACTER not in text:
-                    return [token_id]
+        tail = prompt_ids[-PROMPT_TAIL:]
+        for token_id in reversed(tail):
+            if self.is_context(token_id):
+                return [token_id]
+        # Tokens can be text together that alone are none: bytes of a character, several spaces.
+        return self.stand_in if self.decode(tail, skips_special=True) else []
+
+    def is_context(self, token_id: int) -> bool:
+        """Whether a token alone stands for text."""
+        if not self.ends_run(token_id, skips_special=True):
+            return False
+        text = self.decode([token_id], skips_special=True)
+        return bool(text) and NO_CHARACTER not in text
+
+    @cached_property
+    def stand_in(self) -> list[int]:
+        """A list of some token that stands for text; an empty one if none is found."""
+        with suppress(Exception):  # a tokenizer of a text that it cannot encode
+            token_ids = self.tokenizer.encode("a", add_special_tokens=False)
+            return [token_id for token_id in token_ids if self.is_context(token_id)][-1:]
         return []
 
-    def ends_run(self, token_id: int) -> bool:
+    def is_silent(self, token_id: int, skips_special: bool) -> bool:
+        """Whether a token is nothing in any text: a special one that is left out, or an id that the
+        tokenizer does not have (models pad their vocabulary).
+        """
+        if token_id in self.special_ids:
+            return skips_special
+        return self._backend is not None and self._backend.id_to_token(token_id) is None
+
+    def ends_run(self, token_id: int, skips_special: bool) -> bool:
         """Whether no token before this one is decoded together with those behind it."""
-        if not self.byte_ids:
-            return token_id not in self.special_ids
-        is_transparent = token_id in self.special_ids or token_id in self.byte_ids
-        return not is_transparent and self.tokenizer.convert_ids_to_tokens(token_id) is not None
+        return token_id not in self.byte_ids and not self.is_silent(token_id, skips_special)
 
     def without_partial(self, text: str, token_ids: list[int], skips_special: bool) -> str:
         """Leave a character at the end of the text out if it lacks bytes; `token_ids` are the
@@ -97,8 +118,7 @@ class TextDecoder:
         """
         if not text.endswith(NO_CHARACTER):
             return text
-        if skips_special:
-            token_ids = [token_id for token_id in token_ids if token_id not in self.special_ids]
+        token_ids = [i for i in token_ids if not self.is_silent(i, skips_special)]
         tail = b""
         for token_id in reversed(token_ids[-4:]):  # a character has at most 4 bytes
             tail = self._bytes_of(token_id) + tail

@@ -80,13 +80,15 @@ class Detokenizer:
     def _add(self, token_id: int) -> None:
         old_length = len(self._searched)
         self.token_ids.append(token_id)
+        if self.decoder.is_silent(token_id, self.skips_special):
+            return  # in the window a long run of them would be decoded again with each new token
         self._window.append(token_id)
         new = self.decoder.decode(self._window, self.skips_special)
         is_whole = not new.endswith(NO_CHARACTER)
         if not is_whole:
             new = self.decoder.without_partial(new, self._window, self.skips_special)
         self._searched = self._head + new[self._num_first :]
-        if not self.decoder.ends_run(token_id):
+        if not self.decoder.ends_run(token_id, self.skips_special):
             return
         self._num_settled = len(self._searched)
         # The window may begin with a token that shows: a space is dropped before the first one.

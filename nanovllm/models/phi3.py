@@ -1,0 +1,81 @@
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini (Abdin et al., Phi-3 Technical Report, 2024).
+
+Llama's layers, some with a sliding window. But the checkpoint has one tensor for the query, key and
+value projections, and one for gate and up. RoPE may rotate only a part of each head, and be
+rescaled for long contexts (LongRoPE).
+"""
+
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.layers.activation import GateUpLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
+from nanovllm.models.llama import LlamaDecoderLayer
+from nanovllm.models.mistral import MistralAttention
+from nanovllm.quantization.weight_format import Shard
+
+
+class StackedColumnParallelLinear(MergedColumnParallelLinear):
+    """Matrices that are merged in the checkpoint, too: one tensor, named like this layer."""
+
+    packed_modules_mapping: Any = None
+
+    def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: None = None) -> None:
+        """Copy this rank's rows of each matrix; of the file nothing else is read."""
+        ends = list(accumulate(self.output_sizes))
+        for index, end in enumerate(ends):
+            shard = MergedColumnParallelLinear.shard(self, index)
+            first = end - self.output_sizes[index]  # where the matrix begins in the tensor
+            rows = shard.source_rows
+            stacked = Shard(
+                full_shape=(ends[-1], self.input_size),
+                source_rows=slice(first + rows.start, first + rows.stop),
+                source_columns=shard.source_columns,
+                target_rows=shard.target_rows,
+            )
+            self.weight_format.load(param, loaded, stacked)
+
+
+class Phi3QKVLinear(StackedColumnParallelLinear, QKVParallelLinear):
+    """`qkv_proj.weight`: all query heads, then all key heads, then all value heads."""
+
+
+class Phi3GateUpLinear(StackedColumnParallelLinear, GateUpLinear):
+    """`gate_up_proj.weight`: the gate above the up projection."""
+
+
+class Phi3Attention(MistralAttention):
+    """Grouped-query attention, in a window where the model has one."""
+
+    qkv_class = Phi3QKVLinear
+
+
+class Phi3MLP(GatedMLP):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    gate_up_class = Phi3GateUpLinear
+
+
+class Phi3DecoderLayer(LlamaDecoderLayer):
+    """Llama's, from other tensors."""
+
+    attention_class = Phi3Attention
+    mlp_class = Phi3MLP
+
+
+class Phi3ForCausalLM(CausalLM):
+    """Phi-3 and Phi-4, dense."""
+
+    layer_class = Phi3DecoderLayer
+
+    @classmethod
+    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
+        """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        super().check_config(config, tp_size)
+        check_option(config, "attention_bias", False, None)
+        check_option(config, "mlp_bias", False, None)
+        check_option(config, "lm_head_bias", False, None)
