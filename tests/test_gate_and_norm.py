@@ -22,6 +22,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 activations = pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+# The interpreter says so where a GPU goes on in silence; the result is right.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 IN_TRANSFORMERS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 

@@ -118,8 +118,10 @@ def test_layers_with_full_attention_are_scaled_where_types_differ() -> None:
     override_config(config, {"rope_parameters": by_type})
     local = rope_frequencies(config, 256, 64, "sliding_attention").frequencies
     assert local.equal(plain[1] / 2.0)
-    with pytest.raises(ValueError, match="rope_theta, but types of layers have their own"):
-        override_config(Gemma3TextConfig(), {"rope_theta": 1e5})
+    config = Gemma3TextConfig()
+    if getattr(config, "rope_parameters", None):  # transformers 5
+        with pytest.raises(ValueError, match="rope_theta, but types of layers have their own"):
+            override_config(config, {"rope_theta": 1e5})
 
 
 def test_another_architecture(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_another_architecture(checkpoint: Checkpoint, tmp_path: Path) -> None:
         ({"tie_word_embeddings": 1}, TypeError, "of the type of False, not 1"),
         ({"hidden_act": None}, (TypeError, ValueError), "hidden_act"),
         ({"rope_scaling": "yarn"}, TypeError, "hf_overrides.'rope_scaling'. must be"),
-        ({"rope_theta": "1e4"}, ValueError, "positive rope_theta"),
+        ({"rope_theta": "1e4"}, (TypeError, ValueError), "rope_theta.*not '1e4'"),
         ({"rope_scaling": dict(rope_type="yarn")}, ValueError, "factor for RoPE of type 'yarn'"),
     ],
 )

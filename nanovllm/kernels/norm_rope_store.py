@@ -47,8 +47,8 @@ def _norm_rope_store_kernel(
 
     RoPE rotates pairs of elements of a head, so a head is taken in pairs. The first elements of all
     pairs are one tile, `[BLOCK_H, BLOCK]`, and the second ones, `distance` further on, another.
-    The first ROTATED pairs are rotated. Of the elements that are left, those of the first half are
-    paired with those of the second.
+    The first ROTATED pairs are rotated. If INTERLEAVED, all pairs are neighbours; else the elements
+    that are not rotated are paired as those that are, the first half of them with the second.
     """
     launch_next(PDL)
     # The last token first: of a long prefill the L2 cache still holds the rows written last.
@@ -76,7 +76,7 @@ def _norm_rope_store_kernel(
         cos = tl.load(cos_ptr + angle, mask=is_rotated, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=is_rotated, other=0.0)
         if ROTATED < HALF:
-            cos = tl.where(is_rotated, cos, 1.0)
+            cos = tl.where(is_rotated, cos, 1.0)  # the other pairs are turned by no angle
     if q_weight_ptr is not None:
         q_first = tl.load(q_weight_ptr + element, mask=in_half, other=0.0)
         k_first = tl.load(k_weight_ptr + element, mask=in_half, other=0.0)

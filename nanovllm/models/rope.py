@@ -125,13 +125,13 @@ def rope_parameters(config: PretrainedConfig, layer_type: str | None) -> dict[st
     """Return the options of one type of layers, as transformers 5 spells them."""
     theta = getattr(config, "rope_theta", None)
     parameters = getattr(config, "rope_parameters", None)
+    is_local = layer_type == "sliding_attention"
+    if is_local:
+        theta = getattr(config, "rope_local_base_freq", theta)  # Gemma 3
     if not parameters:  # transformers 4
-        local_theta = getattr(config, "rope_local_base_freq", None)  # Gemma 3
-        if local_theta is None and getattr(config, "model_type", None) == "olmo3":
-            local_theta = theta
-        if layer_type == "sliding_attention" and local_theta is not None:
-            return {"rope_theta": local_theta}  # only the RoPE of the other layers is scaled
         parameters = getattr(config, "rope_scaling", None) or {}
+        if is_local and config.model_type in ("gemma3_text", "olmo3"):
+            parameters = {}  # these families scale the RoPE of the other layers only
     elif any(isinstance(value, dict) for value in parameters.values()):
         if layer_type is None:
             raise ValueError(
