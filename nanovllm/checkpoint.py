@@ -27,6 +27,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 SECOND_COPIES = ["consolidated*"]  # of a hub model's weights, in Mistral's own format
 # Any of these makes a tokenizer.
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+PROCESSOR_TEMPLATE = "chat_template.json"
 OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
 # Text models with an encoder of images around them, of which the text model is what is run; and the
@@ -115,7 +116,8 @@ def is_whole(path: Path, needs_weights: bool) -> bool:
     if not (path / "generation_config.json").is_file() or not tokenizer_config.is_file():
         return False
     has_template = "chat_template" in tokenizer_config.read_text(encoding="utf-8")
-    if not has_template and not (path / "chat_template.jinja").is_file():
+    others = (path / "chat_template.jinja", path / PROCESSOR_TEMPLATE)
+    if not has_template and not any(file.is_file() for file in others):
         return False
     has_tokenizer = any(all((path / name).is_file() for name in names) for names in TOKENIZERS)
     return has_tokenizer and can_run(path, needs_weights)
@@ -220,10 +222,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         return None
     try:
         # Otherwise transformers may ask on stdin whether to run code of the checkpoint's own.
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
         reason = reason_of(error)
+        if not (Path(path) / "tokenizer.json").is_file() and "tokenizer.model" in os.listdir(path):
+            reason += " (tokenizer.model alone takes `pip install sentencepiece protobuf`)"
         raise ValueError(f"transformers cannot read the tokenizer in {path}: {reason}") from error
+    if tokenizer.chat_template is None:
+        # Models that also see images may have it as a file of their image processor.
+        tokenizer.chat_template = read_json(Path(path) / PROCESSOR_TEMPLATE).get("chat_template")
+    return tokenizer
 
 
 def reason_of(error: Exception) -> str:

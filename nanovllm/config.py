@@ -17,6 +17,7 @@ from nanovllm.checkpoint import (
     stored_dtype,
     unwrap,
 )
+from nanovllm.hf_overrides import override_config
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
@@ -47,6 +48,8 @@ class Config:
     # Blocks of the KV cache. -1: as many as fit beside the weights; on a CPU, up to 2 GiB of them.
     num_kvcache_blocks: Annotated[int, Range(-1)] = -1
     hf_config: PretrainedConfig = None  # type: ignore[assignment]  # None: read from `model`
+    # Laid over the configuration before anything else reads it; a dict in it replaces a whole one.
+    hf_overrides: dict[str, Any] | None = None
     # Id or ids that end a sequence. -1: those of generation_config.json, tokenizer and config.json.
     eos: tuple[int, ...] | int = -1
     device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"  # "auto": CUDA if there is any
@@ -110,13 +113,16 @@ class Config:
         if self.hf_config is None or needs_weights:
             self.model = resolve_model(self.model, needs_weights)
         if self.hf_config is None:
-            self.hf_config = read_hf_config(Path(self.model), architectures)
+            is_named = "architectures" in (self.hf_overrides or {})  # then the file's do not count
+            self.hf_config = read_hf_config(Path(self.model), () if is_named else architectures)
         elif not isinstance(self.hf_config, PretrainedConfig):
             raise TypeError(
                 f"hf_config must be a transformers configuration, not {self.hf_config!r}"
             )
         self.hf_config = deepcopy(self.hf_config)  # so that the caller may change its own
         self.hf_config = unwrap(self.hf_config, Path(self.model) if needs_weights else None)
+        if self.hf_overrides is not None:
+            override_config(self.hf_config, self.hf_overrides)
         check_architecture(self.hf_config.architectures, "hf_config", architectures)
         named = getattr(self.hf_config, "transformers_weights", None)
         if named is not None and needs_weights:

@@ -15,11 +15,10 @@ import torch
 
 from bench_attention import microseconds
 from nanovllm.kernels.expert_gemv import (
-    DOWN_CONFIG,
-    GATE_UP_CONFIG,
     GemvConfig,
     expert_down_gemv,
     expert_gate_up_gemv,
+    gemv_config,
 )
 from nanovllm.kernels.grouped_gemm import (
     GroupedConfig,
@@ -148,7 +147,7 @@ class Work:
     def configs(self, is_gated: bool) -> tuple[object, list[object]]:
         """The configuration in use, and others to try."""
         if self.num_tokens == 1:
-            return GATE_UP_CONFIG if is_gated else DOWN_CONFIG, list(GEMV_CONFIGS)
+            return gemv_config(HIDDEN if is_gated else TOP_K * 1024), list(GEMV_CONFIGS)
         num_pairs = self.num_tokens * TOP_K
         used = grouped_config(num_pairs, NUM_EXPERTS, is_gated, DTYPE, self.inputs[0].device)
         if used.tokens >= 64:

@@ -101,14 +101,15 @@ def main() -> None:
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     rms_norm.rms_norm(x, norm, EPS)
-    gate_mul.gate_mul(x)
+    for activation in ("silu", "gelu_tanh"):
+        gate_mul.gate_mul(x, activation)
+        gemv.gemv(x[:1], numbers(256, HIDDEN), None, norm.float(), EPS, activation=activation)
     for weight in (norm, None):
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS)
         rms_norm.add_rms_norm(x, numbers(3, 16, HIDDEN), weight, EPS, norm.float(), EPS)
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    gemv.gemv(x[:1], numbers(256, HIDDEN), activation="silu")
     for num_tokens in (2, 32, 128):
         split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
 
@@ -142,6 +143,12 @@ def main() -> None:
     projection_norm.projection_norm(rows, heads, kv_heads, EPS)
     sums = projection_norm.sums_of_squares(rows, len(heads), len(kv_heads))
     projection_norm.projection_norm(rows, heads, kv_heads, EPS, sums, 4)
+    qkv = numbers(16, HEADS + 2 * KV_HEADS, DIM)
+    for rotated, interleaved in ((0, False), (24, False), (64, True), (24, True)):
+        cos = numbers(99, rotated, dtype=torch.float32) if rotated else None
+        norm_rope_store.norm_rope_store(
+            qkv, positions, cos, cos, None, None, EPS, *caches, ints(16), HEADS, interleaved
+        )
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
         config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)

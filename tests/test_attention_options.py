@@ -24,6 +24,7 @@ from test_kernels import (
 
 from nanovllm.kernels import attention_backend, flash_attention
 from nanovllm.kernels.attention_backend import CPU, TORCH, AttentionOptions
+from nanovllm.kernels.cpu_attention import CpuStep
 from nanovllm.kernels.paged_decode import (
     DecodeConfig,
     decode_config,
@@ -303,6 +304,19 @@ def test_layers_of_one_step_may_have_different_windows(lengths, in_place):
         ours, references = (attend(b, lengths, in_place, options) for b in (CPU, TORCH))
         for mine, reference in zip(ours, references, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_cpu_reads_in_place_what_a_window_sees_in_one_piece():
+    tables = torch.tensor([[9, 2, 3, 4], [9, 5, 6, 7]], dtype=torch.int32).numpy()
+    cache = torch.empty(10, 16, 1, 2)
+    for window in (None, 50):  # block 9 is seen, and does not lie before block 2
+        (group,) = CpuStep([1], [58], tables[:1])._plan(cache, window)
+        assert group.slots is not None
+    (group,) = CpuStep([1], [58], tables[:1])._plan(cache, 40)  # from token 18 on, in block 2
+    assert (group.slots, group.first_slot, group.num_keys) == (None, 2 * 16 + 2, 40)
+    (group,) = CpuStep([1, 1], [58, 58], tables)._plan(cache, 20)  # from token 38 on
+    assert (group.slots, group.first_slot, group.num_keys) == (None, 3 * 16 + 6, 20)
+    assert group.distance == 3 * 16
 
 
 # --- flash_attn, and what no backend takes ---

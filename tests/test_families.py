@@ -166,6 +166,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-moe-some-layers-dense": dict(
         **QWEN3_MOE, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3], seed=2
     ),
+    # Scaled RoPE, of texts longer than the original ones.
+    "llama-3.1": dict(
+        architecture="LlamaForCausalLM",
+        rope_theta=1e4,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+        seed=1,
+    ),
+    "qwen3-yarn": dict(
+        rope_theta=1e4,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+        seed=1,
+    ),
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole": dict(),

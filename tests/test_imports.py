@@ -22,6 +22,7 @@ LEAVES = (
     "checkpoint",
     "exclusive",
     "frozen",
+    "hf_overrides",
     "progress",
     "text",
     "trace_views",

@@ -23,8 +23,8 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def test_there_are_seven_in_reading_order() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number}_" for number in range(1, 8)]
+def test_there_are_eight_in_reading_order() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number}_" for number in range(1, 9)]
     readme = (ROOT / "README.md").read_text()
     links = [readme.index(f"(notebooks/{path.name})") for path in NOTEBOOKS]
     assert links == sorted(links)

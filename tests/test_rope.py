@@ -291,6 +291,18 @@ def test_parameters_by_layer_types() -> None:
     assert_same(local, Rope(default_frequencies(128, 5e5)))
 
 
+def test_which_families_scale_full_attention_only() -> None:
+    """As transformers 4 spells it, where nothing in the configuration tells."""
+    options = dict(rope_theta=1e4, rope_scaling=dict(rope_type="linear", factor=2.0))
+    options.update(max_position_embeddings=64)
+    for model_type, factor in (("olmo3", 1.0), ("qwen2", 2.0)):
+        config: Any = SimpleNamespace(model_type=model_type, **options)
+        local = rope_frequencies(config, 16, 64, "sliding_attention")
+        assert_same(local, Rope(default_frequencies(16, 1e4) / factor))
+        full = rope_frequencies(config, 16, 64, "full_attention")
+        assert_same(full, Rope(default_frequencies(16, 1e4) / 2.0))
+
+
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
 
 

@@ -249,32 +249,28 @@ class CpuStep:
         assert self.block_tables is not None
         num_seqs = len(num_seen)
         lengths = np.array(num_seen)[:, None]
-        ends = np.array(self.num_keys[start : start + num_seqs])[:, None]
-        first_keys = ends - lengths
         num_keys = int(lengths.max())
-        num_blocks = -(-int(ends.max()) // block_size)
-        blocks = self.block_tables[start : start + num_seqs, :num_blocks].astype(np.int64)
-
-        def slots_of(positions: np.ndarray) -> np.ndarray:  # [num_seqs, any number], both
-            found = np.take_along_axis(blocks, positions // block_size, axis=1)
-            return found * block_size + positions % block_size
-
-        first_slots = slots_of(first_keys)[:, 0]
+        table = self.block_tables[start : start + num_seqs]
+        offsets: int | np.ndarray = 0  # [num_seqs, 1]: of the first key in its block
+        if window is not None:
+            first_keys = np.array(self.num_keys[start : start + num_seqs])[:, None] - lengths
+            offsets = first_keys % block_size
+            columns = first_keys // block_size + np.arange(table.shape[1])
+            table = np.take_along_axis(table, columns.clip(max=table.shape[1] - 1), axis=1)
+        num_blocks = -(-int((offsets + lengths).max()) // block_size)
+        blocks = table[:, :num_blocks].astype(np.int64)
         slots = None
+        first_slots = (blocks[:, :1] * block_size + offsets)[:, 0]
         distances = np.diff(first_slots)
         distance = int(distances[0]) if num_seqs > 1 else 0
         # With lengths that differ, a view would show slots past a sequence's end. They are masked,
         # but what an earlier sequence left there may be NaN.
-        numbers = np.arange(num_blocks - 1)  # of the blocks, but the last
-        is_seen_with_next = (first_keys // block_size <= numbers) & (
-            numbers < (ends - 1) // block_size
-        )
-        is_broken = is_seen_with_next & (np.diff(blocks) != 1)
-        in_place = not is_broken.any() and (lengths == num_keys).all()
+        in_place = (np.diff(blocks) == 1).all() and (lengths == num_keys).all()
         if not in_place or distance < 0 or (distances != distance).any():
             # Positions past a sequence's end read its last token again, which exists.
-            positions = first_keys + np.minimum(np.arange(num_keys), lengths - 1)
-            slots = torch.from_numpy(slots_of(positions).ravel())
+            positions = offsets + np.minimum(np.arange(num_keys), lengths - 1)
+            found = np.take_along_axis(blocks, positions // block_size, axis=1)
+            slots = torch.from_numpy((found * block_size + positions % block_size).ravel())
         if self.num_queries[start] > 1:
             mask = causal_mask(self.num_queries[start], num_keys, window, CPU)
         elif lengths.min() < num_keys:

@@ -77,8 +77,8 @@ def rope_frequencies(
     max_position: tokens of the longest sequence. In transformers the kinds "dynamic" and "longrope"
         choose by the length of the longest sequence so far, so that the keys in a cache may be of
         another choice than the query. Here the choice is made once, for sequences of max_position.
-    layer_type: "full_attention" or "sliding_attention" where these have a RoPE of their own
-        (Gemma 3, OLMo 3); None where all layers have the same.
+    layer_type: "full_attention" or "sliding_attention", which have a RoPE of their own each in some
+        families (Gemma 3, OLMo 3); None where all layers must have the same.
 
     Raises:
         ValueError: the kind is unknown, or one of its numbers is missing or wrong.
@@ -126,8 +126,11 @@ def rope_parameters(config: PretrainedConfig, layer_type: str | None) -> dict[st
     theta = getattr(config, "rope_theta", None)
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:  # transformers 4
-        if layer_type == "sliding_attention":  # only the RoPE of the other layers is scaled
-            return {"rope_theta": getattr(config, "rope_local_base_freq", theta)}
+        local_theta = getattr(config, "rope_local_base_freq", None)  # Gemma 3
+        if local_theta is None and getattr(config, "model_type", None) == "olmo3":
+            local_theta = theta
+        if layer_type == "sliding_attention" and local_theta is not None:
+            return {"rope_theta": local_theta}  # only the RoPE of the other layers is scaled
         parameters = getattr(config, "rope_scaling", None) or {}
     elif any(isinstance(value, dict) for value in parameters.values()):
         if layer_type is None:

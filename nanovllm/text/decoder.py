@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -81,9 +82,8 @@ class TextDecoder:
         for token_id in reversed(tail):
             if self.is_context(token_id):
                 return [token_id]
-        if self.byte_ids.keys() & tail:
-            return self.stand_in  # it is text that only bytes stand for
-        return []
+        # Tokens can be text together that alone are none: bytes of a character, several spaces.
+        return self.stand_in if self.decode(tail, skips_special=True) else []
 
     def is_context(self, token_id: int) -> bool:
         """Whether a token alone stands for text."""
@@ -95,8 +95,10 @@ class TextDecoder:
     @cached_property
     def stand_in(self) -> list[int]:
         """A list of some token that stands for text; an empty one if none is found."""
-        token_ids = self.tokenizer.encode("a", add_special_tokens=False)
-        return [token_id for token_id in token_ids if self.is_context(token_id)][-1:]
+        with suppress(Exception):  # a tokenizer of a text that it cannot encode
+            token_ids = self.tokenizer.encode("a", add_special_tokens=False)
+            return [token_id for token_id in token_ids if self.is_context(token_id)][-1:]
+        return []
 
     def is_silent(self, token_id: int, skips_special: bool) -> bool:
         """Whether a token is nothing in any text: a special one that is left out, or an id that the
