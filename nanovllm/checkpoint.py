@@ -24,6 +24,7 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 # Files of the hub that are read, if a model has them, besides its weights.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+SECOND_COPIES = ["consolidated*"]  # of a hub model's weights, in Mistral's own format
 # Any of these makes a tokenizer.
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 PROCESSOR_TEMPLATE = "chat_template.json"
@@ -76,7 +77,12 @@ def fetch(hub_id: str, needs_weights: bool) -> str:
     from huggingface_hub import snapshot_download  # here, because most runs never need it
 
     patterns = [*SMALL_FILES, *(["*.safetensors"] if needs_weights else [])]
-    download = partial(snapshot_download, repo_id=hub_id, allow_patterns=patterns)
+    download = partial(
+        snapshot_download,
+        repo_id=hub_id,
+        allow_patterns=patterns,
+        ignore_patterns=SECOND_COPIES,
+    )
     cached: Path | None = None
     with suppress(OSError, ValueError):  # the cache holds nothing of this id, or not all of it
         cached = Path(download(local_files_only=True))

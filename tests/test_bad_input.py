@@ -245,6 +245,7 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
             dict(layer_types=["chunked_attention", "full_attention"]),
             "layers of type 'chunked_attention' are not supported; supported: full_attention, sl",
         ),
+        (dict(layer_types=["sliding_attention", "full_attention"]), "there is no sliding_window"),
         (dict(quantization_config=dict(quant_method="fp8")), "quantised"),
         (dict(num_key_value_heads=3), "3"),
     ],

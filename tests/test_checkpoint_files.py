@@ -19,6 +19,7 @@ from conftest import (
     make_llm,
     random_prompts,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -313,7 +314,17 @@ def test_half_a_model_in_the_cache_is_completed(
         shutil.copy(whole / file, snapshot)
     calls = []
 
-    def download(repo_id: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def download(
+        repo_id: str,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+        local_files_only: bool = False,
+    ) -> str:
+        names = (*SMALL, INDEX, *SHARDS, "consolidated.safetensors")
+        fetched = filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert list(fetched) == [*SMALL, INDEX, *SHARDS]
         calls.append(local_files_only)
         if not local_files_only:
             if not is_online:

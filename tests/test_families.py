@@ -4,11 +4,9 @@ What all families share is tested at more cuts, on Qwen, in test_equality.py.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from conftest import (
     QWEN2,
@@ -22,8 +20,6 @@ from conftest import (
 )
 
 from nanovllm import SamplingParams
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.models.causal_lm import rotary_embeddings, windows
 from nanovllm.models.mistral import MistralForCausalLM
 
 NUM_TOKENS = 24
@@ -261,79 +257,6 @@ def test_same_log_probabilities(
             assert len(ours) == 3
             for token_id, value in ours.items():
                 assert value == pytest.approx(theirs[token_id].item(), abs=2e-4)
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (dict(model_type="llama"), [None] * 5),
-        (dict(model_type="mistral", sliding_window=None), [None] * 5),
-        (dict(model_type="mistral", sliding_window=8), [8] * 5),
-        (dict(model_type="qwen2", sliding_window=8, use_sliding_window=False), [None] * 5),
-        (
-            dict(
-                model_type="qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=3
-            ),
-            [None, None, None, 8, 8],
-        ),
-        (dict(model_type="gemma2", sliding_window=8), [8, None, 8, None, 8]),
-        (
-            dict(model_type="gemma3_text", sliding_window=8, sliding_window_pattern=3),
-            [8, 8, None, 8, 8],
-        ),
-    ],
-)
-def test_windows_of_configurations_that_name_no_types_of_layers(
-    options: dict[str, Any], expected: list[int | None]
-) -> None:
-    """As those of transformers before 4.53."""
-    assert windows(SimpleNamespace(num_hidden_layers=5, **options)) == expected
-
-
-def test_layers_that_rotate_alike_share_a_table() -> None:
-    types = ["full_attention", "sliding_attention", "full_attention"]
-    options = dict(
-        model_type="gemma3_text",
-        layer_types=types,
-        num_hidden_layers=3,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    for local_theta in (1e6, 1e4):
-        parameters = {
-            "full_attention": dict(rope_type="default", rope_theta=1e6),
-            "sliding_attention": dict(rope_type="default", rope_theta=local_theta),
-        }
-        config = SimpleNamespace(rope_parameters=parameters, **options)
-        tables = rotary_embeddings(config, 64)
-        assert set(tables) == set(types)
-        are_one = tables["full_attention"] is tables["sliding_attention"]
-        assert are_one == (local_theta == 1e6)
-
-
-def test_dummy_weights_of_norms_are_one() -> None:
-    """Of Gemma's too, whose checkpoints hold the weight minus 1, and which float32 holds."""
-    config = transformers.Gemma3TextConfig(
-        vocab_size=127,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    config.architectures = ["Gemma3ForCausalLM"]
-    llm = make_llm("no/such/path", load_format="dummy", hf_config=config, dtype="bfloat16")
-    try:
-        (tokens,) = generate_ids(llm, [[1, 2, 3]], greedy(4))
-        assert len(tokens) == 4
-        norms = [m for m in llm.model_runner.model.modules() if isinstance(m, RMSNorm)]
-        assert len(norms) == 2 * 6 + 1
-        for norm in norms:
-            assert norm.weight.dtype == torch.float32
-            assert torch.equal(norm.weight, torch.ones(norm.weight.shape))
-    finally:
-        llm.exit()
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     """Return "full_attention" or "sliding_attention" for each layer."""
     types = getattr(config, "layer_types", None)
     if types:
-        return list(types)
+        return list(types)[: config.num_hidden_layers]  # a model cut short may name more
     has_window = getattr(config, "sliding_window", None) is not None
     if not has_window or not getattr(config, "use_sliding_window", True):
         return ["full_attention"] * config.num_hidden_layers
@@ -167,7 +167,15 @@ class CausalLM(nn.Module):
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         activation(config)
-        for kind in dict.fromkeys(layer_types(config)):
+        types = layer_types(config)
+        if len(types) < config.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(types)} layers, and num_hidden_layers is "
+                f"{config.num_hidden_layers}; name the type of each layer"
+            )
+        if "sliding_attention" in types and getattr(config, "sliding_window", None) is None:
+            raise ValueError("layer_types names sliding_attention, and there is no sliding_window")
+        for kind in dict.fromkeys(types):
             if kind not in LAYER_TYPES:
                 allowed = ", ".join(LAYER_TYPES)
                 raise ValueError(f"layers of type {kind!r} are not supported; supported: {allowed}")

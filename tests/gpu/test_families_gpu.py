@@ -22,8 +22,11 @@ DEVICE = "cuda"
 NUM_TOKENS = 24
 # Heads as wide as those of real models, for which the kernels have other tiles.
 WIDE = dict(hidden_size=256, intermediate_size=512)
+# In bfloat16 a close choice of experts may fall either way and change all that follows, so mixtures
+# of experts have a test of their own, in test_moe_gpu.py.
+DENSE = {name: options for name, options in FAMILIES.items() if "num_experts" not in options}
 CASES: dict[str, dict[str, Any]] = {
-    **FAMILIES,
+    **DENSE,
     "granite-bias-tied": dict(FAMILIES["granite-bias-tied"], seed=2),  # the first has close choices
     "llama-128": dict(WIDE, architecture="LlamaForCausalLM", head_dim=128),
     "gemma3-256": dict(
