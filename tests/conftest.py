@@ -154,7 +154,10 @@ def make_checkpoint(
         tied = options["tie_word_embeddings"]
         options = dict(text_config=options, vision_config=VISION, tie_word_embeddings=tied)
         options.update(around or {})
-    model: PreTrainedModel = model_class(model_class.config_class(**options))
+    config = model_class.config_class(**options)
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # transformers 4 would leave out the cap
+    model: PreTrainedModel = model_class(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():

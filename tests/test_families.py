@@ -66,10 +66,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         std=0.05,  # with larger weights the embedding outweighs the layers, and tokens repeat
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         sliding_window=33,
-        rope_parameters=dict(
-            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
-            sliding_attention=dict(rope_type="default", rope_theta=1e3),
-        ),
+        rope_theta=1e6,
+        rope_scaling=dict(rope_type="linear", factor=8.0),  # not of the layers with a window
+        rope_local_base_freq=1e3,
         query_pre_attn_scalar=40,
         final_logit_softcapping=3.0,
     ),

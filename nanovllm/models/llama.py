@@ -21,7 +21,7 @@ from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option, head_siz
 class LlamaAttention(nn.Module):
     """Grouped-query attention."""
 
-    qkv_class: ClassVar[type[QKVParallelLinear]] = QKVParallelLinear
+    qkv_class: ClassVar[type[QKVParallelLinear]] = QKVParallelLinear  # Phi's reads another tensor
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Checkpoint, generate_ids, greedy, make_checkpoint, random_prompts
 from test_engine_gpu import DEVICE, VOCAB, check_choices, make
+from test_families import FAMILIES, LENGTHS
 from test_requests_gpu import PARAMS
 
 from nanovllm import LLM, SamplingParams
@@ -92,6 +93,26 @@ def test_ranks_give_the_tokens_of_transformers(
         assert generate_ids(llm, prompts[:4], params[:4]) == generate_ids(
             llm, prompts[:4], params[:4]
         )
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize(
+    "name", ["olmo2-shared-kv-head", "phi3-shared-kv-head-tied", "granite", "gemma3"]
+)
+def test_families_over_ranks(tmp_path: Path, name: str, nothing_left: None) -> None:
+    """Those that differ in what ranks sum or load: q and k normalised over all heads, tensors that
+    the checkpoint merges, outputs scaled or normalised before they are added. In graphs.
+    """
+    saved = make_checkpoint(tmp_path, seed=1, **FAMILIES[name])
+    checkpoint = Checkpoint(saved.path, saved.model.to(DEVICE))
+    prompts = random_prompts(0, LENGTHS)
+    expected = checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+    size = min(4, SIZES[-1])  # they have four query heads
+    llm = make(checkpoint, dtype="float32", tensor_parallel_size=size, max_num_batched_tokens=100)
+    try:
+        for count in (len(prompts), 1):
+            assert generate_ids(llm, prompts[:count], greedy(NUM_TOKENS)) == expected[:count]
     finally:
         llm.exit()
 
