@@ -145,6 +145,9 @@ def make_checkpoint(
     )
     if architecture == QWEN3:
         options["head_dim"] = 16
+    if architecture.startswith("Gemma2"):
+        # Some versions of transformers take SDPA, which leaves out the soft-cap of the scores.
+        options["attn_implementation"] = "eager"
     options.update(overrides)
     model_class = getattr(transformers, architecture)
     if architecture.endswith("ForConditionalGeneration"):

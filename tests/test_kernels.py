@@ -140,7 +140,8 @@ def test_rms_norm(norm, rows, size, dtype):
 
 @needs_triton
 @pytest.mark.parametrize(
-    "out_size, in_size", [(10, 48), (33, 1500), (7, 3072), (2, 10000), (3, 17000)]
+    "out_size, in_size",
+    [(10, 48), (33, 1500), (7, 3072), (9, 1024), (9, 4608), (2, 6912), (2, 10000), (3, 17000)],
 )
 @both_dtypes
 def test_gemv(out_size, in_size, dtype):

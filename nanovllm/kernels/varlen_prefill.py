@@ -246,12 +246,13 @@ def varlen_prefill(
     assert heads % k.shape[1] == 0
     config = config or prefill_config(head_dim, q.dtype, q.device, block_size)
     block_d = max(16, next_power_of_2(head_dim))
-    # TMA copies a tile in one piece, whose rows begin at multiples of 16 bytes.
+    # TMA copies a tile in one piece. Rows, and heads in them, begin at multiples of 16 bytes.
     in_one_piece = block_tables is None or block_size % config.block_n == 0
     uses_tma = (
         has_tma()
         and q.itemsize == 2
         and in_one_piece
+        and head_dim % 8 == 0
         and all(x.data_ptr() % 16 == 0 and 2 * x.stride(0) % 16 == 0 for x in (k, v))
     )
     keys, values = k, v
