@@ -242,26 +242,55 @@ def test_newlines_as_bytes(family: str) -> None:
     assert stream(tokenizer, prompt, completion, stop="\n\n") == ""
 
 
-@families
-@pytest.mark.parametrize("skips", [False, True])
-def test_a_long_run_of_special_tokens_costs_no_more_for_each(
-    family: str, skips: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Models write such runs when they are to go on behind their end, for a benchmark say."""
-    tokenizer = FAMILIES[family]
-    num_decoded = []
+@pytest.fixture
+def num_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of tokens of each call of a tokenizer's decoder."""
+    numbers = []
     decode = TextDecoder.decode
 
     def counting(self: TextDecoder, token_ids: list[int], skips_special: bool) -> str:
-        num_decoded.append(len(token_ids))
+        numbers.append(len(token_ids))
         return decode(self, token_ids, skips_special)
 
     monkeypatch.setattr(TextDecoder, "decode", counting)
+    return numbers
+
+
+@families
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_long_run_of_special_tokens_costs_no_more_for_each(
+    family: str, skips: bool, num_decoded: list[int]
+) -> None:
+    """Models write such runs when they are to go on behind their end, for a benchmark say."""
+    tokenizer = FAMILIES[family]
     run = [tokenizer.eos_token_id] * 400
     letter = tokenizer.convert_tokens_to_ids("a")
     text = stream(tokenizer, [letter], [letter, *run, letter], skip_special_tokens=skips)
     assert text == ("aa" if skips else "a" + 400 * str(tokenizer.eos_token) + "a")
     assert sum(num_decoded) < 20 * len(run)
+
+
+@pytest.mark.parametrize("family", ["llama2", "mistral", "gemma"])
+@pytest.mark.parametrize("end", [b"", b"\xe1", b"\xff", b"\xff\xe1", b"\xe1\xff\xe1\x83"])
+def test_a_long_run_of_bytes_costs_no_more_for_each(
+    family: str, end: bytes, num_decoded: list[int]
+) -> None:
+    """Scripts that a vocabulary lacks, some of which have no spaces, are such runs."""
+    tokenizer = FAMILIES[family]
+    contents = ("ᐃᓄᒃᑎᑐᑦ" * 20).encode() + end
+    run = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in contents])
+    letter = tokenizer.convert_tokens_to_ids("a")
+    for prompt, completion in (
+        ([letter], [letter, *run]),
+        ([letter], [*run, letter]),
+        ([], run),
+        (run[:30], run),
+    ):
+        del num_decoded[:]
+        text = stream(tokenizer, prompt, completion, stop="no such text")
+        assert sum(num_decoded) < 5 * len(run)
+        context = decoder_of(tokenizer).context_of(prompt)
+        assert text == decoder_of(tokenizer).completion_text(completion, True, context)
 
 
 # --- files --------------------------------------------------------------------------------------

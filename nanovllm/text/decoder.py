@@ -53,6 +53,16 @@ class TextDecoder:
             if not method.__module__.startswith("transformers.tokenization_utils"):
                 self._backend = None  # this class does more than the library
 
+        # Whether successive byte tokens are all characters or, if they are not UTF-8, none of them.
+        self.has_byte_runs = False
+        if self._backend is not None and len(self.byte_ids) == 256:
+            id_of = {byte: token_id for token_id, byte in self.byte_ids.items()}
+            right = [id_of[byte] for byte in "é".encode()]
+            self.has_byte_runs = (
+                self.decode(right, False) == "é"
+                and self.decode([*right, id_of[0xFF]], False) == 3 * NO_CHARACTER
+            )
+
     def decode(self, token_ids: list[int], skips_special: bool) -> str:
         """Decode, without the `clean_up_tokenization_spaces` of some configurations, which would
         rewrite text that a stream has given out.
@@ -122,9 +132,7 @@ class TextDecoder:
         tail = b""
         for token_id in reversed(token_ids[-4:]):  # a character has at most 4 bytes
             tail = self._bytes_of(token_id) + tail
-        utf8 = getincrementaldecoder("utf-8")(errors="replace")
-        utf8.decode(tail)
-        num_bytes = len(utf8.getstate()[0])  # that wait for others
+        num_bytes = num_waiting(tail)
         if num_bytes == 0:
             return text
         if self.byte_ids:  # each of them is a token, and could spoil the run that it ends
@@ -145,6 +153,13 @@ class TextDecoder:
         if not any(string in stop for string in self.special_strings for stop in stops):
             return None
         return re.compile("|".join(map(re.escape, self.special_strings)))
+
+
+def num_waiting(tail: bytes) -> int:
+    """How many bytes at the end of a text are the beginning of a character, and wait for others."""
+    utf8 = getincrementaldecoder("utf-8")(errors="replace")
+    utf8.decode(tail)
+    return len(utf8.getstate()[0])
 
 
 @lru_cache(maxsize=4)

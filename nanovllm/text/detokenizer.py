@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from codecs import getincrementaldecoder
 from typing import TYPE_CHECKING
 
-from nanovllm.text.decoder import NO_CHARACTER, decoder_of
+from nanovllm.text.decoder import NO_CHARACTER, decoder_of, num_waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,32 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
 
 WINDOW = 8  # the tokens that are decoded again with each new one; any number will do
+
+
+class ByteRun:
+    """The text of successive byte tokens while they come. All of them are decoded together, and to
+    do that again with each would take a time that grows with the square of their number.
+    """
+
+    def __init__(self) -> None:
+        self._utf8 = getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._num_bytes = 0
+        self._tail = b""  # the last four of them, the most that a character has
+        self._is_broken = False  # whether they can be no text, whatever follows
+
+    def append(self, byte: int) -> str:
+        """Add a byte; returns the text of all. A character that lacks bytes is left out."""
+        self._num_bytes += 1
+        self._tail = (self._tail + bytes([byte]))[-4:]
+        if not self._is_broken:
+            try:
+                self._text += self._utf8.decode(bytes([byte]))
+            except UnicodeDecodeError:
+                self._is_broken = True
+        if not self._is_broken:
+            return self._text
+        return NO_CHARACTER * (self._num_bytes - num_waiting(self._tail))
 
 
 class Detokenizer:
@@ -49,6 +76,9 @@ class Detokenizer:
         self._window = list(self.context)
         self._head = ""
         self._num_first = len(self.decoder.decode(self._window, self.skips_special))
+        # The byte tokens at the end of the window, and the text before them.
+        self._run: ByteRun | None = None
+        self._before_run = ""
 
     @property
     def text(self) -> str:
@@ -83,6 +113,15 @@ class Detokenizer:
         if self.decoder.is_silent(token_id, self.skips_special):
             return  # in the window a long run of them would be decoded again with each new token
         self._window.append(token_id)
+        byte = self.decoder.byte_ids.get(token_id)
+        if byte is None:
+            self._run = None
+        elif self._run is None and self._can_begin_run(byte):
+            self._run = ByteRun()
+            self._before_run = self._searched
+        if byte is not None and self._run is not None:
+            self._searched = self._before_run + self._run.append(byte)
+            return
         new = self.decoder.decode(self._window, self.skips_special)
         is_whole = not new.endswith(NO_CHARACTER)
         if not is_whole:
@@ -96,6 +135,13 @@ class Detokenizer:
             self._window = [token_id]
             self._head = self._searched
             self._num_first = len(self.decoder.decode(self._window, self.skips_special))
+
+    def _can_begin_run(self, byte: int) -> bool:
+        """Whether the byte token at the end of the window begins a run whose text is known."""
+        begins = len(self._window) == 1 or self._window[-2] not in self.decoder.byte_ids
+        # A space that begins the whole text may be dropped.
+        is_kept = byte != ord(" ") or bool(self.context or self._searched)
+        return self.decoder.has_byte_runs and begins and is_kept
 
     def _cut_at_stop(self, old_length: int) -> str | None:
         """Cut the text at the first stop string to end behind `old_length`; returns that string."""
