@@ -27,6 +27,7 @@ from nanovllm.kernels import (
     paged_decode,
     penalties,
     prefill_all_reduce,
+    prefill_tiles,
     projection_norm,
     rms_norm,
     split_gemm,
@@ -74,11 +75,12 @@ def compile_attention_options() -> None:
         options: dict[str, Any] = {"window": window, "softcap": softcap}
         for splits in (1, 8):
             config = paged_decode.DecodeConfig(64, splits)
-            tables = ints(16, 16)
+            tables = ints(16, 16).t()
             paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
         for block_tables in (None, ints(2, 16)):
             inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
             varlen_prefill.varlen_prefill(*inputs, **options)
+        prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
 
 
 def main() -> None:
@@ -155,6 +157,7 @@ def main() -> None:
         paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+    prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)

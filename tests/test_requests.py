@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
-from nanovllm.engine.graphs import DecodeGraph, DecodeOutput
+from nanovllm.engine.graphs import StepGraph, StepOutput
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import TokenLogprobs
@@ -895,10 +895,10 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     expected = summaries(llm, PROMPTS, MANY)
     runner = llm.model_runner
     replays = {size: Replay(llm, size) for size in (1, 2, 4, 8)}
-    runner.graphs.sizes = list(replays)  # type: ignore[union-attr]
+    runner.decode_graphs.sizes = list(replays)  # type: ignore[union-attr]
     for size, replay in replays.items():
-        output = DecodeOutput(replay.tokens, replay.logits)
-        runner.graphs.graphs[size] = DecodeGraph(replay, output)
+        output = StepOutput(replay.tokens, replay.logits)
+        runner.decode_graphs.graphs[size] = StepGraph(replay, output)
     assert summaries(llm, PROMPTS, MANY) == expected
     assert [
         summaries(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, MANY, strict=True)

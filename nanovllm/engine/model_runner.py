@@ -1,6 +1,7 @@
 """One rank: its part of the model and of the KV cache, and the steps it runs on them."""
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.engine.decode_buffers import DecodeBuffers
-from nanovllm.engine.graphs import DecodeGraphs, DecodeOutput
+from nanovllm.engine.graphs import SIZES_TO_COMPILE, StepGraphs, StepOutput, decode_sizes
 from nanovllm.engine.kv_cache import allocate_kv_cache
+from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
+from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.process_group import ProcessGroup
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_buffers import SEQUENCE, InputArray, StepBuffers
 from nanovllm.kernels.attention_backend import select_backend
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
@@ -49,9 +52,10 @@ class ModelRunner:
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             self.stream = torch.cuda.current_stream(self.device)  # of all steps
-        self.graphs = DecodeGraphs()
+        self.decode_graphs = StepGraphs()
+        self.prefill_graphs = StepGraphs()
         if group is not None:
-            group.clear_graphs = self.graphs.clear
+            group.clear_graphs = self._clear_graphs
         self._load_model()
         if self.is_cuda:
             self._warm_up()
@@ -61,7 +65,7 @@ class ModelRunner:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
         if self.is_cuda and not config.enforce_eager:
-            self.graphs.capture(self._decode, config.max_num_seqs)
+            self._capture_graphs()
 
     def _load_model(self) -> None:
         config = self.config
@@ -94,13 +98,27 @@ class ModelRunner:
         num_rows = max_num_seqs + 1  # the last row is for the padding of decode steps
         # Each sequence's newest token, on the device: the next step reads it before the host can.
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        # On the host, a decode step only gathers the rows of its sequences.
-        self.block_tables = np.full((num_rows, blocks_per_seq), -1, dtype=np.int32)
+        # On the host, a decode step only gathers what belongs to its sequences. The block tables
+        # are `[blocks_per_seq, rows]`, so that the part in use lies in one piece.
+        self.block_tables = np.full((blocks_per_seq, num_rows), -1, dtype=np.int32)
         self.temperatures = np.zeros(num_rows, dtype=np.float32)
         self.seeds = np.zeros(num_rows, dtype=np.int64)
         vocab_size = self.config.hf_config.vocab_size
         self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device)
-        self.buffers = DecodeBuffers(max_num_seqs, blocks_per_seq, self.device)
+        # A padding row stores nothing (slot -1), attends to nothing (context 0) and samples into a
+        # row of no sequence.
+        arrays = {
+            "table_rows": InputArray(SEQUENCE, np.int64, padding=max_num_seqs),
+            "positions": InputArray(SEQUENCE, np.int64),  # of the newest token
+            "seeds": InputArray(SEQUENCE, np.int64),
+            "context_lens": InputArray(SEQUENCE, np.int32),
+            "slots": InputArray(SEQUENCE, np.int32, padding=-1),  # of the newest token's K and V
+            "temperatures": InputArray(SEQUENCE, np.float32),
+        }
+        self.buffers = StepBuffers(arrays, {SEQUENCE: max_num_seqs}, blocks_per_seq, self.device)
+        self.padded_prefill = PaddedPrefill(
+            self.config, self.attention_layers[0], blocks_per_seq, self.device
+        )
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be: it shows the peak of what activations take."""
@@ -158,7 +176,7 @@ class ModelRunner:
         """Release the memory, for the next engine to use, and leave the process group."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-        self.graphs.clear()
+        self._clear_graphs()
         for layer in self.attention_layers:
             layer.k_cache = torch.empty(0)
             layer.v_cache = torch.empty(0)
@@ -197,47 +215,47 @@ class ModelRunner:
 
     def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
         """Compute the scheduled tokens of all sequences, and sample each one's next token."""
+        batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
+        rows = batch.table_rows
+        self.block_tables[: len(batch.block_tables), rows] = batch.block_tables
+        self.temperatures[rows] = batch.temperatures
+        self.seeds[rows] = batch.seeds
         for seq in seqs:
-            self.block_tables[seq.row, : len(seq.block_table)] = seq.block_table
-            self.temperatures[seq.row] = seq.temperature
-            self.seeds[seq.row] = seq.seed
             self.sampling.fill(seq)
-        table_rows = np.array([seq.row for seq in seqs])
-        lengths = np.array([seq.num_computed_tokens for seq in seqs])
-        inputs = self.prepare_prefill(seqs)
-        extras = self.sampling.build(table_rows, lengths)
-        with self._threads(sum(seq.num_scheduled_tokens for seq in seqs)):
+        extras = self.sampling.build(rows, batch.num_total)
+        size = self.prefill_graphs.padded_size(len(batch.input_ids))
+        if size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs:
+            self.padded_prefill.upload(batch, size)
+            output = self.prefill_graphs.replay(size)
+            return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
+        inputs = self._prefill_inputs(batch)
+        with self._threads(len(batch.input_ids)):
             return self._sample(self._forward(inputs), inputs, extras)
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
-        block_size = self.config.kvcache_block_size
-        num_new = [seq.num_scheduled_tokens for seq in seqs]
-        num_total = [seq.num_computed_tokens for seq in seqs]
-        table_rows = np.array([seq.row for seq in seqs])
-        input_ids = [token_id for seq in seqs for token_id in seq.scheduled_token_ids]
-        chunks = zip(num_new, num_total, strict=True)
-        positions = np.concatenate([np.arange(end - num, end) for num, end in chunks])
-        blocks = self.block_tables[np.repeat(table_rows, num_new), positions // block_size]
-        slots = blocks * block_size + positions % block_size
+        return self._prefill_inputs(PrefillBatch.of(seqs, self.config.kvcache_block_size))
+
+    def _prefill_inputs(self, batch: PrefillBatch) -> StepInputs:
+        """Copy a batch to the device."""
+        num_new = batch.num_new.tolist()
+        num_total = batch.num_total.tolist()
         block_tables = None
         if num_total != num_new:  # some K and V are read from the cache
-            width = max(len(seq.block_table) for seq in seqs)
-            block_tables = self.block_tables[table_rows, :width]
-
+            block_tables = np.ascontiguousarray(batch.block_tables.T)
         to_device = self._to_device
         plan = self.backend.plan_prefill(num_new, num_total, block_tables, to_device)
         return StepInputs(
             is_prefill=True,
-            input_ids=to_device(input_ids, np.int64),
-            positions=to_device(positions, np.int64),
-            slot_mapping=to_device(slots, np.int32),
+            input_ids=to_device(batch.input_ids),
+            positions=to_device(batch.positions),
+            slot_mapping=to_device(batch.slots, np.int32),
             attention=plan,
             last_token_rows=plan.cu_seqlens_q[1:] - 1,
-            table_rows=to_device(table_rows, np.int64),
-            temperatures=to_device(self.temperatures[table_rows]),
-            seeds=to_device(self.seeds[table_rows]),
-            last_positions=to_device(np.array(num_total) - 1, np.int64),
+            table_rows=to_device(batch.table_rows),
+            temperatures=to_device(batch.temperatures),
+            seeds=to_device(batch.seeds),
+            last_positions=to_device(batch.num_total - 1),
         )
 
     def launch_decode(
@@ -248,17 +266,14 @@ class ModelRunner:
         """
         num_seqs = len(table_rows)
         extras = self.sampling.build(table_rows, context_lens)
-        size = self.graphs.padded_size(num_seqs)
+        size = self.decode_graphs.padded_size(num_seqs)
         self.prepare_decode(table_rows, context_lens, last_blocks, size)
-        output = self.graphs.replay(size)
-        if output is None:
-            inputs = self._decode_inputs(size)
-            with self._threads(size):
-                return self._sample(self._forward(inputs), inputs, extras)
-        if extras is None:
-            return Sampled(output.token_ids[:num_seqs], None)
-        # The graph has sampled plainly. Sample again from its logits, over its tokens.
-        return self._sample(output.logits[:num_seqs], self._decode_inputs(num_seqs), extras)
+        if size in self.decode_graphs:
+            output = self.decode_graphs.replay(size)
+            return self._graph_samples(output, self._decode_inputs, size, num_seqs, extras)
+        inputs = self._decode_inputs(size)
+        with self._threads(size):
+            return self._sample(self._forward(inputs), inputs, extras)
 
     def prepare_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray, size: int
@@ -266,21 +281,23 @@ class ModelRunner:
         """Fill the decode buffers, padded to `size` rows, and upload them."""
         block_size = self.config.kvcache_block_size
         positions = context_lens - 1
-        self.block_tables[table_rows, positions // block_size] = last_blocks  # some are new
+        columns = positions // block_size
+        self.block_tables[columns, table_rows] = last_blocks  # some are new
         inputs = {
             "table_rows": table_rows,
             "positions": positions,
             "context_lens": context_lens,
             "slots": last_blocks * block_size + positions % block_size,
-            "block_tables": self.block_tables.take(table_rows, axis=0),  # a third faster than [...]
             "temperatures": self.temperatures[table_rows],
             "seeds": self.seeds[table_rows],
         }
-        self.buffers.upload(inputs, size)
+        used_columns = self.block_tables[: columns.max() + 1]
+        block_tables = used_columns.take(table_rows, axis=1)  # a third faster than [...]
+        self.buffers.upload(inputs, block_tables, {SEQUENCE: size})
 
     def _decode_inputs(self, size: int) -> StepInputs:
         """The first `size` rows of the decode buffers."""
-        rows = {name: array[:size] for name, array in self.buffers.on_device.items()}
+        rows = self.buffers.on_device({SEQUENCE: size})
         return StepInputs(
             is_prefill=False,
             positions=rows["positions"],
@@ -292,11 +309,44 @@ class ModelRunner:
             last_positions=rows["positions"],
         )
 
-    def _decode(self, size: int) -> DecodeOutput:
+    def _capture_graphs(self) -> None:
+        pool = None
+        if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
+            sizes = self.padded_prefill.sizes
+            pool = self.prefill_graphs.capture(self._prefill, sizes, sizes)
+        sizes = decode_sizes(self.config.max_num_seqs)
+        to_compile = sorted({*SIZES_TO_COMPILE, sizes[-1]} & {*sizes})
+        self.decode_graphs.capture(self._decode, sizes, to_compile, pool)
+
+    def _clear_graphs(self) -> None:
+        self.prefill_graphs.clear()
+        self.decode_graphs.clear()
+
+    def _decode(self, size: int) -> StepOutput:
         """Run one decode step on the first `size` rows of the buffers: what a graph records."""
-        inputs = self._decode_inputs(size)
+        return self._run(self._decode_inputs(size))
+
+    def _prefill(self, size: int) -> StepOutput:
+        """Run one prefill of `size` tokens on its buffers: what a graph records."""
+        return self._run(self.padded_prefill.inputs(size))
+
+    def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
-        return DecodeOutput(self._sample(logits, inputs, None).token_ids, logits)
+        return StepOutput(self._sample(logits, inputs, None).token_ids, logits)
+
+    def _graph_samples(
+        self,
+        output: StepOutput,
+        make_inputs: Callable[[int], StepInputs],
+        size: int,
+        num_seqs: int,
+        extras: SamplingExtras | None,
+    ) -> Sampled:
+        """The samples of a step that a graph has run, without padding."""
+        if extras is None:
+            return Sampled(output.token_ids[:num_seqs], None)
+        # The graph has sampled plainly. Sample again from its logits, over its tokens.
+        return self._sample(output.logits[:num_seqs], make_inputs(size), extras)
 
     def _threads(self, num_tokens: int) -> AbstractContextManager[None]:
         """On a CPU: as many threads as a step of so many tokens is worth."""
@@ -319,12 +369,19 @@ class ModelRunner:
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
         """Draw the next tokens, and keep them on the device for the next step."""
-        assert inputs.table_rows is not None
+        assert inputs.table_rows is not None and inputs.temperatures is not None
+        assert inputs.seeds is not None and inputs.last_positions is not None
+        num_seqs = len(logits)  # a graph's inputs may have padding behind them
         sampled: Sampled = self.sampler(
-            logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras
+            logits,
+            inputs.temperatures[:num_seqs],
+            inputs.seeds[:num_seqs],
+            inputs.last_positions[:num_seqs],
+            extras,
         )
         # A -1 ends its sequence, but the next step may be launched before the host has read it.
-        self.last_tokens.index_copy_(0, inputs.table_rows, sampled.token_ids.clamp(min=0))
+        token_ids = sampled.token_ids.clamp(min=0)
+        self.last_tokens.index_copy_(0, inputs.table_rows[:num_seqs], token_ids)
         return sampled
 
     def _to_device(self, values: list[int] | np.ndarray, dtype: type | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from nanovllm.kernels.flash_attention import (
 )
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
+from nanovllm.kernels.prefill_tiles import tiled_prefill
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
 
@@ -42,12 +43,24 @@ class PrefillPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TiledPlan:
+    """A prefill whose launches do not depend on the batch, for a CUDA graph. Tensors are int32."""
+
+    tiles: Tensor  # [max_tiles, 4]: the work list, see prefill_tiles.py
+    context_lens: Tensor  # [max_seqs]: keys of each sequence, the new ones included; 0: padding
+    block_tables: Tensor  # [max_seqs, max_blocks]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodePlan:
     """One new token of each of n sequences. Tensors are int32, and padding rows have no context."""
 
     context_lens: Tensor  # [n]: keys of each sequence, the new one included
-    block_tables: Tensor  # [n, max_blocks], padded with -1
+    block_tables: Tensor  # [n, max_blocks], of any strides
     cpu: CpuStep | None = None  # the plan of `CpuBackend`
+
+
+AttentionPlan = PrefillPlan | TiledPlan | DecodePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,7 @@ class AttentionBackend:
     norm_rope_store: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
     decode: Callable[..., Tensor]
+    tiled_prefill: Callable[..., Tensor] | None = None  # None: prefills cannot run as CUDA graphs
 
     def plan_prefill(
         self,
@@ -111,13 +125,19 @@ class AttentionBackend:
         """Prepare a decode step, given the device's buffers, which a CUDA graph may read again."""
         return DecodePlan(context_lens, block_tables)
 
-    def last_tokens_plan(self, plan: PrefillPlan) -> PrefillPlan:
+    def last_tokens_plan(self, plan: PrefillPlan | TiledPlan) -> PrefillPlan | DecodePlan:
         """The plan for each sequence's last query only; keys and values are those of `plan`."""
+        if isinstance(plan, TiledPlan):
+            # All keys are in the cache, and one query a sequence is what decode attention is for.
+            # It loads keys before the kernel ahead of it has ended, while those of a prefill have
+            # only just been stored. That is safe, as the kernel ahead selects the queries, is a
+            # plain one, and so has waited for the one that stores.
+            return DecodePlan(plan.context_lens, plan.block_tables)
         num_seqs = len(plan.cu_seqlens_q) - 1
         one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)
         return PrefillPlan(one_each, plan.cu_seqlens_k, 1, plan.max_seqlen_k, plan.block_tables)
 
-    def store(self, plan: PrefillPlan | DecodePlan | None, *inputs: Any) -> Tensor:
+    def store(self, plan: AttentionPlan | None, *inputs: Any) -> Tensor:
         """Normalise and rotate q and k, store k and v: `norm_rope_store`, which says of what."""
         return self.norm_rope_store(*inputs)
 
@@ -128,7 +148,7 @@ class AttentionBackend:
         v: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        plan: PrefillPlan | DecodePlan | None,
+        plan: AttentionPlan | None,
         options: AttentionOptions,
     ) -> Tensor:
         """Compute causal attention: a tensor like q `[n, heads, head_dim]`.
@@ -142,6 +162,18 @@ class AttentionBackend:
                 k_cache,
                 v_cache,
                 plan.context_lens,
+                plan.block_tables,
+                options.scale,
+                window=options.window,
+                softcap=options.softcap,
+            )
+        if isinstance(plan, TiledPlan):
+            assert self.tiled_prefill is not None
+            return self.tiled_prefill(
+                q,
+                k_cache,
+                v_cache,
+                plan.tiles,
                 plan.block_tables,
                 options.scale,
                 window=options.window,
@@ -186,14 +218,14 @@ class CpuBackend(AttentionBackend):
         step = CpuStep([1] * len(lengths), lengths, block_tables.numpy())
         return DecodePlan(context_lens, block_tables, step)
 
-    def last_tokens_plan(self, plan: PrefillPlan) -> PrefillPlan:
+    def last_tokens_plan(self, plan: PrefillPlan | TiledPlan) -> PrefillPlan | DecodePlan:
         """The plan for each sequence's last query only."""
-        assert plan.cpu is not None
+        assert isinstance(plan, PrefillPlan) and plan.cpu is not None
         return replace(AttentionBackend.last_tokens_plan(self, plan), cpu=plan.cpu.last_tokens())
 
-    def store(self, plan: PrefillPlan | DecodePlan | None, *inputs: Any) -> Tensor:
+    def store(self, plan: AttentionPlan | None, *inputs: Any) -> Tensor:
         """Normalise, rotate and store."""
-        assert plan is not None and plan.cpu is not None
+        assert isinstance(plan, (PrefillPlan, DecodePlan)) and plan.cpu is not None
         return plan.cpu.norm_rope_store(*inputs)
 
     def attend(
@@ -203,18 +235,26 @@ class CpuBackend(AttentionBackend):
         v: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        plan: PrefillPlan | DecodePlan | None,
+        plan: AttentionPlan | None,
         options: AttentionOptions,
     ) -> Tensor:
         """Compute causal attention."""
-        assert plan is not None and plan.cpu is not None
+        assert isinstance(plan, (PrefillPlan, DecodePlan)) and plan.cpu is not None
         return plan.cpu.attend(q, k, v, k_cache, v_cache, options)
+
+
+class FlashBackend(AttentionBackend):
+    """The flash_attn package for both kinds of step."""
+
+    def plan_decode(self, context_lens: Tensor, block_tables: Tensor) -> DecodePlan:
+        """Prepare a decode step."""
+        return DecodePlan(context_lens, block_tables.contiguous())  # the only strides it takes
 
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
-TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode)
-FLASH_ATTN = AttentionBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
+TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill)
+FLASH_ATTN = FlashBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 FLASH_PREFILL = AttentionBackend("flash_attn+triton", norm_rope_store, flash_prefill, paged_decode)
 
 

@@ -99,7 +99,9 @@ def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr, WINDOW: tl.con
     return first_seen, tiles_per_split, used_splits
 
 
-@triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
+@triton.jit(
+    do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride", "column_stride"]
+)
 def _paged_decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -110,6 +112,7 @@ def _paged_decode_kernel(
     block_tables_ptr,
     q_stride,
     table_stride,
+    column_stride,
     scale_log2,
     softcap_log2,
     KV_HEADS: tl.constexpr,
@@ -168,7 +171,8 @@ def _paged_decode_kernel(
         # A tile lies in one block. The block's number is loaded one round ahead, so that the loads
         # of K and V need not wait for it.
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
-        block = tl.load(table_ptr + first_tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
+        column = first_tile * BLOCK_N // BLOCK_SIZE
+        block = tl.load(table_ptr + column * column_stride).to(tl.int64)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -185,10 +189,11 @@ def _paged_decode_kernel(
         if BLOCK_SIZE % BLOCK_N == 0:
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
             offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
-            next_block_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE
-            block = tl.load(next_block_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
+            next_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE * column_stride
+            block = tl.load(next_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
         else:
-            blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            block_ptrs = table_ptr + tokens // BLOCK_SIZE * column_stride
+            blocks = tl.load(block_ptrs, mask=valid, other=0).to(tl.int64)
             slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
             offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
@@ -280,7 +285,8 @@ def paged_decode(
     k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
     context_lens: `[num_seqs]` int32, each sequence's tokens in the cache, with the new one. 0 is a
         padding row, whose result is zeros.
-    block_tables: `[num_seqs, max_blocks]` int32; entries past the context are never used.
+    block_tables: `[num_seqs, max_blocks]` int32, of any strides; entries past the context are never
+        used.
     scale: of the scores, usually head_dim ** -0.5.
     window: the query sees the last `window` tokens, its own included; None: all. The others are not
         read.
@@ -290,7 +296,7 @@ def paged_decode(
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
+    assert k_cache.is_contiguous() and v_cache.is_contiguous()
     config = config or decode_config(
         num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size, window
     )
@@ -314,6 +320,7 @@ def paged_decode(
         block_tables,
         q.stride(0),
         block_tables.stride(0),
+        block_tables.stride(1),
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
         KV_HEADS=kv_heads,

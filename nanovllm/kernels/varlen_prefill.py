@@ -65,13 +65,20 @@ def prefill_config(
 
 
 @triton.jit(
-    do_not_specialize=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "block_tables_ptr", "table_stride"]
+    do_not_specialize=[
+        "tiles_ptr",
+        "cu_seqlens_q_ptr",
+        "cu_seqlens_k_ptr",
+        "block_tables_ptr",
+        "table_stride",
+    ]
 )
 def _varlen_prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
+    tiles_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     block_tables_ptr,
@@ -79,6 +86,7 @@ def _varlen_prefill_kernel(
     k_stride,
     v_stride,
     table_stride,
+    column_stride,
     scale_log2,
     softcap_log2,
     HEADS: tl.constexpr,
@@ -93,21 +101,33 @@ def _varlen_prefill_kernel(
 ):
     """A program takes a tile of BLOCK_M queries of one head of one sequence.
 
-    A query sees the WINDOW keys up to its own; 0: all. `softcap_log2` is None without a cap. With
-    TMA, `k_ptr` and `v_ptr` are tensor descriptors.
+    It takes the tile from a list, see prefill_tiles.py, or finds it in the sequences' borders if
+    `tiles_ptr` is None. A query sees the WINDOW keys up to its own; 0: all. `softcap_log2` is None
+    without a cap. With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
     """
     # The head is the fastest index: heads that share a KV head run side by side, and find its keys
-    # in the L2 cache. Of the tiles the last comes first: its queries see the most keys, and the
-    # programs that run longest should begin first.
+    # in the L2 cache.
     head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    seq = tl.program_id(2)
-    q_start = tl.load(cu_seqlens_q_ptr + seq)
-    k_start = tl.load(cu_seqlens_k_ptr + seq)
-    q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
-    k_len = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
-    first_query = tile * BLOCK_M
-    if first_query >= q_len:  # the grid is that of the longest sequence
+    if tiles_ptr is not None:
+        # To this program, the sequence ends with the last query of the tile.
+        tile_ptr = tiles_ptr + tl.program_id(1) * 4
+        first_query = 0
+        q_start = tl.load(tile_ptr)
+        q_len = tl.load(tile_ptr + 1)
+        k_start = 0
+        k_len = tl.load(tile_ptr + 2) + q_len
+        seq = tl.load(tile_ptr + 3)
+    else:
+        # Of the tiles the last comes first: its queries see the most keys, and the programs that
+        # run longest should begin first.
+        tile = tl.num_programs(1) - 1 - tl.program_id(1)
+        first_query = tile * BLOCK_M
+        seq = tl.program_id(2)
+        q_start = tl.load(cu_seqlens_q_ptr + seq)
+        k_start = tl.load(cu_seqlens_k_ptr + seq)
+        q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
+        k_len = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
+    if first_query >= q_len:  # the grid is that of the longest sequence, or the longest list
         return
     queries = first_query + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -125,6 +145,8 @@ def _varlen_prefill_kernel(
     # (2). All begin at multiples of BLOCK_N.
     earlier = k_len - q_len
     first_masked = (first_query + earlier + 1) // BLOCK_N * BLOCK_N
+    if tiles_ptr is not None:
+        first_masked = tl.maximum(first_masked, 0)  # of padding, which sees no key at all
     last = tl.minimum(first_query + BLOCK_M + earlier, k_len)  # exclusive
     begin = 0
     left_end = 0
@@ -144,7 +166,7 @@ def _varlen_prefill_kernel(
             if TMA:  # the tile lies in one piece, which the hardware copies
                 row = k_start + start
                 if block_tables_ptr is not None:
-                    block = tl.load(block_tables_ptr + start // BLOCK_SIZE)
+                    block = tl.load(block_tables_ptr + start // BLOCK_SIZE * column_stride)
                     row = block * BLOCK_SIZE + start % BLOCK_SIZE
                 k = k_ptr.load([row, kv_dim])
                 v = v_ptr.load([row, kv_dim])
@@ -158,9 +180,8 @@ def _varlen_prefill_kernel(
                     mask = mask & (keys < k_len)[:, None]
                 rows = k_start + keys
                 if block_tables_ptr is not None:
-                    blocks = tl.load(
-                        block_tables_ptr + keys // BLOCK_SIZE, mask=keys < k_len, other=0
-                    )
+                    block_ptrs = block_tables_ptr + keys // BLOCK_SIZE * column_stride
+                    blocks = tl.load(block_ptrs, mask=keys < k_len, other=0)
                     rows = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
                 rows = rows.to(tl.int64)[:, None]  # a cache has more than 2^31 elements
                 k = tl.load(k_ptr + rows * k_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
@@ -186,6 +207,8 @@ def _varlen_prefill_kernel(
             row_max = new_max
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         begin = end
+    if tiles_ptr is not None:
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of padding, whose result is zeros
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + (q_rows * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, out, mask=q_mask)
@@ -232,19 +255,53 @@ def varlen_prefill(
     softcap: as in `paged_decode`.
     config: overrides `prefill_config`, for tests and tuning.
     """
-    _, heads, head_dim = q.shape
     block_size = 1
-    table_stride = 0
     if block_tables is not None:
         assert k_cache is not None and v_cache is not None
-        assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.stride(1) == 1
-        k = k_cache.flatten(0, 1)
-        v = v_cache.flatten(0, 1)
-        block_size = k_cache.shape[1]
-        table_stride = block_tables.stride(0)
+        block_size, kv_heads, head_dim = k_cache.shape[1:]
+        k = k_cache.view(-1, kv_heads, head_dim)
+        v = v_cache.view(-1, kv_heads, head_dim)
+    config = config or prefill_config(q.shape[2], q.dtype, q.device, block_size)
+    num_seqs = cu_seqlens_q.numel() - 1
+    return launch_prefill(
+        q,
+        k,
+        v,
+        grid=(q.shape[1], triton.cdiv(max_seqlen_q, config.block_m), num_seqs),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        block_tables=block_tables,
+        block_size=block_size,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        config=config,
+    )
+
+
+def launch_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, ...],
+    *,
+    tiles: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_tables: Tensor | None,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: PrefillConfig,
+) -> Tensor:
+    """Launch the kernel on tiles, or on sequences' borders; see `tiled_prefill`, `varlen_prefill`.
+
+    k, v: with block tables all slots of the cache, `[num_slots, kv_heads, head_dim]`.
+    """
+    heads, head_dim = q.shape[1:]
     assert all(x.stride(2) == 1 and x.stride(1) == head_dim for x in (q, k, v))
     assert heads % k.shape[1] == 0
-    config = config or prefill_config(head_dim, q.dtype, q.device, block_size)
     block_d = max(16, next_power_of_2(head_dim))
     # TMA copies a tile in one piece. Rows, and heads in them, begin at multiples of 16 bytes.
     in_one_piece = block_tables is None or block_size % config.block_n == 0
@@ -260,19 +317,20 @@ def varlen_prefill(
         keys = _tile_descriptor(k, config.block_n, block_d)
         values = _tile_descriptor(v, config.block_n, block_d)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid = (heads, triton.cdiv(max_seqlen_q, config.block_m), cu_seqlens_q.numel() - 1)
     _varlen_prefill_kernel[grid](
         q,
         keys,
         values,
         out,
+        tiles,
         cu_seqlens_q,
         cu_seqlens_k,
         block_tables,
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        table_stride,
+        0 if block_tables is None else block_tables.stride(0),
+        0 if block_tables is None else block_tables.stride(1),
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
         HEADS=heads,

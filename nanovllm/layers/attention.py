@@ -10,6 +10,7 @@ from nanovllm.kernels.attention_backend import (
     AttentionBackend,
     AttentionOptions,
     PrefillPlan,
+    TiledPlan,
 )
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import Attended
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention
         rows = None
-        if self.only_last_tokens and isinstance(plan, PrefillPlan):
+        if self.only_last_tokens and isinstance(plan, (PrefillPlan, TiledPlan)):
             rows = step.last_token_rows
             q = q[rows]
             plan = self.backend.last_tokens_plan(plan)

@@ -52,9 +52,10 @@ def choose_matmul(x: Tensor, weight: Tensor, reader_sums: bool) -> MatmulChoice:
     """
     if uses_gemv(x):
         return GEMV
-    if get_context().is_prefill:
-        # A prefill is launched kernel by kernel, and launching split_gemm takes the host 26 us more
-        # than launching cuBLAS. In a decode step a CUDA graph hides that.
+    step = get_context()
+    if step.is_prefill and not step.in_graph:
+        # A large prefill is launched kernel by kernel, and launching split_gemm takes the host
+        # 26 us more than launching cuBLAS. A CUDA graph hides that.
         return CUBLAS
     splits = num_splits(x, weight)
     if splits == 1 or (splits > 1 and reader_sums):

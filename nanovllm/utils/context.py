@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # utils import nothing of the package when they run
-    from nanovllm.kernels.attention_backend import DecodePlan, PrefillPlan
+    from nanovllm.kernels.attention_backend import AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """The inputs of one step, on the model's device.
 
-    The new tokens of all n sequences lie one after the other, without padding. Example: sequence A
-    computes the last 3 tokens of its prompt, whose first 2 an earlier chunk has computed; sequence
-    B computes 2 tokens. Blocks hold 4 tokens; A has the blocks 7 and 1, B has block 5.
+    The new tokens of all n sequences lie one after the other; the steps of CUDA graphs have padding
+    behind them. Example: sequence A computes the last 3 tokens of its prompt, whose first 2 an
+    earlier chunk has computed; sequence B computes 2 tokens. Blocks hold 4 tokens; A has the blocks
+    7 and 1, B has block 5.
 
         positions     [2, 3, 4,  0, 1]         input_ids alike
         slot_mapping  [30, 31, 4,  20, 21]     block * 4 + position % 4
@@ -30,11 +31,12 @@ class StepInputs:
     """
 
     is_prefill: bool = False  # prompts, or chunks of them; else one token of each sequence
+    in_graph: bool = False  # of a prefill: whether a CUDA graph launches its kernels
     input_ids: Tensor | None = None  # [num_tokens] int64; None in decode: the last step's samples
     positions: Tensor | None = None  # [num_tokens] int64, of each token in its sequence
     # [num_tokens] int32: where the K and V of each token go; -1: nowhere. None: there is no cache.
     slot_mapping: Tensor | None = None
-    attention: PrefillPlan | DecodePlan | None = None  # what the attention backend has prepared
+    attention: AttentionPlan | None = None  # what the attention backend has prepared
     last_token_rows: Tensor | None = None  # [n] int32, in prefill: row of a sequence's last token
 
     # Sampling: [n] each. A sequence has a row in the model runner's tables while it is admitted.

@@ -192,7 +192,7 @@ def test_tokens_of_transformers(case: Case, backend: str, dtype: str, eager: boo
     checkpoint, prompts, _ = case
     llm = make(checkpoint, **backend_options(backend, checkpoint, dtype), enforce_eager=eager)
     try:
-        assert llm._max_pending == 1 and bool(llm.model_runner.graphs.sizes) != eager
+        assert llm._max_pending == 1 and bool(llm.model_runner.decode_graphs.sizes) != eager
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))
         check(case, dtype, generate_ids(llm, prompts, greedy(NUM_TOKENS)))  # now with prefix hits
         assert llm.scheduler.counters["preemptions"] == 0
@@ -261,7 +261,7 @@ def test_batches_around_every_graph_size(small: Checkpoint) -> None:
     expected = small.complete(prompts, 8, min_margin=2e-5)
     graphs = make(small, dtype="float32", max_num_seqs=37)
     try:
-        sizes = graphs.model_runner.graphs.sizes  # type: ignore[union-attr]
+        sizes = graphs.model_runner.decode_graphs.sizes  # type: ignore[union-attr]
         assert {1, 2, 4, 8, 16, 24, 32, 37} == set(sizes)
         for n in sorted({n + d for n in sizes for d in (-1, 0, 1)} & set(range(1, 38))):
             assert generate_ids(graphs, prompts[:n], greedy(8)) == expected[:n], n

@@ -142,7 +142,7 @@ def test_tokens_of_transformers(case: Case, dtype: str, eager: bool) -> None:
     )
     llm = make_llm(checkpoint.path, dtype=dtype, enforce_eager=eager, **options)
     try:
-        assert bool(llm.model_runner.graphs.sizes) != eager
+        assert bool(llm.model_runner.decode_graphs.sizes) != eager
         runs = [
             generate_ids(llm, prompts, greedy(NUM_TOKENS)),
             generate_ids(llm, prompts, greedy(NUM_TOKENS)),  # with prefix hits

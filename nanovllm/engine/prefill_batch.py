@@ -1,0 +1,54 @@
+"""From the sequences of a prefill step to arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from nanovllm.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """What a prefill step of n sequences computes, on the host; see `StepInputs` for an example."""
+
+    # [n] each
+    table_rows: np.ndarray  # int64: the sequences' rows in the model runner's tables
+    num_new: np.ndarray  # int64: tokens that this step computes
+    num_total: np.ndarray  # int64: these and the earlier ones
+    temperatures: np.ndarray  # float32
+    seeds: np.ndarray  # int64
+    block_tables: np.ndarray  # [columns, n] int32, padded with -1
+
+    # [num_tokens] each, one sequence after the other
+    input_ids: np.ndarray  # int64
+    positions: np.ndarray  # int64, of each token in its sequence
+    slots: np.ndarray  # int64, where its K and V go
+
+    @classmethod
+    def of(cls, seqs: list[Sequence], block_size: int) -> PrefillBatch:
+        """Arrange the scheduled tokens of all sequences."""
+        num_new = np.array([seq.num_scheduled_tokens for seq in seqs])
+        num_total = np.array([seq.num_computed_tokens for seq in seqs])
+        token_ids = chain.from_iterable(seq.scheduled_token_ids for seq in seqs)
+        width = max(len(seq.block_table) for seq in seqs)
+        block_tables = np.full((width, len(seqs)), -1, np.int32)
+        for index, seq in enumerate(seqs):
+            block_tables[: len(seq.block_table), index] = seq.block_table
+        last_rows = np.cumsum(num_new)  # exclusive
+        num_tokens = last_rows[-1]
+        positions = np.arange(num_tokens) + np.repeat(num_total - last_rows, num_new)
+        blocks = block_tables[positions // block_size, np.repeat(np.arange(len(seqs)), num_new)]
+        return cls(
+            table_rows=np.array([seq.row for seq in seqs]),
+            num_new=num_new,
+            num_total=num_total,
+            temperatures=np.array([seq.temperature for seq in seqs], np.float32),
+            seeds=np.array([seq.seed for seq in seqs], np.int64),
+            block_tables=block_tables,
+            input_ids=np.fromiter(token_ids, np.int64, num_tokens),
+            positions=positions,
+            slots=blocks.astype(np.int64) * block_size + positions % block_size,
+        )

@@ -1,0 +1,97 @@
+"""Small prefills on a GPU: how long a step takes the host and the device, as a graph and eagerly.
+
+    python scripts/bench_prefill_graphs.py [--model qwen3-0.6b] [--cached 0 1024]
+
+Random weights. Prints start-up time and, for each number of tokens, microseconds: `host` until a
+step is launched, `step` with one launched after the other, both of whole `launch_prefill` calls;
+`graph` of the graph alone.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.sequence import Sequence
+from workloads import write_shape
+
+SIZES = (16, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+STEPS = 20
+
+
+def make_seqs(llm: LLM, num_tokens: int, cached: int, longest: int) -> list[Sequence]:
+    """Sequences that compute `num_tokens` in all, each after `cached` earlier ones."""
+    block_size = llm.config.kvcache_block_size
+    seqs = []
+    next_block = 0
+    while num_tokens:
+        num_new = min(num_tokens, longest)
+        num_tokens -= num_new
+        seq = Sequence([7] * (cached + num_new), SamplingParams(temperature=0.6))
+        seq.row = len(seqs)
+        num_blocks = -(-(cached + num_new) // block_size)
+        seq.block_table = list(range(next_block, next_block + num_blocks))
+        next_block += num_blocks
+        seq.num_computed_tokens = cached
+        seq.schedule(num_new)
+        seqs.append(seq)
+    return seqs
+
+
+def microseconds(run: Callable[[], object]) -> tuple[float, float]:
+    """The time until a call returns, and the time a call takes when many are queued."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        run()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    ended = time.perf_counter()
+    return (launched - start) / STEPS * 1e6, (ended - start) / STEPS * 1e6
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--cached", type=int, nargs="+", default=[0, 1024])
+    parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--attention-backend", default="triton")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_shape(args.model, directory)
+        for _ in range(2):
+            start = time.perf_counter()
+            llm = LLM(path, load_format="dummy", attention_backend=args.attention_backend)
+            torch.cuda.synchronize()
+            print(f"start-up {time.perf_counter() - start:.1f} s")
+            if _ == 0:
+                llm.exit()
+    runner = llm.model_runner
+    graphs = dict(runner.prefill_graphs.graphs)
+    print("captured in all", torch.cuda.memory_reserved() / 1e9, "GB reserved")
+    print("cached tokens   | eager: host  step | graph: host  step graph")
+    for cached in args.cached:
+        for num_tokens in SIZES:
+            seqs = make_seqs(llm, num_tokens, cached, args.longest)
+            runner.prefill_graphs.graphs.clear()
+            with torch.inference_mode():
+                eager = microseconds(lambda seqs=seqs: runner.launch_prefill(seqs))
+                runner.prefill_graphs.graphs.update(graphs)
+                padded = microseconds(lambda seqs=seqs: runner.launch_prefill(seqs))
+                size = runner.prefill_graphs.padded_size(num_tokens)
+                _, alone = microseconds(lambda size=size: graphs[size].graph.replay())
+            print(
+                f"{cached:6} {num_tokens:6}   | {eager[0]:10.0f} {eager[1]:6.0f} "
+                f"| {padded[0]:10.0f} {padded[1]:5.0f} {alone:5.0f}"
+            )
+    llm.exit()
+
+
+if __name__ == "__main__":
+    main()
