@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -32,7 +31,7 @@ class PrefillBatch:
         """Arrange the scheduled tokens of all sequences."""
         num_new = np.array([seq.num_scheduled_tokens for seq in seqs])
         num_total = np.array([seq.num_computed_tokens for seq in seqs])
-        token_ids = chain.from_iterable(seq.scheduled_token_ids for seq in seqs)
+        token_ids = [token_id for seq in seqs for token_id in seq.scheduled_token_ids]
         width = max(len(seq.block_table) for seq in seqs)
         block_tables = np.full((width, len(seqs)), -1, np.int32)
         for index, seq in enumerate(seqs):
@@ -48,7 +47,7 @@ class PrefillBatch:
             temperatures=np.array([seq.temperature for seq in seqs], np.float32),
             seeds=np.array([seq.seed for seq in seqs], np.int64),
             block_tables=block_tables,
-            input_ids=np.fromiter(token_ids, np.int64, num_tokens),
+            input_ids=np.array(token_ids, np.int64),
             positions=positions,
             slots=blocks.astype(np.int64) * block_size + positions % block_size,
         )

@@ -10,7 +10,7 @@ its neighbours, and which combination is best depends on the step. On a GPU:
 | 1 token          | the GEMV that multiplies adds to h; | the all-reduce adds to h; the GEMV that |
 |                  | the GEMV that reads the norm, norms | reads the norm, norms                   |
 | few, in a decode | one kernel adds the partial sums of | one kernel sums over the ranks, adds to |
-| step             | split-K, adds them to h, and norms  | h, and norms (any sum of up to 2 MiB)   |
+| step or a graph  | split-K, adds them to h, and norms  | h, and norms (any sum of up to 2 MiB)   |
 | 4,096 and more   | as below                            | the ranks sum one piece of the rows     |
 |                  |                                     | while the GEMM of the next one runs;    |
 |                  |                                     | each norms the rows that it has summed  |
