@@ -103,6 +103,12 @@ class StepGraphs:
         self.sizes.clear()
 
 
+def clear_all(*kinds: StepGraphs) -> None:
+    """Destroy the graphs of several kinds of step."""
+    for graphs in kinds:
+        graphs.clear()
+
+
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """The sizes of decode steps that have graphs, in ascending order."""
     largest = min(max_num_seqs, MAX_DECODE_SIZE)

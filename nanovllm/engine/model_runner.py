@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.engine.graphs import SIZES_TO_COMPILE, StepGraphs, StepOutput, decode_sizes
+from nanovllm.engine.graphs import (
+    SIZES_TO_COMPILE,
+    StepGraphs,
+    StepOutput,
+    clear_all,
+    decode_sizes,
+)
 from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
@@ -19,7 +26,7 @@ from nanovllm.engine.process_group import ProcessGroup
 from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_buffers import SEQUENCE, InputArray, StepBuffers
+from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
@@ -55,7 +62,7 @@ class ModelRunner:
         self.decode_graphs = StepGraphs()
         self.prefill_graphs = StepGraphs()
         if group is not None:
-            group.clear_graphs = self._clear_graphs
+            group.clear_graphs = partial(clear_all, self.decode_graphs, self.prefill_graphs)
         self._load_model()
         if self.is_cuda:
             self._warm_up()
@@ -105,17 +112,7 @@ class ModelRunner:
         self.seeds = np.zeros(num_rows, dtype=np.int64)
         vocab_size = self.config.hf_config.vocab_size
         self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device)
-        # A padding row stores nothing (slot -1), attends to nothing (context 0) and samples into a
-        # row of no sequence.
-        arrays = {
-            "table_rows": InputArray(SEQUENCE, np.int64, padding=max_num_seqs),
-            "positions": InputArray(SEQUENCE, np.int64),  # of the newest token
-            "seeds": InputArray(SEQUENCE, np.int64),
-            "context_lens": InputArray(SEQUENCE, np.int32),
-            "slots": InputArray(SEQUENCE, np.int32, padding=-1),  # of the newest token's K and V
-            "temperatures": InputArray(SEQUENCE, np.float32),
-        }
-        self.buffers = StepBuffers(arrays, {SEQUENCE: max_num_seqs}, blocks_per_seq, self.device)
+        self.buffers = make_decode_buffers(max_num_seqs, blocks_per_seq, self.device)
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device
         )
@@ -176,7 +173,7 @@ class ModelRunner:
         """Release the memory, for the next engine to use, and leave the process group."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-        self._clear_graphs()
+        clear_all(self.decode_graphs, self.prefill_graphs)
         for layer in self.attention_layers:
             layer.k_cache = torch.empty(0)
             layer.v_cache = torch.empty(0)
@@ -317,10 +314,6 @@ class ModelRunner:
         sizes = decode_sizes(self.config.max_num_seqs)
         to_compile = sorted({*SIZES_TO_COMPILE, sizes[-1]} & {*sizes})
         self.decode_graphs.capture(self._decode, sizes, to_compile, pool)
-
-    def _clear_graphs(self) -> None:
-        self.prefill_graphs.clear()
-        self.decode_graphs.clear()
 
     def _decode(self, size: int) -> StepOutput:
         """Run one decode step on the first `size` rows of the buffers: what a graph records."""

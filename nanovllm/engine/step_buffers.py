@@ -131,3 +131,20 @@ class StepBuffers:
         entries = self._block_tables(self._device_memory)[: self.blocks_per_seq * num_seqs]
         views["block_tables"] = entries.view(self.blocks_per_seq, num_seqs).t()
         return views
+
+
+def make_decode_buffers(
+    max_num_seqs: int, blocks_per_seq: int, device: torch.device
+) -> StepBuffers:
+    """Make the buffers of decode steps. A padding row stores nothing (slot -1), attends to nothing
+    (context 0) and samples into a row of no sequence.
+    """
+    arrays = {
+        "table_rows": InputArray(SEQUENCE, np.int64, padding=max_num_seqs),
+        "positions": InputArray(SEQUENCE, np.int64),  # of the newest token
+        "seeds": InputArray(SEQUENCE, np.int64),
+        "context_lens": InputArray(SEQUENCE, np.int32),
+        "slots": InputArray(SEQUENCE, np.int32, padding=-1),  # where the newest K and V go
+        "temperatures": InputArray(SEQUENCE, np.float32),
+    }
+    return StepBuffers(arrays, {SEQUENCE: max_num_seqs}, blocks_per_seq, device)
