@@ -1,13 +1,15 @@
 """Small prefills on a GPU: how long a step takes the host and the device, as a graph and eagerly.
 
-    python scripts/bench_prefill_graphs.py [--model qwen3-0.6b] [--cached 0 1024]
+    python scripts/bench_prefill_graphs.py [--model qwen3-0.6b] [--cached 0 1024] [--job]
 
 Random weights. Prints start-up time and, for each number of tokens, microseconds: `host` until a
 step is launched, `step` with one launched after the other, both of whole `launch_prefill` calls;
-`graph` of the graph alone.
+`graph` of the graph alone. With --job: the throughput of the workload `job` with prefill graphs,
+and without.
 """
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,6 +57,22 @@ def microseconds(run: Callable[[], object]) -> tuple[float, float]:
     return (launched - start) / STEPS * 1e6, (ended - start) / STEPS * 1e6
 
 
+def run_job(llm: LLM) -> float:
+    """Output tokens per second of 2048 prompts of 32 to 1024 tokens, 16 to 512 out."""
+    r = random.Random(0)
+    lengths = [r.randint(32, 1024) for _ in range(2048)]
+    prompts = [[r.randint(0, 10000) for _ in range(length)] for length in lengths]
+    params = [
+        SamplingParams(temperature=0.6, max_tokens=r.randint(16, 512), ignore_eos=True)
+        for _ in range(2048)
+    ]
+    llm.reset()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return sum(param.max_tokens or 0 for param in params) / (time.perf_counter() - start)
+
+
 def main() -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,18 +80,34 @@ def main() -> None:
     parser.add_argument("--cached", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--attention-backend", default="triton")
+    parser.add_argument("--job", action="store_true")
+    parser.add_argument("--max-model-len", type=int, default=4096)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         path = write_shape(args.model, directory)
-        for _ in range(2):
+        for is_last in (False, True):  # with caches cold, and warm
             start = time.perf_counter()
-            llm = LLM(path, load_format="dummy", attention_backend=args.attention_backend)
+            llm = LLM(
+                path,
+                load_format="dummy",
+                attention_backend=args.attention_backend,
+                max_model_len=args.max_model_len,
+                max_num_seqs=256,
+            )
             torch.cuda.synchronize()
             print(f"start-up {time.perf_counter() - start:.1f} s")
-            if _ == 0:
-                llm.exit()
+            if args.job or is_last:
+                break
+            llm.exit()
     runner = llm.model_runner
     graphs = dict(runner.prefill_graphs.graphs)
+    if args.job:
+        for _ in range(2):
+            print(f"job, graphs: {run_job(llm):.0f} tok/s", flush=True)
+        runner.prefill_graphs.clear()
+        print(f"job, no prefill graphs: {run_job(llm):.0f} tok/s")
+        llm.exit()
+        return
     print("captured in all", torch.cuda.memory_reserved() / 1e9, "GB reserved")
     print("cached tokens   | eager: host  step | graph: host  step graph")
     for cached in args.cached:

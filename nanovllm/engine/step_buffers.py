@@ -104,15 +104,17 @@ class StepBuffers:
         if host.copied is not None:
             host.copied.synchronize()  # the upload of two steps ago, which has long been done
         for name, values in inputs.items():
-            array = self.arrays[name]
-            rows = host.arrays[name][: num_rows[array.row]]
-            rows[: len(values)] = values
-            rows[len(values) :] = array.padding
+            num_values = len(values)
+            padded = num_rows[self.arrays[name].row]
+            host.arrays[name][:num_values] = values
+            if num_values < padded:
+                host.arrays[name][num_values:padded] = self.arrays[name].padding
         columns, num_seqs = block_tables.shape
-        table_entries = columns * num_rows[SEQUENCE]
-        table = host.block_tables[:table_entries].reshape(columns, -1)
+        padded = num_rows[SEQUENCE]
+        table = host.block_tables[: columns * padded].reshape(columns, padded)
         table[:, :num_seqs] = block_tables
-        table[:, num_seqs:] = 0
+        if num_seqs < padded:
+            table[:, num_seqs:] = 0
         if host.copied is not None:
             end = self._tables_start + table.nbytes
             self._device_memory[:end].copy_(host.memory[:end], non_blocking=True)
