@@ -99,6 +99,7 @@ def main() -> None:
         rms_norm,
         gate_mul,
         split_gemm,
+        varlen_prefill,
     ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)

@@ -16,10 +16,13 @@ from nanovllm.kernels._triton import (
     TensorDescriptor,
     device_limits,
     has_tma,
+    launch_next,
     next_power_of_2,
+    pdl_options,
     soft_capped,
     tl,
     triton,
+    wait_for_previous,
 )
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
 
@@ -98,6 +101,7 @@ def _varlen_prefill_kernel(
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program takes a tile of BLOCK_M queries of one head of one sequence.
 
@@ -129,6 +133,7 @@ def _varlen_prefill_kernel(
         k_len = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
     if first_query >= q_len:  # the grid is that of the longest sequence, or the longest list
         return
+    wait_for_previous(PDL)
     queries = first_query + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     q_mask = (queries < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -207,6 +212,7 @@ def _varlen_prefill_kernel(
             row_max = new_max
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         begin = end
+    launch_next(PDL)
     if tiles_ptr is not None:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of padding, whose result is zeros
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
@@ -312,10 +318,8 @@ def launch_prefill(
         and head_dim % 8 == 0
         and all(x.data_ptr() % 16 == 0 and 2 * x.stride(0) % 16 == 0 for x in (k, v))
     )
-    keys, values = k, v
-    if uses_tma:
-        keys = _tile_descriptor(k, config.block_n, block_d)
-        values = _tile_descriptor(v, config.block_n, block_d)
+    keys = _tile_descriptor(k, config.block_n, block_d) if uses_tma else k
+    values = _tile_descriptor(v, config.block_n, block_d) if uses_tma else v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _varlen_prefill_kernel[grid](
         q,
@@ -344,6 +348,7 @@ def launch_prefill(
         TMA=uses_tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **({"PDL": False} if tiles is None else pdl_options()),
     )
     return out
 
