@@ -21,8 +21,9 @@ MAX_DECODE_SIZE = 512
 # The tiles of `split_gemm` and decode attention depend on the size, and these cover their choices
 # but for some numbers of KV heads, or on smaller cards.
 SIZES_TO_COMPILE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# From 256 tokens on, padding is a third of a step at most. Above, the host has more time.
-PREFILL_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+# From 256 tokens on, padding is a third of a step at most. The host launches larger prefills faster
+# than the device runs them.
+PREFILL_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,9 @@ def test_tokens_of_transformers(small: Checkpoint, options: dict[str, Any], dtyp
         for prompt, tokens in zip(prompts, expected, strict=True):  # each in a graph of its size
             check([prompt], [tokens])
         sizes = llm.model_runner.padded_prefill.sizes  # type: ignore[union-attr]
-        assert {*sizes} - {*replays} <= {1024, 1280, 1536, 2048} and sum(replays.values()) > 20
+        # Of the sizes that a prompt can have, all.
+        assert {size for size in sizes if size <= 768} <= {*replays}
+        assert sum(replays.values()) > 20
         preempts = "num_kvcache_blocks" in options
         assert (llm.scheduler.counters["preemptions"] > 0) == preempts
         assert llm.scheduler.counters["prefix_hit_tokens"] > 0
