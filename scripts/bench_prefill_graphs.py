@@ -1,6 +1,6 @@
 """Small prefills on a GPU: how long a step takes the host and the device, as a graph and eagerly.
 
-    python scripts/bench_prefill_graphs.py [--model qwen3-0.6b] [--cached 0 1024] [--job [--profile]]
+    python scripts/bench_prefill_graphs.py [--model qwen3-0.6b] [--cached 0 1024] [--job]
 
 Random weights. Prints start-up time and, for each number of tokens, microseconds: `host` until a
 step is launched, `step` with one launched after the other, both of whole `launch_prefill` calls;
