@@ -5,12 +5,20 @@ in test_equality.py.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoint, generate_ids, greedy, make_llm, random_prompts
-from conftest import checkpoint as checkpoint
+from conftest import (
+    Checkpoint,
+    generate_ids,
+    greedy,
+    make_checkpoint,
+    make_llm,
+    random_prompts,
+)
+from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.graphs import StepGraph, StepOutput
@@ -84,6 +92,23 @@ def test_tokens_of_transformers(checkpoint: Checkpoint, case: str) -> None:
         counters = llm.scheduler.counters
         assert counters["prefix_hit_tokens"] > 0
         assert (counters["preemptions"] > 0) == (case == "tiny-cache")
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral-window", "qwen3-moe"])
+def test_windows_caps_and_experts(tmp_path: Path, family: str) -> None:
+    need(FAMILIES[family])
+    saved = make_checkpoint(tmp_path, **{"seed": 1, **FAMILIES[family]})
+    prompts = random_prompts(0, [1, 15, 48, 90])
+    prompts += [prompts[-1][:40] + tail for tail in random_prompts(1, [3, 20])]
+    expected = saved.complete(prompts, 12)
+    llm = make_llm(saved.path, 1, max_num_batched_tokens=100)
+    replays = add_graphs(llm, TORCH_TILED)
+    try:
+        for _ in range(2):  # the second time with prefix hits
+            assert generate_ids(llm, prompts, greedy(12)) == expected
+        assert sum(replay.count for replay in replays) > 2
     finally:
         llm.exit()
 
