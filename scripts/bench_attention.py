@@ -17,7 +17,8 @@ import torch
 
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode
-from nanovllm.kernels.varlen_prefill import PrefillConfig, prefill_config, varlen_prefill
+from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 # Qwen3-0.6B's attention
 HEADS = 16

@@ -24,14 +24,10 @@ from nanovllm.kernels.paged_decode import (
     paged_decode,
     paged_decode_torch,
 )
+from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.split_gemm import split_gemm
-from nanovllm.kernels.varlen_prefill import (
-    PrefillConfig,
-    prefill_config,
-    varlen_prefill,
-    varlen_prefill_torch,
-)
+from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -535,7 +531,7 @@ def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype
         "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory)
     )
     monkeypatch.setattr(
-        "nanovllm.kernels.varlen_prefill.device_limits", lambda device: (132, shared_memory)
+        "nanovllm.kernels.prefill_config.device_limits", lambda device: (132, shared_memory)
     )
     row = head_dim * dtype.itemsize
     for num_seqs in (1, 32, 256):

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.prefill_config import PrefillConfig
 from nanovllm.kernels.prefill_tiles import (
     make_tiles,
     max_tiles,
     tiled_prefill,
     tiled_prefill_torch,
 )
-from nanovllm.kernels.varlen_prefill import PrefillConfig, varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}

@@ -8,8 +8,8 @@ from nanovllm.engine.graphs import PREFILL_SIZES
 from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.step_buffers import SEQUENCE, TILE, TOKEN, InputArray, StepBuffers
 from nanovllm.kernels.attention_backend import TiledPlan
+from nanovllm.kernels.prefill_config import prefill_config
 from nanovllm.kernels.prefill_tiles import FIELDS, make_tiles, max_tiles
-from nanovllm.kernels.varlen_prefill import prefill_config
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import StepInputs
 

@@ -22,8 +22,9 @@ any earlier ones are.
 import numpy as np
 from torch import Tensor
 
+from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
-from nanovllm.kernels.varlen_prefill import PrefillConfig, launch_prefill, prefill_config
+from nanovllm.kernels.varlen_prefill import launch_prefill
 
 FIELDS = 4  # of a tile, as above
 
