@@ -17,6 +17,7 @@ import example
 from nanovllm.config import Config
 from nanovllm.models import MODELS, model_class
 from scripts import compare_json
+from scripts.workloads import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 151_936
@@ -139,7 +140,7 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("shape", bench.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_those_of_the_real_models(shape: str, tmp_path: Path) -> None:
     """An engine's configuration is made of each, and a model of as many parameters as are in the
     published checkpoint; tied ones count once.
