@@ -17,7 +17,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     names = [*WORKLOADS, "all"]
-    add("--workload", choices=names, default="mixed", help="default: mixed; all: in one engine")
+    add(
+        "--workload",
+        nargs="+",
+        choices=names,
+        default=["mixed"],
+        metavar="NAME",
+        help="one or more of those below, or all (default: mixed)",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="local directory or hub id (default: see --shape)")
     what.add_argument(
@@ -56,8 +63,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--attention-backend", default="auto", help=backends)
     ranks = "ranks to split the model over"
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help=ranks)
-    most = "most sequences at once (default: 512)"
-    add("--max-num-seqs", type=int, default=512, metavar="N", help=most)
+    most = "most sequences at once (default: 512, for job 256; in a small load an eighth of it)"
+    add("--max-num-seqs", type=int, metavar="N", help=most)
+    longest = "of a sequence (default: 4096 tokens, for long 32768; in a small load less)"
+    add("--max-model-len", type=int, metavar="N", help=longest)
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     add("--enforce-eager", action="store_true", help="decode without CUDA graphs")
     return parser
