@@ -4,20 +4,24 @@
 #
 #   scripts/check_gpu.sh DIRECTORY [tests|figures]           # without a second word: both
 #   scripts/check_gpu.sh DIRECTORY ranks
-#   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY
+#   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY [WORKLOAD...]
 #   scripts/check_gpu.sh DIRECTORY compare-ranks BASE_DIRECTORY
 #
 # Logs and results go to DIRECTORY. Each part takes less than ten minutes.
 #   tests          on one GPU, three to five minutes; side by side, as what counts is that they pass
-#   figures        on one GPU, three minutes
+#   figures        on one GPU, some seven minutes
 #   ranks          tests and figures of tensor parallelism, on as many GPUs as there are
-#   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU: all
-#                  workloads, six runs each; prints the medians and their ratio; seven minutes
+#   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU, six runs
+#                  of each workload; prints the medians and their ratio. Without WORKLOADs those that share
+#                  an engine: some eight minutes. `job` takes as long, `long` three minutes: each is a call
+#                  of its own. A bench.py that takes but one name is compared one workload at a time
 #   compare-ranks  the same on two GPUs: `prefill` and `mixed` of Qwen3-8B's shape
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 what=${2:-all}
 base=${3:+$(cd "$3" && pwd)}
+workloads=("${@:4}")
+[[ ${#workloads[@]} -gt 0 ]] || workloads=(mixed single prefill prefix queue small medium)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120)
@@ -25,7 +29,7 @@ alone='memory or of_use or do_not_hold or test_times'  # what measures time or m
 
 bench() {  # NAME OPTIONS...
     echo "$1: bench.py ${*:2}"
-    timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
+    timeout 400 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
 }
 
 # Runs bench.py of the base tree and of this one in turn, in the order base, new, new, base, so that a
@@ -91,7 +95,7 @@ if [[ $what == ranks ]]; then
     timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
 fi
 if [[ $what == compare ]]; then
-    compare compare --workload all --repeats 3
+    compare "compare-$(IFS=-; echo "${workloads[*]}")" --workload "${workloads[@]}" --repeats 3
 fi
 if [[ $what == compare-ranks ]]; then
     export CUDA_VISIBLE_DEVICES=0,1
