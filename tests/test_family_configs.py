@@ -57,6 +57,43 @@ def test_types_are_named_of_every_layer(tmp_path: Path) -> None:
         make_llm("no/such/path", load_format="dummy", hf_config=config)
 
 
+@pytest.mark.parametrize(
+    "architecture, overrides, message",
+    [
+        (QWEN3, dict(intermediate_size=-3), "intermediate_size must be at least 1, not -3"),
+        (QWEN3, dict(num_attention_heads=0), "num_attention_heads must be at least 1, not 0"),
+        (QWEN3, dict(max_position_embeddings=0), "max_position_embeddings must be at least 1"),
+        (
+            QWEN3,
+            dict(rope_scaling=dict(rope_type="yarn", factor=2.0), rope_theta=1.0),
+            "RoPE of type 'yarn' cannot be computed .* with theta 1.0",
+        ),
+        (
+            QWEN3,
+            dict(rope_scaling=dict(rope_type="dynamic", factor=2.0), head_dim=2),
+            "RoPE of type 'dynamic' cannot be computed",
+        ),
+        ("Gemma3ForCausalLM", dict(query_pre_attn_scalar=0), "positive query_pre_attn_scalar"),
+        ("Gemma2ForCausalLM", dict(final_logit_softcapping=0.0), "positive final_logit_softc"),
+        ("GraniteForCausalLM", dict(logits_scaling=0.0), "positive logits_scaling, not 0.0"),
+        ("GraniteForCausalLM", dict(attention_multiplier=-1.0), "positive attention_multiplier"),
+        (
+            "SmolLM3ForCausalLM",
+            dict(no_rope_layers=[1]),
+            "no_rope_layers names 1 layers, and num_hidden_layers is 2",
+        ),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_refused(
+    architecture: str, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    checkpoint = make_checkpoint(tmp_path, architecture)
+    with pytest.raises(ValueError, match=message):
+        make_llm(checkpoint.path, hf_overrides=overrides)
+
+
 def test_layers_that_rotate_alike_share_a_table() -> None:
     types = ["full_attention", "sliding_attention", "full_attention"]
     options = dict(

@@ -19,7 +19,17 @@ from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.rope import rope_frequencies
+from nanovllm.utils.checks import Range, check_value
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
 
@@ -166,6 +176,8 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        for name in SIZES:
+            check_value(name, getattr(config, name), int, Range(1))
         activation(config)
         types = layer_types(config)
         if len(types) < config.num_hidden_layers:
