@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import QWEN3, generate_ids, greedy, make_checkpoint, make_llm
+from conftest import QWEN3, edit_json, generate_ids, greedy, make_checkpoint, make_llm
 
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.causal_lm import rotary_embeddings, windows
@@ -92,6 +92,33 @@ def test_numbers_that_no_model_can_have_are_refused(
     checkpoint = make_checkpoint(tmp_path, architecture)
     with pytest.raises(ValueError, match=message):
         make_llm(checkpoint.path, hf_overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, message",
+    [
+        # transformers goes by the type, and would read other options than the class here.
+        (QWEN3, dict(model_type="qwen3_moe"), "names the architecture Qwen3ForCausalLM, and the"),
+        (
+            "LlamaForCausalLM",
+            dict(architectures=["Qwen3MoeForCausalLM"]),
+            "the model_type 'llama', which is another model's; it must be qwen3_moe",
+        ),
+        (
+            "LlamaForCausalLM",
+            dict(architectures=["Gemma3ForConditionalGeneration"]),
+            "Gemma3ForConditionalGeneration with a text model of type None is not supported",
+        ),
+        (QWEN3, dict(architectures=QWEN3), "must have a list of names as architectures, not 'Qw"),
+    ],
+)
+def test_architecture_and_type_of_a_model_belong_together(
+    architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path, architecture)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        make_llm(checkpoint.path)
 
 
 def test_layers_that_rotate_alike_share_a_table() -> None:

@@ -108,6 +108,7 @@ class Gemma3Model(DecoderModel):
 class Gemma3ForCausalLM(CausalLM):
     """Gemma 3 and 2, text only."""
 
+    model_types = ("gemma3_text", "gemma2")
     layer_class = Gemma3DecoderLayer
     model_class = Gemma3Model
 

@@ -62,6 +62,7 @@ class GraniteModel(DecoderModel):
 class GraniteForCausalLM(CausalLM):
     """Granite, dense."""
 
+    model_types = ("granite",)
     layer_class = GraniteDecoderLayer
     model_class = GraniteModel
 

@@ -30,6 +30,7 @@ class SmolLM3DecoderLayer(LlamaDecoderLayer):
 class SmolLM3ForCausalLM(CausalLM):
     """SmolLM3, dense."""
 
+    model_types = ("smollm3",)
     layer_class = SmolLM3DecoderLayer
 
     @classmethod
