@@ -19,7 +19,17 @@ from nanovllm.layers.linear import RowParallelLinear, check_sharding
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.rope import rope_frequencies
+from nanovllm.utils.checks import Range, check_value
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
 
@@ -153,6 +163,7 @@ class DecoderModel(nn.Module):
 class CausalLM(nn.Module):
     """A language model, for positions below `max_position`."""
 
+    model_types: ClassVar[tuple[str, ...]]  # of the configurations whose options it reads
     layer_class: ClassVar[type[DecoderLayer]]
     model_class: ClassVar[type[DecoderModel]] = DecoderModel
 
@@ -166,6 +177,15 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        if config.model_type not in cls.model_types:
+            names = ", ".join(config.architectures or [cls.__name__])
+            raise ValueError(
+                f"config.json names the architecture {names}, and the model_type "
+                f"{config.model_type!r}, which is another model's; it must be "
+                f"{' or '.join(cls.model_types)}"
+            )
+        for name in SIZES:
+            check_value(name, getattr(config, name), int, Range(1))
         activation(config)
         types = layer_types(config)
         if len(types) < config.num_hidden_layers:

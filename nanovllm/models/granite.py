@@ -12,6 +12,7 @@ from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.causal_lm import CausalLM, DecoderLayer, DecoderModel, check_option
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
+from nanovllm.models.rope import positive
 
 
 class GraniteAttention(LlamaAttention):
@@ -61,6 +62,7 @@ class GraniteModel(DecoderModel):
 class GraniteForCausalLM(CausalLM):
     """Granite, dense."""
 
+    model_types = ("granite",)
     layer_class = GraniteDecoderLayer
     model_class = GraniteModel
 
@@ -73,6 +75,8 @@ class GraniteForCausalLM(CausalLM):
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
         check_option(config, "mlp_bias", False, None)
+        positive("attention_multiplier", config.attention_multiplier)
+        positive("logits_scaling", config.logits_scaling)
 
     def compute_logits(self, normed: Normed) -> Tensor:
         """Compute this rank's logits `[n, vocab / tp]` of what `forward` returns."""

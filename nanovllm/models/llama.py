@@ -75,6 +75,7 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """Llama, dense."""
 
+    model_types = ("llama",)
     layer_class = LlamaDecoderLayer
 
     @classmethod

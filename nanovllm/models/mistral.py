@@ -31,6 +31,7 @@ class MistralDecoderLayer(LlamaDecoderLayer):
 class MistralForCausalLM(CausalLM):
     """Mistral and Ministral, dense."""
 
+    model_types = ("mistral", "ministral")
     layer_class = MistralDecoderLayer
 
     @classmethod
