@@ -10,7 +10,7 @@ import transformers
 from conftest import QWEN3, generate_ids, greedy, make_checkpoint, make_llm
 
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.models.causal_lm import rotary_embeddings, windows
+from nanovllm.models.options import rotary_embeddings, windows
 
 
 @pytest.mark.parametrize(

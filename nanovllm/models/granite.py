@@ -4,13 +4,13 @@ Llama with four multipliers, of embeddings, attention scores, what a layer adds,
 make one learning rate right for models of all sizes (Yang et al., Tensor Programs V, 2022).
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, DecoderLayer, DecoderModel, check_option
+from nanovllm.models.causal_lm import CausalLM, DecoderModel
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
 
 
@@ -48,7 +48,7 @@ class GraniteModel(DecoderModel):
     """Embedding, multiplied; decoder layers, norm."""
 
     def __init__(
-        self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
+        self, config: PretrainedConfig, max_position: int, layer_class: type[nn.Module]
     ) -> None:
         super().__init__(config, max_position, layer_class)
         self.multiplier = float(config.embedding_multiplier)
@@ -67,12 +67,6 @@ class GraniteForCausalLM(CausalLM):
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__(config, max_position)
         self.logits_scaling = float(config.logits_scaling)
-
-    @classmethod
-    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
-        """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        super().check_config(config, tp_size)
-        check_option(config, "mlp_bias", False, None)
 
     def compute_logits(self, normed: Normed) -> Tensor:
         """Compute this rank's logits `[n, vocab / tp]` of what `forward` returns."""

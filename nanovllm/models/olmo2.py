@@ -22,7 +22,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size, windows
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.options import head_size, windows
 from nanovllm.quantization.weight_format import PLAIN
 from nanovllm.utils.loader import check_shape, set_weight_loader
 from nanovllm.utils.tensor_parallel import get_tensor_parallel

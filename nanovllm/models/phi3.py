@@ -13,9 +13,10 @@ from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
 from nanovllm.models.llama import LlamaDecoderLayer
 from nanovllm.models.mistral import MistralAttention
+from nanovllm.models.options import check_option
 from nanovllm.quantization.weight_format import Shard
 
 
@@ -77,5 +78,4 @@ class Phi3ForCausalLM(CausalLM):
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
         check_option(config, "attention_bias", False, None)
-        check_option(config, "mlp_bias", False, None)
         check_option(config, "lm_head_bias", False, None)
