@@ -36,9 +36,8 @@ class DecodeConfig(NamedTuple):
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
     num_stages: int = 3  # tiles in shared memory: the one that is computed, and those on their way
-    max_registers: int | None = (
-        None  # of a thread; with fewer, more programs share a multiprocessor
-    )
+    # Of a thread; with fewer, more programs share a multiprocessor. None: as many as it wants.
+    max_registers: int | None = None
 
 
 def decode_config(
