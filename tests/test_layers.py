@@ -27,9 +27,9 @@ from nanovllm.layers.linear import (
     RowParallelLinear,
 )
 from nanovllm.layers.residual import ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.rope import rope_frequencies
+from nanovllm.models.rope import default_frequencies, rope_frequencies
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.tensor_parallel import get_tensor_parallel, tensor_parallel

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nanovllm.layers.rotary_embedding import default_frequencies
+
+def default_frequencies(rotary_size: int, theta: float) -> Tensor:
+    """Angles by which one position turns each pair, `theta^(-2 i / rotary_size)` of pair i.
+
+    `[rotary_size / 2]` float32, on the CPU whatever the model's device: everywhere the same.
+    """
+    exponents = torch.arange(0, rotary_size, 2, dtype=torch.float32, device="cpu") / rotary_size
+    return 1.0 / theta**exponents
 
 
 class Rope(NamedTuple):
