@@ -56,7 +56,7 @@ def assert_near(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 19, 130])
+@pytest.mark.parametrize("num_tokens", [1, 2, 19, 130])
 @pytest.mark.parametrize("num_experts, top_k, hidden", [(8, 2, 32), (60, 4, 50), (128, 8, 300)])
 @pytest.mark.parametrize("is_normalized", [True, False])
 @both_dtypes
@@ -183,7 +183,7 @@ def down64(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
 
 @needs_triton
 @pytest.mark.parametrize("kind", ROUTINGS)
-@pytest.mark.parametrize("num_tokens", [2, 16, 37])
+@pytest.mark.parametrize("num_tokens", [2, 37])
 @pytest.mark.parametrize(
     "num_experts, top_k, hidden, intermediate", [(8, 2, 64, 32), (10, 3, 40, 72), (5, 2, 33, 25)]
 )
@@ -265,7 +265,7 @@ def test_tiles_fit_the_shared_memory(
 @pytest.mark.parametrize(
     "num_experts, top_k, hidden, intermediate", [(8, 2, 64, 32), (5, 3, 300, 264), (4, 1, 33, 25)]
 )
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [2, 8])
 @both_dtypes
 def test_one_token(
     num_experts: int, top_k: int, hidden: int, intermediate: int, rows: int, dtype: torch.dtype
@@ -330,7 +330,7 @@ def run_kernels(x: Tensor, weights: MoEWeights) -> Tensor:
 
 @pytest.mark.parametrize("run", [moe_torch, pytest.param(run_kernels, marks=needs_triton)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 23])
-@pytest.mark.parametrize("sizes", [(8, 2, 64, 32), (11, 4, 40, 24), (3, 3, 33, 17)], ids=str)
+@pytest.mark.parametrize("sizes", [(11, 4, 40, 24), (3, 3, 33, 17)], ids=str)
 @pytest.mark.parametrize("is_normalized", [True, False])
 @both_dtypes
 def test_mixture_of_experts(
