@@ -163,13 +163,14 @@ def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
     names = hf_config.architectures
     if not names or not is_wrapper(names):
         return hf_config
-    text: PretrainedConfig = hf_config.text_config
-    if text.model_type not in TEXT_MODELS:
+    text: Any = getattr(hf_config, "text_config", None)  # a PretrainedConfig, if there is one
+    text_type = getattr(text, "model_type", None)
+    if text_type not in TEXT_MODELS:
         raise ValueError(
-            f"{names[0]} with a text model of type {text.model_type!r} is not "
+            f"{names[0]} with a text model of type {text_type!r} is not "
             f"supported; supported: {', '.join(TEXT_MODELS)}"
         )
-    text.architectures = [TEXT_MODELS[text.model_type]]
+    text.architectures = [TEXT_MODELS[text_type]]
     # What is said of the whole counts before what is said of the part.
     text.dtype = stored_dtype(hf_config, stored_dtype(text))
     for name in ("eos_token_id", "quantization_config"):
@@ -201,6 +202,8 @@ def check_architecture(names: object, source: str, supported: Collection[str]) -
     """Raise a ValueError unless the first of `names`, which is what `source` has under
     "architectures" (in a file that may be anything), is in `supported`, or that is empty.
     """
+    if supported and isinstance(names, str):
+        raise ValueError(f"{source} must have a list of names as architectures, not {names!r}")
     name = names[0] if isinstance(names, list) and names else names
     if supported and name not in list(supported):  # a list, because `name` may not be hashable
         raise ValueError(

@@ -22,6 +22,7 @@ from nanovllm.models.options import (
     check_layer_types,
     check_option,
     check_sharding,
+    check_sizes,
     layer_types,
     rotary_embeddings,
 )
@@ -70,6 +71,7 @@ class DecoderModel(nn.Module):
 class CausalLM(nn.Module):
     """A language model, for positions below `max_position`."""
 
+    model_types: ClassVar[tuple[str, ...]]  # of the configurations whose options it reads
     # A family's decoder layer: made with the configuration, its number and its rotary embedding;
     # called with the positions and the stream, in which it updates the hidden states.
     layer_class: ClassVar[type[nn.Module]]
@@ -85,6 +87,14 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        if config.model_type not in cls.model_types:
+            names = ", ".join(config.architectures or [cls.__name__])
+            raise ValueError(
+                f"config.json names the architecture {names}, and the model_type "
+                f"{config.model_type!r}, which is another model's; it must be "
+                f"{' or '.join(cls.model_types)}"
+            )
+        check_sizes(config)
         activation(config)
         check_layer_types(config)
         check_option(config, "mlp_bias", False, None)

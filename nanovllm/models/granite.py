@@ -12,6 +12,7 @@ from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.causal_lm import CausalLM, DecoderModel
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
+from nanovllm.models.rope import positive
 
 
 class GraniteAttention(LlamaAttention):
@@ -61,12 +62,20 @@ class GraniteModel(DecoderModel):
 class GraniteForCausalLM(CausalLM):
     """Granite, dense."""
 
+    model_types = ("granite",)
     layer_class = GraniteDecoderLayer
     model_class = GraniteModel
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__(config, max_position)
         self.logits_scaling = float(config.logits_scaling)
+
+    @classmethod
+    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
+        """Raise a ValueError for what this code would run wrongly, or could not be split."""
+        super().check_config(config, tp_size)
+        positive("attention_multiplier", config.attention_multiplier)
+        positive("logits_scaling", config.logits_scaling)
 
     def compute_logits(self, normed: Normed) -> Tensor:
         """Compute this rank's logits `[n, vocab / tp]` of what `forward` returns."""

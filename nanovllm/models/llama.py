@@ -76,4 +76,5 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """Llama, dense."""
 
+    model_types = ("llama",)
     layer_class = LlamaDecoderLayer

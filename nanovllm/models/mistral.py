@@ -32,6 +32,7 @@ class MistralDecoderLayer(LlamaDecoderLayer):
 class MistralForCausalLM(CausalLM):
     """Mistral and Ministral, dense."""
 
+    model_types = ("mistral", "ministral")
     layer_class = MistralDecoderLayer
 
     @classmethod

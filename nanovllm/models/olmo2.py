@@ -110,4 +110,5 @@ class Olmo2DecoderLayer(nn.Module):
 class Olmo2ForCausalLM(CausalLM):
     """OLMo 2 and 3, dense."""
 
+    model_types = ("olmo2", "olmo3")
     layer_class = Olmo2DecoderLayer

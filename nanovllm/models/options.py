@@ -10,7 +10,17 @@ from transformers import PretrainedConfig
 from nanovllm.layers.linear import divide
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.rope import rope_frequencies
+from nanovllm.utils.checks import Range, check_value
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 FULL = "full_attention"  # transformers' names for the types of layers
 WINDOWED = "sliding_attention"
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names, and ours
@@ -24,6 +34,12 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
         raise ValueError(
             f"{name} {value!r} is not supported for {config.model_type}; supported: {allowed}"
         )
+
+
+def check_sizes(config: PretrainedConfig) -> None:
+    """Raise a TypeError or ValueError unless all sizes are positive integers."""
+    for name in SIZES:
+        check_value(name, getattr(config, name), int, Range(1))
 
 
 def activation(config: PretrainedConfig) -> str:

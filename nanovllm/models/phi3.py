@@ -70,6 +70,7 @@ class Phi3DecoderLayer(LlamaDecoderLayer):
 class Phi3ForCausalLM(CausalLM):
     """Phi-3 and Phi-4, dense."""
 
+    model_types = ("phi3",)
     layer_class = Phi3DecoderLayer
 
     @classmethod

@@ -66,4 +66,5 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3ForCausalLM(CausalLM):
     """Qwen3 and Qwen2, dense."""
 
+    model_types = ("qwen3", "qwen2")
     layer_class = Qwen3DecoderLayer

@@ -57,6 +57,7 @@ class Qwen3MoeDecoderLayer(nn.Module):
 class Qwen3MoeForCausalLM(CausalLM):
     """Qwen3 with experts."""
 
+    model_types = ("qwen3_moe",)
     layer_class = Qwen3MoeDecoderLayer
 
     @classmethod

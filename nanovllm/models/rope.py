@@ -95,7 +95,13 @@ def rope_frequencies(
         raise ValueError(
             f"RoPE of type {options.kind!r} is not supported; supported: {', '.join(KINDS)}"
         )
-    return KINDS[options.kind](options)
+    try:
+        return KINDS[options.kind](options)
+    except ArithmeticError as error:  # YaRN's logarithm of a theta of 1 is 0, for one
+        raise ValueError(
+            f"RoPE of type {options.kind!r} cannot be computed ({error}) with theta "
+            f"{options.theta} and {options.values}; check them in the model's config.json"
+        ) from error
 
 
 def read_options(
