@@ -17,15 +17,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.residual import Normed, ResidualStream
-from nanovllm.models.options import (
-    activation,
-    check_layer_types,
-    check_option,
-    check_sharding,
-    check_sizes,
-    layer_types,
-    rotary_embeddings,
-)
+from nanovllm.models.options import activation, check_shared_options, layer_types, rotary_embeddings
 
 
 class GatedMLP(nn.Module):
@@ -87,22 +79,7 @@ class CausalLM(nn.Module):
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        if config.model_type not in cls.model_types:
-            names = ", ".join(config.architectures or [cls.__name__])
-            raise ValueError(
-                f"config.json names the architecture {names}, and the model_type "
-                f"{config.model_type!r}, which is another model's; it must be "
-                f"{' or '.join(cls.model_types)}"
-            )
-        check_sizes(config)
-        activation(config)
-        check_layer_types(config)
-        check_option(config, "mlp_bias", False, None)
-        if getattr(config, "quantization_config", None):
-            raise ValueError(
-                "quantised checkpoints are not supported; use a bf16, fp16 or fp32 one"
-            )
-        check_sharding(config, tp_size)
+        check_shared_options(config, cls.model_types, tp_size)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Normed:
         """Compute hidden states `[n, hidden_size]`, normalised, of `[num_tokens]` int64 inputs."""

@@ -36,6 +36,28 @@ def check_option(config: PretrainedConfig, name: str, *supported: object) -> Non
         )
 
 
+def check_shared_options(
+    config: PretrainedConfig, model_types: tuple[str, ...], tp_size: int
+) -> None:
+    """Raise a ValueError for what the code of no family runs, or could not be split.
+
+    model_types: those of the configurations that the family reads.
+    """
+    if config.model_type not in model_types:
+        raise ValueError(
+            f"config.json names the architecture {', '.join(config.architectures or ())}, and the "
+            f"model_type {config.model_type!r}, which is another model's; it must be "
+            f"{' or '.join(model_types)}"
+        )
+    check_sizes(config)
+    activation(config)
+    check_layer_types(config)
+    check_option(config, "mlp_bias", False, None)
+    if getattr(config, "quantization_config", None):
+        raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
+    check_sharding(config, tp_size)
+
+
 def check_sizes(config: PretrainedConfig) -> None:
     """Raise a TypeError or ValueError unless all sizes are positive integers."""
     for name in SIZES:
