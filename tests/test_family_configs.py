@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import QWEN3, edit_json, generate_ids, greedy, make_checkpoint, make_llm
 
+from nanovllm.config import Config
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.options import rotary_embeddings, windows
 
@@ -119,6 +120,18 @@ def test_architecture_and_type_of_a_model_belong_together(
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
         make_llm(checkpoint.path)
+
+
+def test_dtypes_that_no_model_is_run_in_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", dtype="float64", torch_dtype="float64")
+    assert Config(checkpoint.path, device="cpu").dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="the checkpoint's dtype is float64"):
+        Config(checkpoint.path, device="cuda")
+    assert Config(checkpoint.path, device="cuda", dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_layers_that_rotate_alike_share_a_table() -> None:
