@@ -371,3 +371,26 @@ def test_large_prefills_in_chunks(
     out = moe_in_chunks(x, weights, residual)
     assert residual is None or out is residual
     assert_near(out, expected, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_only_the_chosen_experts_are_read(num_tokens: int) -> None:
+    """0 times NaN is NaN: an expert's weight that is read into any sum would show."""
+    x = randn(num_tokens, 32)
+    weights = MoEWeights(
+        router=randn(12, 32),
+        gate_up=randn(12, 2 * 24, 32, std=0.2),
+        down=randn(12, 32, 24, std=0.2),
+        top_k=2,
+        is_normalized=True,
+    )
+    expected = moe_torch(x, weights)
+    chosen, _ = route_torch(x, weights.router, 2, True)
+    others = torch.ones(12, dtype=torch.bool, device=DEVICE)
+    others[chosen.flatten()] = False
+    assert others.sum() >= 4
+    weights.gate_up[others] = float("nan")
+    weights.down[others] = float("nan")
+    out = moe_gemv(x, weights) if num_tokens == 1 else moe_partial_sums(x, weights).sum(0)
+    assert_near(out, expected.double(), torch.float32)
