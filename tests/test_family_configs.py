@@ -11,7 +11,7 @@ from conftest import QWEN3, edit_json, generate_ids, greedy, make_checkpoint, ma
 
 from nanovllm.config import Config
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.models.causal_lm import rotary_embeddings, windows
+from nanovllm.models.options import rotary_embeddings, windows
 
 
 @pytest.mark.parametrize(

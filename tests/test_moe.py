@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nanovllm.kernels import moe
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
-from nanovllm.layers import moe as moe_layer
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import ResidualStream
+from nanovllm.models import sparse_moe as moe_layer
+from nanovllm.models.sparse_moe import SparseMoE
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 needs_interpreter = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels import grouped_gemm, moe
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.expert_gemv import GemvConfig, expert_down_gemv, expert_gate_up_gemv
+from nanovllm.kernels.expert_gemv import ExpertGemvConfig, expert_down_gemv, expert_gate_up_gemv
 from nanovllm.kernels.grouped_gemm import GroupedConfig, expert_down, expert_gate_up, grouped_config
 from nanovllm.kernels.moe import (
     MoEWeights,
@@ -274,7 +274,7 @@ def test_one_token(
     gate_up = randn(num_experts, 2 * intermediate, hidden, dtype=dtype, std=0.1)
     down = randn(num_experts, hidden, intermediate, dtype=dtype, std=0.1)
     x, activation = randn(1, hidden, dtype=dtype), randn(top_k, intermediate, dtype=dtype)
-    config = GemvConfig(rows, 4)
+    config = ExpertGemvConfig(rows, 4)
     out = expert_gate_up_gemv(x, gate_up, routing, config=config)
     assert_near(out, gate_up64(x, gate_up, routing.experts), dtype)
     norm = randn(hidden, dtype=dtype)

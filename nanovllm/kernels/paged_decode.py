@@ -36,9 +36,8 @@ class DecodeConfig(NamedTuple):
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
     num_stages: int = 3  # tiles in shared memory: the one that is computed, and those on their way
-    max_registers: int | None = (
-        None  # of a thread; with fewer, more programs share a multiprocessor
-    )
+    # Of a thread; with fewer, more programs share a multiprocessor. None: as many as it wants.
+    max_registers: int | None = None
 
 
 def decode_config(
@@ -86,17 +85,21 @@ def decode_config(
 
 
 @triton.jit
-def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """The first tile of a sequence that its query sees, how many tiles from there on a split takes,
-    and how many splits then have any: at least 1.
-    """
-    first_seen = 0
+def _first_seen_tile(context_len, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """The first tile of a sequence that its query sees."""
     if WINDOW:
-        first_seen = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
-    num_tiles = tl.cdiv(context_len, BLOCK_N) - first_seen
+        first = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
+    else:
+        first = 0
+    return first
+
+
+@triton.jit
+def _divide_tiles(num_tiles, num_splits):
+    """How many tiles a split takes, and how many splits then have any: at least 1."""
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     used_splits = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
-    return first_seen, tiles_per_split, used_splits
+    return tiles_per_split, used_splits
 
 
 @triton.jit(do_not_specialize=["context_lens_ptr", "block_tables_ptr", "table_stride"])
@@ -135,9 +138,9 @@ def _paged_decode_kernel(
     # A CUDA graph fixes the number of splits, but not the context length. So the tiles that there
     # are in this step are divided among the splits, and a split without any ends here.
     context_len = tl.load(context_lens_ptr + seq)
-    first_seen, tiles_per_split, used_splits = _divide_tiles(
-        context_len, num_splits, BLOCK_N, WINDOW
-    )
+    first_seen = _first_seen_tile(context_len, BLOCK_N, WINDOW)
+    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    tiles_per_split, used_splits = _divide_tiles(num_tiles - first_seen, num_splits)
     if split >= used_splits:
         return
     # At least 16 rows, as tl.dot needs them; those from GROUP on are padding.
@@ -148,7 +151,6 @@ def _paged_decode_kernel(
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     table_ptr = block_tables_ptr + seq * table_stride
     first_tile = first_seen + split * tiles_per_split
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
     # Of K and V, this step writes the newest token of each sequence, which lies in the sequence's
     # last tile. The other tiles were written by earlier steps. Each step begins with copies or
@@ -238,7 +240,8 @@ def _combine_kernel(
     launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens_ptr + row // HEADS)
-    _, _, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N, WINDOW)
+    first_seen = _first_seen_tile(context_len, BLOCK_N, WINDOW)
+    _, used_splits = _divide_tiles(tl.cdiv(context_len, BLOCK_N) - first_seen, num_splits)
     wait_for_previous(PDL)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)

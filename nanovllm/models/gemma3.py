@@ -14,15 +14,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import (
-    CausalLM,
-    DecoderLayer,
-    DecoderModel,
-    GatedMLP,
-    check_option,
-    head_size,
-    windows,
-)
+from nanovllm.models.causal_lm import CausalLM, DecoderModel, GatedMLP
+from nanovllm.models.options import check_option, head_size, windows
 from nanovllm.models.rope import positive
 
 
@@ -92,7 +85,7 @@ class Gemma3Model(DecoderModel):
     """Embedding times the square root of its size, decoder layers, norm."""
 
     def __init__(
-        self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
+        self, config: PretrainedConfig, max_position: int, layer_class: type[nn.Module]
     ) -> None:
         super().__init__(config, max_position, layer_class)
         self.norm = make_norm(config, config.hidden_size)
