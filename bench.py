@@ -1,4 +1,4 @@
-"""Throughput of the engine on six offline workloads.
+"""Throughput of the engine on nine offline workloads.
 
     python bench.py                           # GPU: Qwen3-0.6B's shape; CPU: the demo checkpoint
     python bench.py --workload all --repeats 3 --json results.json
@@ -16,9 +16,8 @@ import platform
 import sys
 import tempfile
 import time
-from ast import literal_eval
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,14 @@ import torch
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.trace import Trace
+from scripts.bench_options import parse_args
 from scripts.transformers_engine import load_transformers, run_transformers
 from scripts.workloads import (
-    LENGTHS_CUT,
     SEQUENCES_CUT,
     SHAPE_KEYS,
-    SHAPES,
     TOKEN_IDS,
     WORKLOADS,
+    Limits,
     Load,
     Workload,
     make_load,
@@ -43,7 +42,6 @@ from scripts.workloads import (
 )
 
 OURS = "nanovllm"
-MAX_MODEL_LEN = 4096
 WARMUP_REPEAT = 5_000  # a repeat that is never timed, so that no timed run meets its prompts
 WARMUP_TOKENS = 8
 ENGINE_OPTIONS = (
@@ -51,7 +49,6 @@ ENGINE_OPTIONS = (
     "dtype",
     "attention_backend",
     "tensor_parallel_size",
-    "max_num_seqs",
     "gpu_memory_utilization",
     "enforce_eager",
 )
@@ -92,99 +89,31 @@ class Result:
         return max(self.runs, key=lambda run: run.tokens_per_second)
 
 
-# --- the command line ---------------------------------------------------------------------------
+# --- what is run --------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All options; `bench.py --help` shows them."""
-    about = "; ".join(f"{workload.name}: {workload.about}" for workload in WORKLOADS.values())
-    parser = argparse.ArgumentParser(
-        description="Measure throughput.", epilog=f"workloads: {about}"
-    )
-    add = parser.add_argument
-    names = [*WORKLOADS, "all"]
-    add("--workload", choices=names, default="mixed", help="default: mixed; all: in one engine")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help="local directory or hub id (default: see --shape)")
-    what.add_argument(
-        "--shape",
-        choices=SHAPES,
-        help="a real model's shape with random weights "
-        "(default: qwen3-0.6b on a GPU; on a CPU the demo checkpoint instead)",
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="the full-size load (default on a GPU)")
-    size.add_argument("--small", action="store_true", help="a small one (default on a CPU)")
-    add("--repeats", type=int, default=1, help="timed runs of each workload; the best counts")
-    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
-    add("--json", metavar="FILE", help="write the results there, for machines")
-    add(
-        "--trace",
-        metavar="FILE",
-        help="trace the runs; the last one's goes there: .json for ui.perfetto.dev, "
-        ".svg or .png for a picture (needs matplotlib)",
-    )
-    other = "run the same load through another engine, greedily"
-    add("--compare", choices=["transformers"], help=other)
-    batch = "its static batch (default: 256; on a CPU 16)"
-    add("--compare-batch-size", type=int, metavar="N", help=batch)
-    devices = ["auto", "cuda", "cpu"]
-    add("--device", choices=devices, default="auto", help="auto: cuda if there is a GPU")
-    add(
-        "--sampling",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="more SamplingParams: top_k=20 top_p=0.95",
-    )
-    add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
-    backends = "auto, triton, flash_attn, flash_attn+triton, torch"
-    add("--attention-backend", default="auto", help=backends)
-    ranks = "ranks to split the model over"
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help=ranks)
-    most = "most sequences at once (default: 512)"
-    add("--max-num-seqs", type=int, default=512, metavar="N", help=most)
-    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
-    add("--enforce-eager", action="store_true", help="decode without CUDA graphs")
-    return parser
+def choose_workloads(args: argparse.Namespace, small: bool) -> list[Workload]:
+    """The workloads that the command line names, with the limits that it asks for."""
+    names = WORKLOADS if "all" in args.workload else dict.fromkeys(args.workload)
+    asked_for = {
+        name: getattr(args, name)
+        for name in ("max_num_seqs", "max_model_len")
+        if getattr(args, name) is not None
+    }
+    chosen = []
+    for name in names:
+        workload = WORKLOADS[name].small() if small else WORKLOADS[name]
+        limits = replace(workload.limits, **asked_for)
+        chosen.append(replace(workload, limits=limits))
+    return chosen
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; `sampling` becomes a dict of all sampling parameters."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for option in ("repeats", "compare_batch_size"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
-    try:
-        args.sampling = sampling_params(args.temperature, args.sampling)
-    except (SyntaxError, TypeError, ValueError) as error:
-        parser.error(f"--temperature, --sampling: {error}")
-    for option, file in (("--json", args.json), ("--trace", args.trace)):
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            parser.error(
-                f"{option} {file} cannot be written: it must name a file in a directory that exists"
-            )
-    return args
-
-
-def sampling_params(temperature: float, pairs: list[str]) -> dict[str, Any]:
-    """The sampling parameters that the command line asks for, checked.
-
-    Args:
-        temperature: 0 is greedy.
-        pairs: strings such as "top_k=20".
-    """
-    params: dict[str, Any] = {"temperature": temperature}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        params[name] = literal_eval(value)
-    SamplingParams(**params)  # raises if one of them is wrong
-    fixed = {"max_tokens", "ignore_eos", "stop", "stop_token_ids"} & set(params)
-    if fixed:
-        raise ValueError(f"{', '.join(sorted(fixed))}: the load says how many tokens there are")
-    return params
+def group_by_limits(workloads: list[Workload]) -> dict[Limits, list[Workload]]:
+    """The workloads of each engine: starting one takes longer than most workloads."""
+    groups: dict[Limits, list[Workload]] = {}
+    for workload in workloads:
+        groups.setdefault(workload.limits, []).append(workload)
+    return groups
 
 
 # --- running a load -----------------------------------------------------------------------------
@@ -265,22 +194,49 @@ def choose_model(args: argparse.Namespace, on_gpu: bool, scratch: str) -> Model:
     return Model(path, f"{shape} shape, random weights", has_random_weights=True)
 
 
-def build_llm(args: argparse.Namespace, model: Model) -> LLM:
-    """Our engine; an option that it refuses ends the program with the reason."""
+def build_llm(args: argparse.Namespace, model: Model, limits: Limits) -> LLM:
+    """Our engine.
+
+    Raises:
+        ValueError: it refuses an option, or the memory does not hold a sequence of such a length.
+    """
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
     load_format = "dummy" if model.has_random_weights else "auto"
-    try:
-        return LLM(model.path, max_model_len=MAX_MODEL_LEN, load_format=load_format, **options)
-    except ValueError as error:  # the message says what to change; a traceback would only hide it
-        sys.exit(f"bench.py: {error}")
+    return LLM(model.path, load_format=load_format, **asdict(limits), **options)
+
+
+def measure_ours(
+    llm: LLM, args: argparse.Namespace, workloads: list[Workload], traces: list[Trace] | None
+) -> list[Result]:
+    """Run these workloads one after the other, except those that the model is too short for.
+
+    Args:
+        llm: the engine.
+        args: the command line.
+        workloads: all with the limits of this engine.
+        traces: None, or a list that is to hold the trace of the last run.
+    """
+    config = llm.config
+    run = partial(run_engine, llm, sampling=args.sampling, traces=traces)
+    engine = Engine(OURS, config.hf_config.vocab_size, run)
+    results = []
+    for workload in workloads:
+        if workload.longest > config.max_model_len:
+            print(
+                f"\nLeft out: {workload.name}: it has sequences of up to {workload.longest} "
+                f"tokens, and max_model_len is {config.max_model_len}; give --small, or a --shape "
+                "or --model that takes more, or raise --max-model-len if that was given"
+            )
+            continue
+        llm.reset()  # one workload must not find another's prompts in the prefix cache
+        results.append(measure(engine, workload, args.repeats))
+    return results
 
 
 def compare_transformers(
     args: argparse.Namespace, config: Config, model: Model, workloads: list[Workload]
 ) -> list[Result]:
     """The same loads through transformers' `generate`: greedily, and in static batches."""
-    gc.collect()
-    torch.cuda.empty_cache()  # what our engine held
     batch_size = args.compare_batch_size or (256 if config.device == "cuda" else 16)
     print(f"\nNow transformers' generate: greedy, in static batches of {batch_size}")
     theirs = load_transformers(
@@ -341,51 +297,65 @@ def write_trace(trace: Trace, file: str) -> None:
         trace.save(file)
 
 
+def announce(facts: dict[str, Any], small: bool, vocab_size: int) -> None:
+    """Print what is measured, and on what."""
+    backend = facts["attention_backend"]
+    print(f"{facts['model']} | {facts['device']} | {facts['dtype']} | attention: {backend}")
+    if small:
+        cuts = sorted({workload.lengths_cut for workload in WORKLOADS.values()})
+        lengths = " or ".join(f"1/{cut}" for cut in cuts)
+        print(f"Small load: 1/{SEQUENCES_CUT} of the sequences, {lengths} of each length")
+    if vocab_size <= TOKEN_IDS:
+        print(f"Token ids 0 to {TOKEN_IDS} are taken modulo the vocabulary of {vocab_size}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure what the command line asks for; print it, and write it as JSON."""
     args = parse_args(argv)
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     small = args.small or not (on_gpu or args.full)
-    workloads = list(WORKLOADS.values()) if args.workload == "all" else [WORKLOADS[args.workload]]
-    if small:
-        workloads = [workload.small() for workload in workloads]
+    groups = group_by_limits(choose_workloads(args, small))
+    facts: dict[str, Any] = {}
+    traces: list[Trace] | None = [] if args.trace else None
+    results: list[Result] = []
 
     with tempfile.TemporaryDirectory() as scratch:
         model = choose_model(args, on_gpu, scratch)
-        start = time.perf_counter()
-        llm = build_llm(args, model)
-        startup = time.perf_counter() - start
-        config = llm.config
-        vocab_size = config.hf_config.vocab_size
-        facts = describe(llm, model, args)
-        facts |= {"startup_seconds": startup, "load": "small" if small else "full"}
-        backend = facts["attention_backend"]
-        print(f"{model.name} | {facts['device']} | {facts['dtype']} | attention: {backend}")
-        if small:
-            print(f"Small load: 1/{SEQUENCES_CUT} of the sequences, 1/{LENGTHS_CUT} of each length")
-        if vocab_size <= TOKEN_IDS:
-            print(f"Token ids 0 to {TOKEN_IDS} are taken modulo the vocabulary of {vocab_size}")
-        print(f"Start-up: {startup:.2f}s from LLM(...) to ready", flush=True)
-        longest = max(workload.longest for workload in workloads)
-        if longest > config.max_model_len:
-            sys.exit(
-                f"bench.py: the load has sequences of up to {longest} tokens, the model takes "
-                f"{config.max_model_len}; give --small, or a --shape or --model that takes more"
+        for limits, workloads in groups.items():
+            start = time.perf_counter()
+            try:
+                llm = build_llm(args, model, limits)
+            except ValueError as error:  # it says what to change; a traceback would only hide it
+                if not facts:
+                    sys.exit(f"bench.py: {error}")
+                names = ", ".join(workload.name for workload in workloads)
+                print(f"\nLeft out: {names}: {error}")
+                continue  # what the engines before it have measured is still reported
+            startup = time.perf_counter() - start
+            config = llm.config
+            if not facts:  # the first engine
+                facts = describe(llm, model, args)
+                facts |= {"startup_seconds": startup, "load": "small" if small else "full"}
+                announce(facts, small, config.hf_config.vocab_size)
+            else:
+                print()
+            print(
+                f"Start-up: {startup:.2f}s from LLM(...) to ready, for up to {config.max_num_seqs} "
+                f"sequences of up to {config.max_model_len} tokens",
+                flush=True,
             )
-
-        traces: list[Trace] | None = [] if args.trace else None
-        run = partial(run_engine, llm, sampling=args.sampling, traces=traces)
-        engine = Engine(OURS, vocab_size, run)
-        results = []
-        for workload in workloads:
-            llm.reset()  # one workload must not find another's prompts in the prefix cache
-            results.append(measure(engine, workload, args.repeats))
+            results += measure_ours(llm, args, workloads, traces)
+            llm.exit()
+            del llm  # else its memory would not be there for the next engine, or for transformers
+            gc.collect()
+            torch.cuda.empty_cache()
+        if not results:
+            sys.exit("bench.py: no workload is left to run")
         if traces:
             write_trace(traces[0], args.trace)
-        llm.exit()
         if args.compare:
-            del llm, run, engine  # nothing else holds the engine's memory
-            results += compare_transformers(args, config, model, workloads)
+            ran = [result.workload for result in results]
+            results += compare_transformers(args, config, model, ran)
 
     if len(results) > 1:
         print_table(results)

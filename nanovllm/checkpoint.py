@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from nanovllm.wrappers import TEXT_MODELS, WRAPPERS, is_wrapper, text_name
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which shard holds which tensor
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
@@ -30,15 +32,8 @@ TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.
 PROCESSOR_TEMPLATE = "chat_template.json"
 OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
-# Text models with an encoder of images around them, of which the text model is what is run; and the
-# architectures of text models, by the type of configuration that is inside.
-WRAPPERS = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
-TEXT_MODELS = {"gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM"}
-# What the names of their tensors begin with, and what that is without the wrapper: as the hub has
-# them, and as transformers names its modules since 4.52.
-TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
-IMAGE_TENSOR = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"  # may be one tensor with EMBEDDING (tied)
 Stored = tuple[Path, str]  # a file and the name of a tensor in it
 GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
 
@@ -151,11 +146,6 @@ def read_hf_config(path: Path, architectures: Collection[str] = ()) -> Pretraine
         raise ValueError(f"transformers cannot read {file}: {reason_of(error)}") from error
 
 
-def is_wrapper(architectures: object) -> bool:
-    """Whether the "architectures" of a config.json, which may be anything, name a wrapper."""
-    return isinstance(architectures, list) and architectures != [] and architectures[0] in WRAPPERS
-
-
 def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
     """The configuration of the text model of a checkpoint: its own, or one inside it. Raises a
     ValueError if that is of a type unknown here. Nothing is read from `path` if it is None.
@@ -163,13 +153,14 @@ def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
     names = hf_config.architectures
     if not names or not is_wrapper(names):
         return hf_config
-    text: PretrainedConfig = hf_config.text_config
-    if text.model_type not in TEXT_MODELS:
+    text: Any = getattr(hf_config, "text_config", None)  # a PretrainedConfig, if there is one
+    text_type = getattr(text, "model_type", None)
+    if text_type not in TEXT_MODELS:
         raise ValueError(
-            f"{names[0]} with a text model of type {text.model_type!r} is not "
+            f"{names[0]} with a text model of type {text_type!r} is not "
             f"supported; supported: {', '.join(TEXT_MODELS)}"
         )
-    text.architectures = [TEXT_MODELS[text.model_type]]
+    text.architectures = [TEXT_MODELS[text_type]]
     # What is said of the whole counts before what is said of the part.
     text.dtype = stored_dtype(hf_config, stored_dtype(text))
     for name in ("eos_token_id", "quantization_config"):
@@ -201,6 +192,8 @@ def check_architecture(names: object, source: str, supported: Collection[str]) -
     """Raise a ValueError unless the first of `names`, which is what `source` has under
     "architectures" (in a file that may be anything), is in `supported`, or that is empty.
     """
+    if supported and isinstance(names, str):
+        raise ValueError(f"{source} must have a list of names as architectures, not {names!r}")
     name = names[0] if isinstance(names, list) and names else names
     if supported and name not in list(supported):  # a list, because `name` may not be hashable
         raise ValueError(
@@ -357,19 +350,6 @@ def find_tensors(path: Path) -> dict[str, Stored]:
     return found
 
 
-def text_name(name: str) -> str | None:
-    """The name of a wrapped model's tensor in the text model; None if it is of the image encoder.
-
-    A name that is of neither is returned as it is: the loader will not know it.
-    """
-    if IMAGE_TENSOR.match(name):
-        return None
-    for prefix, replacement in TEXT_PREFIXES.items():
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
-
-
 def are_equal(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
     """Whether two tensors of a checkpoint hold the same values once they are read as `dtype`."""
     with open_weights(first[0]) as first_file, open_weights(second[0]) as second_file:
@@ -383,3 +363,25 @@ def are_equal(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
             if torch.equal(*pair):
                 return True
         return torch.equal(ours.to(dtype), theirs.to(dtype))
+
+
+def settle_tied_head(
+    expected: dict[str, Any], files: dict[str, Stored], dtype: torch.dtype
+) -> None:
+    """Decide what an `lm_head.weight` is for a model that has the embedding in its place.
+
+    A file may hold the shared tensor under either name, or under both. If these differ, then
+    transformers 5 uses both, and older versions, and vLLM, drop the head: a ValueError.
+
+    expected: by the names of the model's tensors, something of each. Of it and of `files` the name
+        that does not count is taken.
+    """
+    if EMBEDDING not in files:
+        expected[HEAD] = expected.pop(EMBEDDING)
+    elif are_equal(files[EMBEDDING], files[HEAD], dtype):
+        del files[HEAD]
+    else:
+        raise ValueError(
+            f"{files[HEAD][0]} holds an {HEAD} that differs from {EMBEDDING}, and config.json "
+            "has tie_word_embeddings; set that to false to use the head, or remove the tensor"
+        )

@@ -93,6 +93,10 @@ class Config:
         name = str(self.dtype)
         if name == "auto":
             name = "float32" if self.device == "cpu" else stored_dtype(self.hf_config)
+        if name not in DTYPES.names:
+            raise ValueError(
+                f"the checkpoint's dtype is {name}, in which no model is run; pass dtype='bfloat16'"
+            )
         self.dtype = getattr(torch, name)
         if self.num_kvcache_blocks != -1:
             self.check_kvcache(self.num_kvcache_blocks)

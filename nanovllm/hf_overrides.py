@@ -57,7 +57,7 @@ def override_rope(config: PretrainedConfig, name: str, value: Any) -> None:
     if not own:  # transformers 4, which has the theta elsewhere
         setattr(config, name, value)
         return
-    is_by_type = any(isinstance(options, dict) for options in own.values())
+    is_by_type = has_dicts(own)
     if name == "rope_theta":
         if is_by_type:
             raise ValueError(
@@ -70,12 +70,18 @@ def override_rope(config: PretrainedConfig, name: str, value: Any) -> None:
     if not is_by_type:
         config.rope_parameters = {**kept_options(own), **new}
         return
-    if not any(isinstance(options, dict) for options in new.values()):
+    if not has_dicts(new):
         new = {**own, "full_attention": new}  # families that differ by type scale only this one
-    config.rope_parameters = {
-        layer_type: {**kept_options(own.get(layer_type)), **(options or {})}
-        for layer_type, options in new.items()
-    }
+    by_type = {}
+    for layer_type, options in new.items():
+        kept = kept_options(own.get(layer_type))
+        by_type[layer_type] = {**kept, **(options or {})}
+    config.rope_parameters = by_type
+
+
+def has_dicts(rope_parameters: dict[str, Any]) -> bool:
+    """Whether options of RoPE are given for each type of layers, as a dict of its own."""
+    return any(isinstance(options, dict) for options in rope_parameters.values())
 
 
 def kept_options(rope_parameters: dict[str, Any] | None) -> dict[str, Any]:

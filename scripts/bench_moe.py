@@ -15,10 +15,10 @@ import torch
 
 from bench_attention import microseconds
 from nanovllm.kernels.expert_gemv import (
-    GemvConfig,
+    ExpertGemvConfig,
     expert_down_gemv,
     expert_gate_up_gemv,
-    gemv_config,
+    expert_gemv_config,
 )
 from nanovllm.kernels.grouped_gemm import (
     GroupedConfig,
@@ -40,7 +40,7 @@ PAIR_FLOPS = 2 * 3 * HIDDEN * INTERMEDIATE
 READ_GB_PER_S = 3000
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 # What --sweep tries.
-GEMV_CONFIGS = [GemvConfig(rows, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
+GEMV_CONFIGS = [ExpertGemvConfig(rows, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
 SMALL_CONFIGS = [  # with the tokens of the chosen configuration
     (rows, chunk, warps, stages)
     for rows in (64, 128)
@@ -147,7 +147,7 @@ class Work:
     def configs(self, is_gated: bool) -> tuple[object, list[object]]:
         """The configuration in use, and others to try."""
         if self.num_tokens == 1:
-            return gemv_config(HIDDEN if is_gated else TOP_K * 1024), list(GEMV_CONFIGS)
+            return expert_gemv_config(HIDDEN if is_gated else TOP_K * 1024), list(GEMV_CONFIGS)
         num_pairs = self.num_tokens * TOP_K
         used = grouped_config(num_pairs, NUM_EXPERTS, is_gated, DTYPE, self.inputs[0].device)
         if used.tokens >= 64:

@@ -3,21 +3,26 @@
 # commit. Run it from anywhere:
 #
 #   scripts/check_gpu.sh DIRECTORY [tests|figures]           # without a second word: both
-#   scripts/check_gpu.sh DIRECTORY ranks
-#   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY
+#   scripts/check_gpu.sh DIRECTORY ranks|families
+#   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY [WORKLOAD...]
 #   scripts/check_gpu.sh DIRECTORY compare-ranks BASE_DIRECTORY
 #
 # Logs and results go to DIRECTORY. Each part takes less than ten minutes.
 #   tests          on one GPU, three to five minutes; side by side, as what counts is that they pass
-#   figures        on one GPU, three minutes
+#   families       on one GPU, five minutes: 8B of Qwen and Llama, Gemma, a mixture of experts, windows
+#   figures        on one GPU, some seven minutes
 #   ranks          tests and figures of tensor parallelism, on as many GPUs as there are
-#   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU: all
-#                  workloads, six runs each; prints the medians and their ratio; seven minutes
+#   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU, six runs
+#                  of each workload; prints the medians and their ratio. Without WORKLOADs those that share
+#                  an engine: some eight minutes. `job` takes as long, `long` three minutes: each is a call
+#                  of its own. A bench.py that takes but one name is compared one workload at a time
 #   compare-ranks  the same on two GPUs: `prefill` and `mixed` of Qwen3-8B's shape
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 what=${2:-all}
 base=${3:+$(cd "$3" && pwd)}
+workloads=("${@:4}")
+[[ ${#workloads[@]} -gt 0 ]] || workloads=(mixed single prefill prefix queue small medium)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120)
@@ -25,7 +30,7 @@ alone='memory or of_use or do_not_hold or test_times'  # what measures time or m
 
 bench() {  # NAME OPTIONS...
     echo "$1: bench.py ${*:2}"
-    timeout 200 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
+    timeout 400 python bench.py "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | grep -E '^(Start-up|Total)|rror' | sed "s/^/$1: /"
 }
 
 # Runs bench.py of the base tree and of this one in turn, in the order base, new, new, base, so that a
@@ -54,7 +59,9 @@ if [[ $what == all || $what == tests ]]; then
     for selection in 'test_engine_gpu.py -k transformers' 'test_engine_gpu.py -k work_is_cut' \
         "test_engine_gpu.py -k 'not transformers and not work_is_cut and not ($alone)'" test_attention_gpu.py \
         "test_sampler_gpu.py ../test_sampling_options.py -k 'not ($alone)'" \
-        "test_requests_gpu.py test_trace_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py'; do
+        "test_requests_gpu.py test_trace_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py' \
+        "test_families_gpu.py -k gemma" "test_families_gpu.py -k 'not gemma'" \
+        'test_moe_gpu.py test_rope_gpu.py ../test_gate_and_norm.py' test_attention_options_gpu.py; do
         eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$i.log" 2>&1 &
         i=$((i + 1))
     done
@@ -69,6 +76,18 @@ if [[ $what == all || $what == figures ]]; then
     bench trace --workload mixed --repeats 3 --trace "$out/trace.json"
     timeout 120 python scripts/measure_notebook.py "$out/decode.json"
     timeout 60 python scripts/profile_steps.py > "$out/profile.txt" 2>&1
+fi
+if [[ $what == families ]]; then
+    for shape in qwen3-8b llama-3.1-8b; do
+        bench "$shape-single" --shape $shape --workload single --repeats 3
+        bench "$shape-mixed" --shape $shape --workload mixed --repeats 2
+    done
+    bench gemma-3-1b --shape gemma-3-1b --workload single --repeats 3
+    bench qwen3-30b-a3b-single --shape qwen3-30b-a3b --workload single --repeats 3
+    bench qwen3-30b-a3b-mixed --shape qwen3-30b-a3b --workload mixed --max-num-seqs 64 --repeats 1
+    timeout 60 python scripts/bench_moe.py 2>&1 | tee "$out/moe.txt"
+    timeout 60 python scripts/bench_attention.py --window 512 1024 2>&1 | tee "$out/window.txt"
+    timeout 90 python scripts/profile_steps.py --shape qwen3-30b-a3b --batch 1 64 > "$out/profile-moe.txt" 2>&1
 fi
 if [[ $what == ranks ]]; then
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -91,7 +110,7 @@ if [[ $what == ranks ]]; then
     timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"
 fi
 if [[ $what == compare ]]; then
-    compare compare --workload all --repeats 3
+    compare "compare-$(IFS=-; echo "${workloads[*]}")" --workload "${workloads[@]}" --repeats 3
 fi
 if [[ $what == compare-ranks ]]; then
     export CUDA_VISIBLE_DEVICES=0,1

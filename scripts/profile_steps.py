@@ -1,11 +1,12 @@
 """Where the time of a step goes on a GPU.
 
-    python scripts/profile_steps.py [--batch 1 16 256]
+    python scripts/profile_steps.py [--batch 1 16 256] [--shape qwen3-30b-a3b]
 
-Qwen3-0.6B's shape with random weights, 512 tokens of context. Prints, for each batch size, the wall
-time of a decode step through `LLM.step`, the sum of its kernels' times, and the kernels by the time
-they take; then the same for a prefill step of 16384 tokens. A kernel that waits for the one before
-it (programmatic dependent launch) is counted with that wait, so the sum may exceed the wall time.
+A real model's shape (Qwen3-0.6B's) with random weights, 512 tokens of context. Prints, for each
+batch size, the wall time of a decode step through `LLM.step`, the sum of its kernels' times, and
+the kernels by the time they take; then the same for a prefill step of 16384 tokens. A kernel that
+waits for the one before it (programmatic dependent launch) is counted with that wait, so the sum
+may exceed the wall time.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanovllm import LLM, SamplingParams
-from workloads import write_shape
+from workloads import SHAPES, write_shape
 
 STEPS = 50  # decode steps that are timed, and as many that are profiled
 PREFILL_STEPS = 10
@@ -63,10 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--top", type=int, default=14, help="kernels to list")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        llm = LLM(write_shape("qwen3-0.6b", scratch), load_format="dummy")
+        llm = LLM(write_shape(args.shape, scratch), load_format="dummy")
     for batch in args.batch:
         start_decoding(llm, batch, args.context)
         report(llm, f"decode, batch {batch}, context {args.context}", STEPS, args.top)

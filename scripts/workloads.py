@@ -1,4 +1,4 @@
-"""What bench.py measures: six loads, and the shapes of real models.
+"""What bench.py measures: nine loads, and the shapes of real models.
 
 Prompts are random token ids, drawn in a fixed order, so that every engine and every run is asked
 for the same work. Weights may be random too: they cost as much time as trained ones.
@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 TOKEN_IDS = 10_000  # prompts are drawn from token ids 0 to 10000, both included
-# The small load, for a CPU, has an eighth of the sequences and a quarter of each length.
+# The small load, for a CPU, has an eighth of the sequences and a quarter of each length, unless its
+# workload says otherwise.
 SEQUENCES_CUT = 8
 LENGTHS_CUT = 4
 
 Range = tuple[int, int]  # lowest and highest, both included
 
 
-def cut_length(lengths: Range) -> Range:
-    """The range of lengths in the small load."""
-    lowest, highest = lengths
-    return max(1, lowest // LENGTHS_CUT), max(1, highest // LENGTHS_CUT)
+@dataclass(frozen=True)
+class Limits:
+    """Options of an engine that belong to what is asked of it."""
+
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,27 @@ class Workload:
     output_len: Range  # tokens to generate
     shared_len: int = 0  # tokens that all prompts begin with, before their own input_len
     counts_input: bool = False  # throughput is that of the input tokens
+    limits: Limits = Limits()  # workloads with the same ones share an engine
+    lengths_cut: int = LENGTHS_CUT  # by this the small load divides each length
 
     def small(self) -> "Workload":
-        """The load that a CPU is given."""
+        """The load that a CPU is given, in an engine whose limits are cut alike."""
+        limits = Limits(
+            max_num_seqs=self.limits.max_num_seqs // SEQUENCES_CUT,
+            max_model_len=self.limits.max_model_len // self.lengths_cut,
+        )
         return replace(
             self,
             sequences=max(1, self.sequences // SEQUENCES_CUT),
-            input_len=cut_length(self.input_len),
-            output_len=cut_length(self.output_len),
-            shared_len=self.shared_len // LENGTHS_CUT,
+            input_len=self._cut(self.input_len),
+            output_len=self._cut(self.output_len),
+            shared_len=self.shared_len // self.lengths_cut,
+            limits=limits,
         )
+
+    def _cut(self, lengths: Range) -> Range:
+        lowest, highest = lengths
+        return max(1, lowest // self.lengths_cut), max(1, highest // self.lengths_cut)
 
     @property
     def longest(self) -> int:
@@ -95,6 +109,30 @@ _ALL = (
         sequences=16,
         input_len=(128, 128),
         output_len=(256, 256),
+    ),
+    Workload(
+        name="medium",
+        about="a batch of middling size",
+        sequences=64,
+        input_len=(100, 100),
+        output_len=(256, 256),
+    ),
+    Workload(
+        name="job",
+        about="many lengths, and more requests than run at once",
+        sequences=2048,
+        input_len=(32, 1024),
+        output_len=(16, 512),
+        limits=Limits(max_num_seqs=256),
+    ),
+    Workload(
+        name="long",
+        about="contexts of 30,000 tokens",
+        sequences=16,
+        input_len=(30_000, 30_000),
+        output_len=(128, 128),
+        limits=Limits(max_model_len=32_768),
+        lengths_cut=8,  # with a quarter of it the demo checkpoint's 4096 positions would not do
     ),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}

@@ -6,6 +6,8 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +19,12 @@ import example
 from nanovllm.config import Config
 from nanovllm.models import MODELS, model_class
 from scripts import compare_json
+from scripts.workloads import LENGTHS_CUT, SHAPES, Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 151_936
+DEMO_POSITIONS = 4096  # of the demo checkpoint
+ALL = ["--workload", "all"]
 PRIMES = [n for n in range(2, 101) if all(n % d for d in range(2, n))]
 TOTAL_LINE = re.compile(
     r"^Total: (\d+)tok, Time: (\d+\.\d\d)s, Throughput: (\d+\.\d\d)tok/s$", re.MULTILINE
@@ -42,6 +47,12 @@ def run_script(*command: str) -> str:
 # --- the loads ----------------------------------------------------------------------------------
 
 
+@cache  # the large ones take a second
+def first_load(name: str) -> bench.Load:
+    """The load of repeat 0; not to be changed."""
+    return bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
+
+
 def test_mixed_is_the_published_load_draw_by_draw() -> None:
     r = random.Random(0)
     prompts = []
@@ -55,10 +66,34 @@ def test_mixed_is_the_published_load_draw_by_draw() -> None:
     assert sum(load.output_lens) == 133_966
 
 
+def test_job_is_the_stated_load_draw_by_draw() -> None:
+    r = random.Random(0)
+    prompts = []
+    for _ in range(2048):
+        n = r.randint(32, 1024)
+        prompts.append([r.randint(0, 10000) for _ in range(n)])
+    output_lens = [r.randint(16, 512) for _ in range(2048)]
+    load = first_load("job")
+    assert load.prompts == prompts
+    assert load.output_lens == output_lens
+    assert sum(load.output_lens) == 534_873
+
+
+def test_a_fixed_length_is_not_drawn() -> None:
+    r = random.Random(0)
+    assert first_load("medium").prompts == [
+        [r.randint(0, 10000) for _ in range(100)] for _ in range(64)
+    ]
+    r = random.Random(0)
+    assert first_load("long").prompts == [
+        [r.randint(0, 10000) for _ in range(30_000)] for _ in range(16)
+    ]
+
+
 @pytest.mark.parametrize("name", bench.WORKLOADS)
 @pytest.mark.parametrize("repeat", [1, 2, bench.WARMUP_REPEAT, 10_000])
 def test_a_repeat_has_the_same_lengths_and_every_token_id_shifted(name: str, repeat: int) -> None:
-    first = bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
+    first = first_load(name)
     other = bench.make_load(bench.WORKLOADS[name], repeat=repeat, vocab_size=VOCAB)
     assert other.output_lens == first.output_lens
     assert other.prompts == [
@@ -83,19 +118,22 @@ def test_prefix_draws_the_shared_part_first() -> None:
         ("prefix", 256, 2176, 2176, [64]),
         ("queue", 2048, 16, 128, [64]),
         ("small", 16, 128, 128, [256]),
+        ("medium", 64, 100, 100, [256]),
+        ("job", 2048, 32, 1024, range(16, 513)),
+        ("long", 16, 30_000, 30_000, [128]),
     ],
 )
 def test_sizes_of_every_load(
     name: str, sequences: int, shortest_in: int, longest_in: int, outputs: range | list[int]
 ) -> None:
-    load = bench.make_load(bench.WORKLOADS[name], repeat=0, vocab_size=VOCAB)
+    load = first_load(name)
     lengths = [len(prompt) for prompt in load.prompts]
     assert len(lengths) == len(load.output_lens) == sequences
     assert shortest_in <= min(lengths) and max(lengths) <= longest_in
     assert set(load.output_lens) <= set(outputs)
     assert all(0 <= token <= 10_000 for prompt in load.prompts for token in prompt)
     longest = max(map(sum, zip(lengths, load.output_lens, strict=True)))
-    assert longest <= bench.WORKLOADS[name].longest <= bench.MAX_MODEL_LEN
+    assert longest <= bench.WORKLOADS[name].longest <= bench.WORKLOADS[name].limits.max_model_len
     assert bench.WORKLOADS[name].counts_input == (name == "prefill")
 
 
@@ -123,8 +161,41 @@ def test_the_small_load_keeps_what_the_workload_is_about() -> None:
     for workload in bench.WORKLOADS.values():
         small = workload.small()
         assert small.sequences == max(1, workload.sequences // bench.SEQUENCES_CUT)
-        assert small.longest <= workload.longest / bench.LENGTHS_CUT + 1
+        assert small.longest <= workload.longest / LENGTHS_CUT + 1
+        assert small.longest <= small.limits.max_model_len <= DEMO_POSITIONS
         assert (small.shared_len > 0) == (workload.shared_len > 0)
+        waits = workload.sequences > workload.limits.max_num_seqs
+        assert (small.sequences > small.limits.max_num_seqs) == waits
+
+
+def test_only_job_and_long_have_engines_of_their_own() -> None:
+    groups = bench.group_by_limits(bench.choose_workloads(bench.parse_args(ALL), small=False))
+    assert list(groups) == [Limits(512, 4096), Limits(256, 4096), Limits(512, 32_768)]
+    shared, job, long = ([workload.name for workload in group] for group in groups.values())
+    assert shared == ["mixed", "single", "prefill", "prefix", "queue", "small", "medium"]
+    assert (job, long) == (["job"], ["long"])
+
+
+@pytest.mark.parametrize(
+    "option, value, small, expected",
+    [
+        ("--max-num-seqs", "12", False, [Limits(12, 4096), Limits(12, 32_768)]),
+        ("--max-num-seqs", "12", True, [Limits(12, 1024), Limits(12, 4096)]),
+        ("--max-model-len", "32768", False, [Limits(512, 32_768), Limits(256, 32_768)]),
+        ("--max-model-len", "2000", True, [Limits(64, 2000), Limits(32, 2000)]),
+    ],
+)
+def test_the_users_limits_take_the_place_of_the_workloads(
+    option: str, value: str, small: bool, expected: list[Limits]
+) -> None:
+    args = bench.parse_args([*ALL, option, value])
+    assert list(bench.group_by_limits(bench.choose_workloads(args, small))) == expected
+
+
+def test_named_workloads_run_once_each_in_the_order_given() -> None:
+    args = bench.parse_args(["--workload", "queue", "job", "queue", "single"])
+    chosen = bench.choose_workloads(args, small=False)
+    assert [workload.name for workload in chosen] == ["queue", "job", "single"]
 
 
 PUBLISHED_PARAMETERS = {
@@ -139,7 +210,7 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("shape", bench.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_those_of_the_real_models(shape: str, tmp_path: Path) -> None:
     """An engine's configuration is made of each, and a model of as many parameters as are in the
     published checkpoint; tied ones count once.
@@ -236,6 +307,49 @@ def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.Monkey
     bench.main(["--device", "cpu", "--full", "--workload", "all"])
     before_first, after_first, before_second, after_second = num_cached
     assert before_first == before_second == 0 and after_first > 0 and after_second > 0
+
+
+def test_each_workload_runs_in_an_engine_with_its_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one that the model is too short for is left out; of the others all is reported."""
+    limits = {"a": Limits(3, 32), "b": Limits(2, 32), "c": Limits(3, 32), "d": Limits(3, 9999)}
+    tiny = {n: bench.Workload(n, "tiny", 4, (9, 9), (3, 3), limits=limits[n]) for n in limits}
+    tiny["d"] = replace(tiny["d"], input_len=(5000, 5000))
+    monkeypatch.setattr(bench, "WORKLOADS", tiny)
+    measure, ran = bench.measure, []
+
+    def watching(engine: bench.Engine, workload: bench.Workload, repeats: int) -> bench.Result:
+        config = engine.run.args[0].config
+        ran.append((workload.name, config.max_num_seqs, config.max_model_len))
+        return measure(engine, workload, repeats)
+
+    monkeypatch.setattr(bench, "measure", watching)
+    file, trace = tmp_path / "results.json", tmp_path / "trace.json"
+    files = ["--json", str(file), "--trace", str(trace)]
+    bench.main(["--device", "cpu", "--full", *ALL, *files])
+    assert ran == [("a", 3, 32), ("c", 3, 32), ("b", 2, 32)]
+    printed = capsys.readouterr().out
+    assert printed.count("\nStart-up: ") == 3 and len(TOTAL_LINE.findall(printed)) == 3
+    assert (
+        "Left out: d: it has sequences of up to 5003 tokens, and max_model_len is 4096" in printed
+    )
+    rows = json.loads(file.read_text())["results"]
+    assert [row["workload"]["name"] for row in rows] == ["a", "c", "b"]
+    assert [row["workload"]["limits"]["max_num_seqs"] for row in rows] == [3, 3, 2]
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = [event["args"] for event in events if event["pid"] == 1 and event["ph"] == "X"]
+    assert [step["kind"] for step in steps] == ["prefill", "decode", "decode"] * 2  # b, two at once
+
+    refused = replace(tiny["b"], limits=Limits(max_num_seqs=0))  # also where memory is too small
+    monkeypatch.setattr(bench, "WORKLOADS", {"a": tiny["a"], "b": refused})
+    bench.main(["--device", "cpu", "--full", *ALL, "--json", str(file)])
+    assert "Left out: b: max_num_seqs" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["results"]) == 1
+
+    monkeypatch.setattr(bench, "WORKLOADS", {"d": tiny["d"]})
+    with pytest.raises(SystemExit, match="no workload is left"):
+        bench.main(["--device", "cpu", "--full", *ALL])
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_projections_are_normalised_over_all_ranks(size: int, kv_heads: int) -> 
     norms = {
         name: on_ranks(
             size,
-            lambda name=name: empty(ProjectionNorm(full[name].shape[1], local_sizes[name])),
+            lambda name=name: empty(
+                ProjectionNorm(QKVParallelLinear(8, HEAD_DIM, heads, kv_heads, False).shard(name))
+            ),
         )
         for name in full
     }

@@ -26,6 +26,7 @@ LEAVES = (
     "progress",
     "text",
     "trace_views",
+    "wrappers",
 )
 WITHOUT_TORCH = (
     "engine.scheduler",

@@ -22,15 +22,14 @@ from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
 from nanovllm.layers.residual import ResidualStream
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.rope import rope_frequencies
+from nanovllm.models.rope import default_frequencies, rope_frequencies
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.tensor_parallel import get_tensor_parallel, tensor_parallel
@@ -79,11 +78,11 @@ def make_norm(size: int) -> tuple[RMSNorm, Callable[[torch.Tensor], torch.Tensor
 @pytest.mark.parametrize("bias", [False, True])
 def test_column_parallel(size: int, bias: bool) -> None:
     weight, vector, x = torch.randn(24, 10), torch.randn(24), torch.randn(5, 10)
-    layers = on_ranks(size, lambda: empty(ColumnParallelLinear(10, 24, bias)))
+    layers = on_ranks(size, lambda: empty(MergedColumnParallelLinear(10, [24], bias)))
     for layer in layers:
-        load(layer.weight, weight)
+        load(layer.weight, weight, 0)
         if bias:
-            load(layer.bias, vector)
+            load(layer.bias, vector, 0)
     assert torch.equal(torch.cat([layer.weight for layer in layers]), weight)
     out = torch.cat([layer(x) for layer in layers], dim=1)
     torch.testing.assert_close(out, x @ weight.T + (vector if bias else 0))
@@ -185,7 +184,7 @@ def test_qkv_splits_by_heads(size: int, heads: int, kv_heads: int) -> None:
 @pytest.mark.parametrize(
     "make, numbers",
     [
-        (lambda: ColumnParallelLinear(8, 10), r"10.*tensor_parallel_size 4"),
+        (lambda: MergedColumnParallelLinear(8, [10]), r"10.*tensor_parallel_size 4"),
         (lambda: MergedColumnParallelLinear(8, [8, 6]), r"6.*tensor_parallel_size 4"),
         (lambda: RowParallelLinear(10, 8), r"10.*tensor_parallel_size 4"),
         (

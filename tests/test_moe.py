@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nanovllm.kernels import moe
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
-from nanovllm.layers import moe as moe_layer
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import ResidualStream
+from nanovllm.models import sparse_moe as moe_layer
+from nanovllm.models.sparse_moe import SparseMoE
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 needs_interpreter = pytest.mark.skipif(
@@ -227,3 +227,9 @@ def test_tied_routing_scores(tmp_path: Path, are_all_tied: bool) -> None:
     expected = checkpoint.complete(prompts, 12)
     assert outputs_of(tmp_path, prompts, 12) == expected
     assert outputs_of(tmp_path, prompts, 12, max_num_batched_tokens=13) == expected
+    # Ranks must choose alike.
+    assert outputs_of(tmp_path, prompts, 12, tensor_parallel_size=2) == expected
+    llm = make_llm(str(tmp_path), max_model_len=68, kvcache_block_size=4, num_kvcache_blocks=17)
+    for _ in range(2):  # the second time with prefix hits
+        assert generate_ids(llm, prompts, greedy(12)) == expected
+    assert llm.scheduler.counters["preemptions"] > 1

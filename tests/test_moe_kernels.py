@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels import grouped_gemm, moe
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.expert_gemv import GemvConfig, expert_down_gemv, expert_gate_up_gemv
+from nanovllm.kernels.expert_gemv import ExpertGemvConfig, expert_down_gemv, expert_gate_up_gemv
 from nanovllm.kernels.grouped_gemm import GroupedConfig, expert_down, expert_gate_up, grouped_config
 from nanovllm.kernels.moe import (
     MoEWeights,
@@ -56,7 +56,7 @@ def assert_near(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 19, 130])
+@pytest.mark.parametrize("num_tokens", [1, 2, 19, 130])
 @pytest.mark.parametrize("num_experts, top_k, hidden", [(8, 2, 32), (60, 4, 50), (128, 8, 300)])
 @pytest.mark.parametrize("is_normalized", [True, False])
 @both_dtypes
@@ -183,7 +183,7 @@ def down64(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
 
 @needs_triton
 @pytest.mark.parametrize("kind", ROUTINGS)
-@pytest.mark.parametrize("num_tokens", [2, 16, 37])
+@pytest.mark.parametrize("num_tokens", [2, 37])
 @pytest.mark.parametrize(
     "num_experts, top_k, hidden, intermediate", [(8, 2, 64, 32), (10, 3, 40, 72), (5, 2, 33, 25)]
 )
@@ -265,7 +265,7 @@ def test_tiles_fit_the_shared_memory(
 @pytest.mark.parametrize(
     "num_experts, top_k, hidden, intermediate", [(8, 2, 64, 32), (5, 3, 300, 264), (4, 1, 33, 25)]
 )
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [2, 8])
 @both_dtypes
 def test_one_token(
     num_experts: int, top_k: int, hidden: int, intermediate: int, rows: int, dtype: torch.dtype
@@ -274,7 +274,7 @@ def test_one_token(
     gate_up = randn(num_experts, 2 * intermediate, hidden, dtype=dtype, std=0.1)
     down = randn(num_experts, hidden, intermediate, dtype=dtype, std=0.1)
     x, activation = randn(1, hidden, dtype=dtype), randn(top_k, intermediate, dtype=dtype)
-    config = GemvConfig(rows, 4)
+    config = ExpertGemvConfig(rows, 4)
     out = expert_gate_up_gemv(x, gate_up, routing, config=config)
     assert_near(out, gate_up64(x, gate_up, routing.experts), dtype)
     norm = randn(hidden, dtype=dtype)
@@ -330,7 +330,7 @@ def run_kernels(x: Tensor, weights: MoEWeights) -> Tensor:
 
 @pytest.mark.parametrize("run", [moe_torch, pytest.param(run_kernels, marks=needs_triton)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 23])
-@pytest.mark.parametrize("sizes", [(8, 2, 64, 32), (11, 4, 40, 24), (3, 3, 33, 17)], ids=str)
+@pytest.mark.parametrize("sizes", [(11, 4, 40, 24), (3, 3, 33, 17)], ids=str)
 @pytest.mark.parametrize("is_normalized", [True, False])
 @both_dtypes
 def test_mixture_of_experts(
@@ -371,3 +371,26 @@ def test_large_prefills_in_chunks(
     out = moe_in_chunks(x, weights, residual)
     assert residual is None or out is residual
     assert_near(out, expected, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_only_the_chosen_experts_are_read(num_tokens: int) -> None:
+    """0 times NaN is NaN: an expert's weight that is read into any sum would show."""
+    x = randn(num_tokens, 32)
+    weights = MoEWeights(
+        router=randn(12, 32),
+        gate_up=randn(12, 2 * 24, 32, std=0.2),
+        down=randn(12, 32, 24, std=0.2),
+        top_k=2,
+        is_normalized=True,
+    )
+    expected = moe_torch(x, weights)
+    chosen, _ = route_torch(x, weights.router, 2, True)
+    others = torch.ones(12, dtype=torch.bool, device=DEVICE)
+    others[chosen.flatten()] = False
+    assert others.sum() >= 4
+    weights.gate_up[others] = float("nan")
+    weights.down[others] = float("nan")
+    out = moe_gemv(x, weights) if num_tokens == 1 else moe_partial_sums(x, weights).sum(0)
+    assert_near(out, expected.double(), torch.float32)

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3 import modeling_phi3
 
 from nanovllm.kernels.norm_rope_store import norm_rope_store_torch
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
-from nanovllm.models.rope import Rope, rope_frequencies
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.rope import Rope, default_frequencies, rope_frequencies
 
 
 @pytest.fixture(autouse=True)

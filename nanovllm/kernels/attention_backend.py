@@ -135,11 +135,11 @@ class AttentionBackend:
             return DecodePlan(plan.context_lens, plan.block_tables)
         num_seqs = len(plan.cu_seqlens_q) - 1
         one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)
-        return PrefillPlan(one_each, plan.cu_seqlens_k, 1, plan.max_seqlen_k, plan.block_tables)
+        return replace(plan, cu_seqlens_q=one_each, max_seqlen_q=1)
 
-    def store(self, plan: AttentionPlan | None, *inputs: Any) -> Tensor:
-        """Normalise and rotate q and k, store k and v: `norm_rope_store`, which says of what."""
-        return self.norm_rope_store(*inputs)
+    def store(self, plan: AttentionPlan | None, *inputs: Any, **named: Any) -> Tensor:
+        """Normalise and rotate q and k, store k and v; the inputs are `norm_rope_store`'s."""
+        return self.norm_rope_store(*inputs, **named)
 
     def attend(
         self,
@@ -223,10 +223,10 @@ class CpuBackend(AttentionBackend):
         assert isinstance(plan, PrefillPlan) and plan.cpu is not None
         return replace(AttentionBackend.last_tokens_plan(self, plan), cpu=plan.cpu.last_tokens())
 
-    def store(self, plan: AttentionPlan | None, *inputs: Any) -> Tensor:
+    def store(self, plan: AttentionPlan | None, *inputs: Any, **named: Any) -> Tensor:
         """Normalise, rotate and store."""
         assert isinstance(plan, (PrefillPlan, DecodePlan)) and plan.cpu is not None
-        return plan.cpu.norm_rope_store(*inputs)
+        return plan.cpu.norm_rope_store(*inputs, **named)
 
     def attend(
         self,

@@ -165,12 +165,14 @@ class CpuStep:
             self._groups[options.window] = self._plan(k_cache, options.window)
         groups = self._groups[options.window]
         if self.block_tables is not None:
-            k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+            k = k_cache.flatten(0, 1)
+            v = v_cache.flatten(0, 1)
         heads_of_each = q.shape[1] // k.shape[1]
         q = q.unflatten(1, (-1, heads_of_each))  # [queries, kv_heads, heads of each, head_dim]
         if len(groups) == 1:
             (group,) = groups
-            keys, values = self._read(group, k, which=0), self._read(group, v, which=1)
+            keys = self._read(group, k, which=0)
+            values = self._read(group, v, which=1)
             return attend_group(group, q, keys, values, options).flatten(1, 2)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in groups:
@@ -206,8 +208,13 @@ class CpuStep:
             queries = slice(query_starts[index], query_starts[end])
             if self.block_tables is None:
                 num_keys = num_seen[index]
-                mask = causal_mask(self.num_queries[index], num_keys, window, CPU)
-                group = Group(queries, 1, num_keys, key_ends[index] - num_keys, mask=mask)
+                group = Group(
+                    queries=queries,
+                    num_seqs=1,
+                    num_keys=num_keys,
+                    first_slot=key_ends[index] - num_keys,
+                    mask=causal_mask(self.num_queries[index], num_keys, window, CPU),
+                )
             else:
                 group = self._read_from_cache(
                     queries, index, num_seen[index:end], k_cache.shape[1], window
@@ -251,32 +258,33 @@ class CpuStep:
         lengths = np.array(num_seen)[:, None]
         num_keys = int(lengths.max())
         table = self.block_tables[start : start + num_seqs]
-        offsets: int | np.ndarray = 0  # [num_seqs, 1]: of the first key in its block
+        offsets: int | np.ndarray = 0  # of the first keys in their blocks, [num_seqs, 1]
         if window is not None:
+            # The tables begin at the blocks of the first keys that are seen.
             first_keys = np.array(self.num_keys[start : start + num_seqs])[:, None] - lengths
             offsets = first_keys % block_size
             columns = first_keys // block_size + np.arange(table.shape[1])
             table = np.take_along_axis(table, columns.clip(max=table.shape[1] - 1), axis=1)
         num_blocks = -(-int((offsets + lengths).max()) // block_size)
         blocks = table[:, :num_blocks].astype(np.int64)
-        slots = None
-        first_slots = (blocks[:, :1] * block_size + offsets)[:, 0]
+        first_slots = (blocks[:, :1] * block_size + offsets).ravel()
         distances = np.diff(first_slots)
         distance = int(distances[0]) if num_seqs > 1 else 0
+        is_regular = distance >= 0 and (distances == distance).all()
         # With lengths that differ, a view would show slots past a sequence's end. They are masked,
         # but what an earlier sequence left there may be NaN.
-        in_place = (np.diff(blocks) == 1).all() and (lengths == num_keys).all()
-        if not in_place or distance < 0 or (distances != distance).any():
+        is_whole = (np.diff(blocks) == 1).all() and (lengths == num_keys).all()
+        slots = None
+        if not (is_whole and is_regular):
             # Positions past a sequence's end read its last token again, which exists.
             positions = offsets + np.minimum(np.arange(num_keys), lengths - 1)
             found = np.take_along_axis(blocks, positions // block_size, axis=1)
             slots = torch.from_numpy((found * block_size + positions % block_size).ravel())
+        mask = None
         if self.num_queries[start] > 1:
             mask = causal_mask(self.num_queries[start], num_keys, window, CPU)
         elif lengths.min() < num_keys:
             mask = torch.from_numpy(np.arange(num_keys) < lengths)[:, None, None]
-        else:
-            mask = None
         return Group(
             queries=queries,
             num_seqs=num_seqs,

@@ -19,20 +19,21 @@ from nanovllm.kernels._triton import (
 )
 from nanovllm.kernels.moe_routing import Routing
 
-ELEMENTS_PER_PROGRAM = 16384  # of weights, of gate and of up each; measured on an H100
+# Of weights, of gate and of up each. Measured for these on an H100; for down not yet.
+ELEMENTS_PER_PROGRAM = 16384
 
 
 @dataclass(frozen=True, slots=True)
-class GemvConfig:
+class ExpertGemvConfig:
     """How the rows of the experts' weights are shared out."""
 
     rows: int  # outputs of a program
     num_warps: int
 
 
-def gemv_config(output_elements: int) -> GemvConfig:
+def expert_gemv_config(output_elements: int) -> ExpertGemvConfig:
     """Choose how many outputs a program computes, each of which reads so many numbers at most."""
-    return GemvConfig(rows=max(1, ELEMENTS_PER_PROGRAM // output_elements), num_warps=4)
+    return ExpertGemvConfig(rows=max(1, ELEMENTS_PER_PROGRAM // output_elements), num_warps=4)
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def expert_gate_up_gemv(
     routing: Routing,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
-    config: GemvConfig | None = None,
+    config: ExpertGemvConfig | None = None,
 ) -> Tensor:
     """`expert_gate_up` for one token: x `[1, hidden]`, the result `[top_k, intermediate]`.
 
@@ -138,7 +139,7 @@ def expert_gate_up_gemv(
     out = torch.empty(top_k, out_size, dtype=x.dtype, device=x.device)
     chunks = max(1, next_power_of_2(in_size) // 256)
     if config is None:
-        config = gemv_config(chunks * 256)
+        config = expert_gemv_config(chunks * 256)
     _gate_up_kernel[(triton.cdiv(out_size, config.rows), top_k)](
         x,
         weight,
@@ -161,7 +162,7 @@ def expert_down_gemv(
     weight: Tensor,
     routing: Routing,
     residual: Tensor | None = None,
-    config: GemvConfig | None = None,
+    config: ExpertGemvConfig | None = None,
 ) -> Tensor:
     """Return the experts' outputs times their routing weights, added up, `[1, hidden]`.
 
@@ -178,7 +179,7 @@ def expert_down_gemv(
     slots = next_power_of_2(top_k)
     columns = next_power_of_2(in_size)
     if config is None:
-        config = gemv_config(slots * columns)
+        config = expert_gemv_config(slots * columns)
     _down_kernel[(triton.cdiv(out_size, config.rows),)](
         x,
         weight,

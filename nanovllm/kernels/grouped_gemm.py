@@ -125,26 +125,30 @@ def _grouped_gemm_kernel(
 def grouped_config(
     num_pairs: int, num_experts: int, is_gated: bool, dtype: torch.dtype, device: torch.device
 ) -> GroupedConfig:
-    """Choose the tiles for so many pairs; they should rarely need two tiles for an expert as long
-    as reading its weight is what takes the time.
+    """Choose the tiles for so many pairs. An expert should rarely need two tiles as long as reading
+    its weight is what takes the time: each tile reads it again.
     """
-    mean = triton.cdiv(num_pairs, num_experts)
+    mean = triton.cdiv(num_pairs, num_experts)  # pairs of an expert
     tokens = min(128, max(16, next_power_of_2(2 * mean - 1)))
     if dtype.itemsize > 2:  # exact products are not for tensor cores, and the tiles are larger
-        return GroupedConfig(min(tokens, 32), 64, 32, num_warps=4, num_stages=2)
+        tokens = min(tokens, 32)
+        return GroupedConfig(tokens, rows=64, chunk=32, num_warps=4, num_stages=2)
     # Measured on an H100.
     if tokens <= 32:
-        config = GroupedConfig(tokens, 64, 128, num_warps=4, num_stages=3 if is_gated else 4)
+        stages = 3 if is_gated else 4
+        config = GroupedConfig(tokens, rows=64, chunk=128, num_warps=4, num_stages=stages)
     elif tokens == 64:
-        config = GroupedConfig(tokens, 64, 64, num_warps=4, num_stages=4)
+        config = GroupedConfig(tokens, rows=64, chunk=64, num_warps=4, num_stages=4)
     elif is_gated:
-        config = GroupedConfig(tokens, 128, 64, num_warps=8, num_stages=4)
-    else:
-        config = GroupedConfig(tokens, 128, 64, num_warps=4, num_stages=3)  # two programs fit
+        config = GroupedConfig(tokens, rows=128, chunk=64, num_warps=8, num_stages=4)
+    else:  # so few stages that a multiprocessor has room for two programs
+        config = GroupedConfig(tokens, rows=128, chunk=64, num_warps=4, num_stages=3)
+    # A GPU with less shared memory has fewer stages.
     weight_rows = 2 * config.rows if is_gated else config.rows
     stage_bytes = (weight_rows + tokens) * config.chunk * dtype.itemsize
-    max_stages = device_limits(device)[1] // stage_bytes
-    return replace(config, num_stages=max(1, min(config.num_stages, max_stages)))
+    _, shared_memory = device_limits(device)
+    max_stages = max(1, shared_memory // stage_bytes)
+    return replace(config, num_stages=min(config.num_stages, max_stages))
 
 
 def expert_gate_up(

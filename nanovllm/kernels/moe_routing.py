@@ -113,7 +113,7 @@ def _choose_kernel(
         logits += tl.load(split_ptr + offsets, mask=expert < NUM_EXPERTS, other=float("-inf"))
     exps = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
     scores = exps / tl.sum(exps, axis=1, keep_dims=True)
-    # If a token's numbers are no numbers, it still has to get experts that there are.
+    # A token whose logits are NaN still has to get experts that exist.
     scores = tl.where(scores == scores, scores, 0.0)
     scores = tl.where(expert < NUM_EXPERTS, scores, -1.0)
     chosen = tl.zeros([TOKENS, SLOTS], tl.int32)
@@ -163,9 +163,8 @@ def route(
     counts = torch.empty(num_experts, dtype=torch.int32, device=x.device)
     buckets = torch.empty(num_experts, num_tokens, dtype=torch.int32, device=x.device)
     if num_tokens == 1:
-        logits = gemv(x, router_weight, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32)[
-            None
-        ]
+        logits = gemv(x, router_weight, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32)
+        logits = logits[None]  # one split
     else:
         logits = router_logits(x, router_weight, counts)
     tile_tokens = 4  # a warp each
@@ -195,13 +194,14 @@ def router_logits(x: Tensor, router_weight: Tensor, counts: Tensor) -> Tensor:
     """
     num_tokens, in_size = x.shape
     num_experts = router_weight.shape[0]
-    tile = 64  # of tokens, and of experts
-    chunk = 64
-    split = triton.cdiv(in_size, chunk) * chunk
     if num_tokens <= MAX_SPLIT_TOKENS:
-        tile = 16
-        chunk = 256
-        split = chunk
+        tile = 16  # of tokens, and of experts
+        chunk = 256  # columns that are multiplied at a time
+        split = chunk  # columns of a program
+    else:
+        tile = 64
+        chunk = 64
+        split = triton.cdiv(in_size, chunk) * chunk  # all of them
     splits = triton.cdiv(in_size, split)
     logits = torch.empty(splits, num_tokens, num_experts, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(num_experts, tile), triton.cdiv(num_tokens, tile), splits)

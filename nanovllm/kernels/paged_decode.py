@@ -36,9 +36,8 @@ class DecodeConfig(NamedTuple):
     num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
     num_warps: int = 4
     num_stages: int = 3  # tiles in shared memory: the one that is computed, and those on their way
-    max_registers: int | None = (
-        None  # of a thread; with fewer, more programs share a multiprocessor
-    )
+    # Of a thread; with fewer, more programs share a multiprocessor. None: as many as it wants.
+    max_registers: int | None = None
 
 
 def decode_config(
@@ -86,17 +85,21 @@ def decode_config(
 
 
 @triton.jit
-def _divide_tiles(context_len, num_splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """The first tile of a sequence that its query sees, how many tiles from there on a split takes,
-    and how many splits then have any: at least 1.
-    """
-    first_seen = 0
+def _first_seen_tile(context_len, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """The first tile of a sequence that its query sees."""
     if WINDOW:
-        first_seen = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
-    num_tiles = tl.cdiv(context_len, BLOCK_N) - first_seen
+        first = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
+    else:
+        first = 0
+    return first
+
+
+@triton.jit
+def _divide_tiles(num_tiles, num_splits):
+    """How many tiles a split takes, and how many splits then have any: at least 1."""
     tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     used_splits = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
-    return first_seen, tiles_per_split, used_splits
+    return tiles_per_split, used_splits
 
 
 @triton.jit(
@@ -138,9 +141,9 @@ def _paged_decode_kernel(
     # A CUDA graph fixes the number of splits, but not the context length. So the tiles that there
     # are in this step are divided among the splits, and a split without any ends here.
     context_len = tl.load(context_lens_ptr + seq)
-    first_seen, tiles_per_split, used_splits = _divide_tiles(
-        context_len, num_splits, BLOCK_N, WINDOW
-    )
+    first_seen = _first_seen_tile(context_len, BLOCK_N, WINDOW)
+    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    tiles_per_split, used_splits = _divide_tiles(num_tiles - first_seen, num_splits)
     if split >= used_splits:
         return
     # At least 16 rows, as tl.dot needs them; those from GROUP on are padding.
@@ -151,7 +154,6 @@ def _paged_decode_kernel(
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     table_ptr = block_tables_ptr + seq * table_stride
     first_tile = first_seen + split * tiles_per_split
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
     # Of K and V, this step writes the newest token of each sequence, which lies in the sequence's
     # last tile. The other tiles were written by earlier steps. Each step begins with copies or
@@ -171,8 +173,7 @@ def _paged_decode_kernel(
         # A tile lies in one block. The block's number is loaded one round ahead, so that the loads
         # of K and V need not wait for it.
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
-        column = first_tile * BLOCK_N // BLOCK_SIZE
-        block = tl.load(table_ptr + column * column_stride).to(tl.int64)
+        block = tl.load(table_ptr + first_tile * BLOCK_N // BLOCK_SIZE * column_stride).to(tl.int64)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -192,9 +193,8 @@ def _paged_decode_kernel(
             next_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE * column_stride
             block = tl.load(next_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
         else:
-            block_ptrs = table_ptr + tokens // BLOCK_SIZE * column_stride
-            blocks = tl.load(block_ptrs, mask=valid, other=0).to(tl.int64)
-            slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
+            blocks = tl.load(table_ptr + tokens // BLOCK_SIZE * column_stride, mask=valid, other=0)
+            slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
             offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
@@ -243,7 +243,8 @@ def _combine_kernel(
     launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(context_lens_ptr + row // HEADS)
-    _, _, used_splits = _divide_tiles(context_len, num_splits, BLOCK_N, WINDOW)
+    first_seen = _first_seen_tile(context_len, BLOCK_N, WINDOW)
+    _, used_splits = _divide_tiles(tl.cdiv(context_len, BLOCK_N) - first_seen, num_splits)
     wait_for_previous(PDL)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
@@ -285,8 +286,7 @@ def paged_decode(
     k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
     context_lens: `[num_seqs]` int32, each sequence's tokens in the cache, with the new one. 0 is a
         padding row, whose result is zeros.
-    block_tables: `[num_seqs, max_blocks]` int32, of any strides; entries past the context are never
-        used.
+    block_tables: `[num_seqs, max_blocks]` int32, any strides; entries past the context are unused.
     scale: of the scores, usually head_dim ** -0.5.
     window: the query sees the last `window` tokens, its own included; None: all. The others are not
         read.

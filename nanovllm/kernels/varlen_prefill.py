@@ -25,6 +25,11 @@ from nanovllm.kernels._triton import (
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
 
+# The phases of a program: which tiles of keys it goes through.
+LEFT_EDGE = tl.constexpr(0)
+UNMASKED = tl.constexpr(1)
+DIAGONAL = tl.constexpr(2)
+
 
 @triton.jit(
     do_not_specialize=[
@@ -103,10 +108,11 @@ def _varlen_prefill_kernel(
     if block_tables_ptr is not None:
         block_tables_ptr += seq.to(tl.int64) * table_stride
     # Query i sees the keys up to number `earlier + i`, so that the last query sees all of them; and
-    # from number `earlier + i - WINDOW + 1` on. The tiles of keys come in three phases: those that
-    # the left edges of the windows cross (0), those that every query of this tile sees, which need
-    # no mask (1), and those that the diagonal crosses, and left edges too if the window is short
-    # (2). All begin at multiples of BLOCK_N.
+    # from number `earlier + i - WINDOW + 1` on. The tiles of keys, which begin at multiples of
+    # BLOCK_N, come in three phases:
+    #   LEFT_EDGE  tiles that the left edges of the windows cross; there are none without a window
+    #   UNMASKED   tiles that every query of this program sees whole
+    #   DIAGONAL   tiles that the diagonal crosses and, if the window is short, left edges too
     earlier = k_len - q_len
     first_masked = (first_query + earlier + 1) // BLOCK_N * BLOCK_N
     if tiles_ptr is not None:
@@ -123,8 +129,13 @@ def _varlen_prefill_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for PHASE in tl.static_range(0 if WINDOW else 1, 3):
-        end = left_end if PHASE == 0 else (first_masked if PHASE == 1 else last)
+    for PHASE in tl.static_range(LEFT_EDGE if WINDOW else UNMASKED, DIAGONAL + 1):
+        if PHASE == LEFT_EDGE:
+            end = left_end
+        elif PHASE == UNMASKED:
+            end = first_masked
+        else:
+            end = last
         for start in range(begin, end, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             if TMA:  # the tile lies in one piece, which the hardware copies
@@ -134,13 +145,13 @@ def _varlen_prefill_kernel(
                     row = block * BLOCK_SIZE + start % BLOCK_SIZE
                 k = k_ptr.load([row, kv_dim])
                 v = v_ptr.load([row, kv_dim])
-                if PHASE != 1:  # noqa: SIM102 (this is decided when the kernel is compiled)
+                if PHASE != UNMASKED:  # noqa: SIM102 (this is decided when the kernel is compiled)
                     if start + BLOCK_N > k_len:
                         # What lies behind the last key may be NaN, and 0 * NaN is NaN.
                         v = tl.where((keys < k_len)[:, None], v, 0.0)
             else:
                 mask = (dims < HEAD_DIM)[None, :]
-                if PHASE != 1:
+                if PHASE != UNMASKED:
                     mask = mask & (keys < k_len)[:, None]
                 rows = k_start + keys
                 if block_tables_ptr is not None:
@@ -153,7 +164,7 @@ def _varlen_prefill_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if softcap_log2 is not None:
                 scores = soft_capped(scores * scale_log2, softcap_log2)
-            if PHASE != 1:
+            if PHASE != UNMASKED:
                 is_seen = keys[None, :] <= (queries + earlier)[:, None]
                 if WINDOW:
                     is_seen = is_seen & (keys[None, :] > (queries + earlier - WINDOW)[:, None])

@@ -35,7 +35,11 @@ class Attention(nn.Module):
         rotary_emb: RotaryEmbedding | None,
         options: AttentionOptions | None = None,
     ) -> None:
-        """rotary_emb: None for a layer that does not rotate q and k."""
+        """Make the attention of this rank's heads.
+
+        rotary_emb: None for a layer that does not rotate q and k.
+        options: None for all keys and the usual scale.
+        """
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -66,18 +70,18 @@ class Attention(nn.Module):
         # another one fills in this very step.
         heads = self.backend.store(
             step.attention,
-            projected.unflatten(-1, (-1, self.head_dim)),
-            positions,
-            None if rotary is None else rotary.cos,
-            None if rotary is None else rotary.sin,
-            None if q_norm is None else q_norm.weight,
-            None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps,
-            self.k_cache,
-            self.v_cache,
-            step.slot_mapping,
-            self.num_heads,
-            rotary is not None and rotary.interleaved,
+            qkv=projected.unflatten(-1, (-1, self.head_dim)),
+            positions=positions,
+            cos=None if rotary is None else rotary.cos,
+            sin=None if rotary is None else rotary.sin,
+            q_weight=None if q_norm is None else q_norm.weight,
+            k_weight=None if k_norm is None else k_norm.weight,
+            eps=0.0 if q_norm is None else q_norm.eps,
+            k_cache=self.k_cache,
+            v_cache=self.v_cache,
+            slot_mapping=step.slot_mapping,
+            num_heads=self.num_heads,
+            interleaved=rotary is not None and rotary.interleaved,
         )
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from nanovllm.layers.residual import Normed
 from nanovllm.quantization.unquantized import UNQUANTIZED
@@ -38,24 +37,6 @@ def divide(what: str, num: int, parts: int) -> int:
             f"{what} ({num}) cannot be split over tensor_parallel_size {parts}; use a divisor of it"
         )
     return num // parts
-
-
-def check_sharding(config: PretrainedConfig, tp_size: int) -> None:
-    """Raise a ValueError if heads or MLP of a model cannot be split over so many ranks."""
-    heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
-        )
-    divide("num_attention_heads", heads, tp_size)
-    divide("intermediate_size", config.intermediate_size, tp_size)
-    # Either a rank has several KV heads, or several ranks share one.
-    if kv_heads % tp_size and tp_size % kv_heads:
-        raise ValueError(
-            f"num_key_value_heads ({kv_heads}) and tensor_parallel_size {tp_size}: one must "
-            "divide the other"
-        )
 
 
 class LinearBase(nn.Module):
@@ -152,17 +133,6 @@ class MergedColumnParallelLinear(LinearBase):
             source_columns=slice(0, self.input_size),
             target_rows=slice(target, target + local_size),
         )
-
-
-class ColumnParallelLinear(MergedColumnParallelLinear):
-    """One matrix `[output_size / tp, input_size]`; the output stays split."""
-
-    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
-        super().__init__(input_size, [output_size], bias)
-
-    def shard(self, shard_id: Any = None) -> Shard:
-        """The only matrix's rows."""
-        return super().shard(0)
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):

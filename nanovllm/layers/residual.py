@@ -249,7 +249,6 @@ class ResidualStream:
         """Make the open addition. Returns the norm of the sum, if it was computed on the way."""
         addition = self._open
         assert addition is not None
-        values: Tensor | None = None
         if addition.post_norm is not None or addition.scale != 1.0:
             values = self._add_changed(addition, norm)
         elif norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
@@ -264,11 +263,9 @@ class ResidualStream:
 
     def _add_on_one_rank(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
         product = addition.product(Epilogue(add_to=self.hidden))
-        if not isinstance(product, PartialSums):
-            return None  # the kernel that multiplied has added, too
-        if norm is None:
-            return add_rms_norm(self.hidden, product.values, None, 0.0)
-        return add_rms_norm(self.hidden, product.values, norm.weight, norm.eps)
+        if isinstance(product, PartialSums):
+            return self._add_sums(product.values, norm)
+        return None  # the kernel that multiplied has added, too
 
     def _add_over_ranks(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
         """Sum the ranks' products and add them, in one kernel where the sum is small."""
@@ -295,27 +292,37 @@ class ResidualStream:
         """
         self._complete_rows()
         product = addition.product(READER_SUMS)
-        if self.tp.size > 1:
-            product = self.tp.all_reduce(product if isinstance(product, Tensor) else product.sum())
         post_norm = addition.post_norm
-        if isinstance(product, Tensor) and product.is_cuda:
-            product = PartialSums(product[None])
-        if isinstance(product, PartialSums):
-            if uses_gemv(self.hidden):
-                norm = None  # the GEMV that reads the norm computes it
-            return add_rms_norm(
-                self.hidden,
-                product.values,
-                weight=None if norm is None else norm.weight,
-                eps=0.0 if norm is None else norm.eps,
-                post_weight=None if post_norm is None else post_norm.weight,
-                post_eps=0.0 if post_norm is None else post_norm.eps,
-                scale=addition.scale,
-            )
-        if post_norm is not None:
-            product = post_norm(product)
-        self.hidden.add_(product, alpha=addition.scale)
-        return None
+        if self.tp.size > 1:
+            whole = product.sum() if isinstance(product, PartialSums) else product
+            product = self.tp.all_reduce(whole)
+        if isinstance(product, Tensor) and not product.is_cuda:
+            if post_norm is not None:
+                product = post_norm(product)
+            self.hidden.add_(product, alpha=addition.scale)
+            return None
+        sums = product[None] if isinstance(product, Tensor) else product.values
+        if uses_gemv(self.hidden):
+            norm = None  # the GEMV that reads the norm computes it
+        return self._add_sums(sums, norm, post_norm, addition.scale)
+
+    def _add_sums(
+        self,
+        partial_sums: Tensor,
+        norm: RMSNorm | None,
+        post_norm: RMSNorm | None = None,
+        scale: float = 1.0,
+    ) -> Tensor | None:
+        """Add partial sums `[splits, n, hidden]` in one kernel, which computes `norm` as well."""
+        return add_rms_norm(
+            self.hidden,
+            partial_sums,
+            weight=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            post_weight=None if post_norm is None else post_norm.weight,
+            post_eps=0.0 if post_norm is None else post_norm.eps,
+            scale=scale,
+        )
 
     def _complete_rows(self) -> None:
         """Bring all rows of `hidden` up to date, after sums in pieces."""

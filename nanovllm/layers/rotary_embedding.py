@@ -4,15 +4,6 @@ import torch
 from torch import Tensor, nn
 
 
-def default_frequencies(rotary_size: int, theta: float) -> Tensor:
-    """Angles by which one position turns each pair, `theta^(-2 i / rotary_size)` of pair i.
-
-    `[rotary_size / 2]` float32, on the CPU whatever the model's device: everywhere the same.
-    """
-    exponents = torch.arange(0, rotary_size, 2, dtype=torch.float32, device="cpu") / rotary_size
-    return 1.0 / theta**exponents
-
-
 class RotaryEmbedding(nn.Module):
     """Tables of the cosines and sines by which `norm_rope_store` rotates q and k.
 

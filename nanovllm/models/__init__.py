@@ -4,12 +4,13 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.models.causal_lm import CausalLM, head_size
+from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.gemma3 import Gemma3ForCausalLM
 from nanovllm.models.granite import GraniteForCausalLM
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.mistral import MistralForCausalLM
 from nanovllm.models.olmo2 import Olmo2ForCausalLM
+from nanovllm.models.options import head_size
 from nanovllm.models.phi3 import Phi3ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM

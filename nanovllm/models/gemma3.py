@@ -14,15 +14,9 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import (
-    CausalLM,
-    DecoderLayer,
-    DecoderModel,
-    GatedMLP,
-    check_option,
-    head_size,
-    windows,
-)
+from nanovllm.models.causal_lm import CausalLM, DecoderModel, GatedMLP
+from nanovllm.models.options import check_option, head_size, windows
+from nanovllm.models.rope import positive
 
 
 def make_norm(config: PretrainedConfig, size: int) -> RMSNorm:
@@ -91,7 +85,7 @@ class Gemma3Model(DecoderModel):
     """Embedding times the square root of its size, decoder layers, norm."""
 
     def __init__(
-        self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
+        self, config: PretrainedConfig, max_position: int, layer_class: type[nn.Module]
     ) -> None:
         super().__init__(config, max_position, layer_class)
         self.norm = make_norm(config, config.hidden_size)
@@ -107,6 +101,7 @@ class Gemma3Model(DecoderModel):
 class Gemma3ForCausalLM(CausalLM):
     """Gemma 3 and 2, text only."""
 
+    model_types = ("gemma3_text", "gemma2")
     layer_class = Gemma3DecoderLayer
     model_class = Gemma3Model
 
@@ -119,6 +114,9 @@ class Gemma3ForCausalLM(CausalLM):
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
         check_option(config, "use_bidirectional_attention", False, None)
+        positive("query_pre_attn_scalar", config.query_pre_attn_scalar)
+        if config.final_logit_softcapping is not None:
+            positive("final_logit_softcapping", config.final_logit_softcapping)
         if config.model_type != "gemma2":
             # transformers has the option for Gemma 3, too, and does not apply it.
             check_option(config, "attn_logit_softcapping", None)

@@ -4,14 +4,15 @@ Llama with four multipliers, of embeddings, attention scores, what a layer adds,
 make one learning rate right for models of all sizes (Yang et al., Tensor Programs V, 2022).
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, DecoderLayer, DecoderModel, check_option
+from nanovllm.models.causal_lm import CausalLM, DecoderModel
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
+from nanovllm.models.rope import positive
 
 
 class GraniteAttention(LlamaAttention):
@@ -48,7 +49,7 @@ class GraniteModel(DecoderModel):
     """Embedding, multiplied; decoder layers, norm."""
 
     def __init__(
-        self, config: PretrainedConfig, max_position: int, layer_class: type[DecoderLayer]
+        self, config: PretrainedConfig, max_position: int, layer_class: type[nn.Module]
     ) -> None:
         super().__init__(config, max_position, layer_class)
         self.multiplier = float(config.embedding_multiplier)
@@ -61,6 +62,7 @@ class GraniteModel(DecoderModel):
 class GraniteForCausalLM(CausalLM):
     """Granite, dense."""
 
+    model_types = ("granite",)
     layer_class = GraniteDecoderLayer
     model_class = GraniteModel
 
@@ -72,7 +74,8 @@ class GraniteForCausalLM(CausalLM):
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
-        check_option(config, "mlp_bias", False, None)
+        positive("attention_multiplier", config.attention_multiplier)
+        positive("logits_scaling", config.logits_scaling)
 
     def compute_logits(self, normed: Normed) -> Tensor:
         """Compute this rank's logits `[n, vocab / tp]` of what `forward` returns."""

@@ -15,7 +15,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option, head_size
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.options import head_size
 
 
 class LlamaAttention(nn.Module):
@@ -75,10 +76,5 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """Llama, dense."""
 
+    model_types = ("llama",)
     layer_class = LlamaDecoderLayer
-
-    @classmethod
-    def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
-        """Raise a ValueError for what this code would run wrongly, or could not be split."""
-        super().check_config(config, tp_size)
-        check_option(config, "mlp_bias", False, None)

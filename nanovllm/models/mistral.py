@@ -8,8 +8,9 @@ from transformers import PretrainedConfig
 
 from nanovllm.kernels.attention_backend import AttentionOptions
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, check_option, head_size, windows
+from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer
+from nanovllm.models.options import check_option, head_size, windows
 
 
 class MistralAttention(LlamaAttention):
@@ -31,6 +32,7 @@ class MistralDecoderLayer(LlamaDecoderLayer):
 class MistralForCausalLM(CausalLM):
     """Mistral and Ministral, dense."""
 
+    model_types = ("mistral", "ministral")
     layer_class = MistralDecoderLayer
 
     @classmethod
@@ -38,7 +40,6 @@ class MistralForCausalLM(CausalLM):
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
         check_option(config, "attention_bias", False, None)
-        check_option(config, "mlp_bias", False, None)
         if config.model_type == "mistral":
             # Its window is in all layers, whatever else is said; `windows` would go by this.
             check_option(config, "layer_types", None)

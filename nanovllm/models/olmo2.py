@@ -22,32 +22,28 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size, windows
-from nanovllm.quantization.weight_format import PLAIN
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.options import head_size, windows
+from nanovllm.quantization.weight_format import PLAIN, Shard
 from nanovllm.utils.loader import check_shape, set_weight_loader
-from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
 class ProjectionNorm(nn.Module):
-    """The weight of an RMSNorm over all heads of a projection; a rank has that of its heads.
+    """The weight of an RMSNorm over all heads of a projection; a rank has that of its heads."""
 
-    full_size: elements of all heads. local_size: elements of this rank's heads.
-    """
-
-    def __init__(self, full_size: int, local_size: int) -> None:
+    def __init__(self, shard: Shard) -> None:
+        """shard: which outputs of the projection are this rank's."""
         super().__init__()
-        tp = get_tensor_parallel()
-        num_shards = full_size // local_size
-        ranks_per_shard = tp.size // num_shards  # more than 1 where ranks share a KV head
-        self.full_size = full_size
-        self.first = tp.rank // ranks_per_shard * local_size
+        self.full_size = shard.full_shape[0]
+        self.local = shard.source_rows
+        local_size = self.local.stop - self.local.start
         self.weight = nn.Parameter(torch.empty(local_size), requires_grad=False)
         set_weight_loader(self.weight, self.load_weight)
 
     def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: None = None) -> None:
         """Copy the weights of this rank's heads."""
         check_shape(loaded, (self.full_size,))
-        param.copy_(loaded[self.first : self.first + len(param)])
+        param.copy_(loaded[self.local])
 
 
 class Olmo2Attention(nn.Module):
@@ -61,10 +57,8 @@ class Olmo2Attention(nn.Module):
         bias = bool(config.attention_bias)
         self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, bias)
         self.qkv_proj.epilogue = PLAIN  # the norms below read one tensor, not partial sums
-        q_size = self.qkv_proj.num_heads * head_dim
-        k_size = self.qkv_proj.num_kv_heads * head_dim
-        self.q_norm = ProjectionNorm(heads * head_dim, q_size)
-        self.k_norm = ProjectionNorm(kv_heads * head_dim, k_size)
+        self.q_norm = ProjectionNorm(self.qkv_proj.shard("q"))
+        self.k_norm = ProjectionNorm(self.qkv_proj.shard("k"))
         self.eps = config.rms_norm_eps
         options = AttentionOptions(scale=head_dim**-0.5, window=windows(config)[index])
         self.attn = Attention(
@@ -116,4 +110,5 @@ class Olmo2DecoderLayer(nn.Module):
 class Olmo2ForCausalLM(CausalLM):
     """OLMo 2 and 3, dense."""
 
+    model_types = ("olmo2", "olmo3")
     layer_class = Olmo2DecoderLayer

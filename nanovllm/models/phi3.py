@@ -5,7 +5,7 @@ value projections, and one for gate and up. RoPE may rotate only a part of each 
 rescaled for long contexts (LongRoPE).
 """
 
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,10 @@ from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
 from nanovllm.models.llama import LlamaDecoderLayer
 from nanovllm.models.mistral import MistralAttention
-from nanovllm.quantization.weight_format import Shard
+from nanovllm.models.options import check_option
 
 
 class StackedColumnParallelLinear(MergedColumnParallelLinear):
@@ -26,18 +26,18 @@ class StackedColumnParallelLinear(MergedColumnParallelLinear):
 
     def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: None = None) -> None:
         """Copy this rank's rows of each matrix; of the file nothing else is read."""
-        ends = list(accumulate(self.output_sizes))
-        for index, end in enumerate(ends):
+        full_shape = (sum(self.output_sizes), self.input_size)
+        first = 0  # the row of the tensor where a matrix begins
+        for index, size in enumerate(self.output_sizes):
             shard = MergedColumnParallelLinear.shard(self, index)
-            first = end - self.output_sizes[index]  # where the matrix begins in the tensor
             rows = shard.source_rows
-            stacked = Shard(
-                full_shape=(ends[-1], self.input_size),
+            in_tensor = replace(
+                shard,
+                full_shape=full_shape,
                 source_rows=slice(first + rows.start, first + rows.stop),
-                source_columns=shard.source_columns,
-                target_rows=shard.target_rows,
             )
-            self.weight_format.load(param, loaded, stacked)
+            self.weight_format.load(param, loaded, in_tensor)
+            first += size
 
 
 class Phi3QKVLinear(StackedColumnParallelLinear, QKVParallelLinear):
@@ -70,6 +70,7 @@ class Phi3DecoderLayer(LlamaDecoderLayer):
 class Phi3ForCausalLM(CausalLM):
     """Phi-3 and Phi-4, dense."""
 
+    model_types = ("phi3",)
     layer_class = Phi3DecoderLayer
 
     @classmethod
@@ -77,5 +78,4 @@ class Phi3ForCausalLM(CausalLM):
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
         check_option(config, "attention_bias", False, None)
-        check_option(config, "mlp_bias", False, None)
         check_option(config, "lm_head_bias", False, None)

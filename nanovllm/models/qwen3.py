@@ -13,7 +13,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Attended, Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, head_size, windows
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.options import head_size, windows
 
 
 class Qwen3Attention(nn.Module):
@@ -65,4 +66,5 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3ForCausalLM(CausalLM):
     """Qwen3 and Qwen2, dense."""
 
+    model_types = ("qwen3", "qwen2")
     layer_class = Qwen3DecoderLayer

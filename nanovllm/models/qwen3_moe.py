@@ -8,11 +8,12 @@ from transformers import PretrainedConfig
 
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import divide
-from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, GatedMLP, check_option
+from nanovllm.models.causal_lm import CausalLM, GatedMLP
+from nanovllm.models.options import check_option
 from nanovllm.models.qwen3 import Qwen3Attention
+from nanovllm.models.sparse_moe import SparseMoE
 
 
 def has_experts(config: PretrainedConfig, index: int) -> bool:
@@ -56,6 +57,7 @@ class Qwen3MoeDecoderLayer(nn.Module):
 class Qwen3MoeForCausalLM(CausalLM):
     """Qwen3 with experts."""
 
+    model_types = ("qwen3_moe",)
     layer_class = Qwen3MoeDecoderLayer
 
     @classmethod

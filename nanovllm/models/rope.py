@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nanovllm.layers.rotary_embedding import default_frequencies
+
+def default_frequencies(rotary_size: int, theta: float) -> Tensor:
+    """Angles by which one position turns each pair, `theta^(-2 i / rotary_size)` of pair i.
+
+    `[rotary_size / 2]` float32, on the CPU whatever the model's device: everywhere the same.
+    """
+    exponents = torch.arange(0, rotary_size, 2, dtype=torch.float32, device="cpu") / rotary_size
+    return 1.0 / theta**exponents
 
 
 class Rope(NamedTuple):
@@ -88,7 +95,13 @@ def rope_frequencies(
         raise ValueError(
             f"RoPE of type {options.kind!r} is not supported; supported: {', '.join(KINDS)}"
         )
-    return KINDS[options.kind](options)
+    try:
+        return KINDS[options.kind](options)
+    except ArithmeticError as error:  # YaRN's logarithm of a theta of 1 is 0, for one
+        raise ValueError(
+            f"RoPE of type {options.kind!r} cannot be computed ({error}) with theta "
+            f"{options.theta} and {options.values}; check them in the model's config.json"
+        ) from error
 
 
 def read_options(
@@ -123,25 +136,33 @@ def read_options(
 
 def rope_parameters(config: PretrainedConfig, layer_type: str | None) -> dict[str, Any]:
     """Return the options of one type of layers, as transformers 5 spells them."""
-    theta = getattr(config, "rope_theta", None)
-    parameters = getattr(config, "rope_parameters", None)
     is_local = layer_type == "sliding_attention"
+    theta = getattr(config, "rope_theta", None)
     if is_local:
         theta = getattr(config, "rope_local_base_freq", theta)  # Gemma 3
-    if not parameters:  # transformers 4
-        parameters = getattr(config, "rope_scaling", None) or {}
+    own = getattr(config, "rope_parameters", None)
+    if not own:  # transformers 4
+        own = getattr(config, "rope_scaling", None) or {}
         if is_local and config.model_type in ("gemma3_text", "olmo3"):
-            parameters = {}  # these families scale the RoPE of the other layers only
-    elif any(isinstance(value, dict) for value in parameters.values()):
-        if layer_type is None:
-            raise ValueError(
-                f"rope_parameters by types of layers ({', '.join(parameters)}) are not supported "
-                f"for {config.model_type}"
-            )
-        parameters = parameters.get(layer_type)
-        if not isinstance(parameters, dict):
-            raise ValueError(f"rope_parameters in the model's config.json lack {layer_type!r}")
-    return {"rope_theta": theta, **parameters}
+            own = {}  # these families scale the RoPE of the other layers only
+    elif any(isinstance(value, dict) for value in own.values()):
+        own = parameters_of_type(own, layer_type, config.model_type)
+    return {"rope_theta": theta, **own}
+
+
+def parameters_of_type(
+    by_type: dict[str, Any], layer_type: str | None, model_type: str
+) -> dict[str, Any]:
+    """Return one type's options of those that a configuration gives by the types of layers."""
+    if layer_type is None:
+        raise ValueError(
+            f"rope_parameters by types of layers ({', '.join(by_type)}) are not supported for "
+            f"{model_type}"
+        )
+    parameters = by_type.get(layer_type)
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_parameters in the model's config.json lack {layer_type!r}")
+    return parameters
 
 
 def positive(name: str, value: Any) -> float:

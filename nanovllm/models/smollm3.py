@@ -6,9 +6,10 @@ Llama's layers, but every fourth does not rotate q and k (NoPE): it sees what is
 from transformers import PretrainedConfig
 
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.causal_lm import CausalLM, check_option, layer_types
+from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.llama import LlamaDecoderLayer
 from nanovllm.models.mistral import MistralAttention
+from nanovllm.models.options import WINDOWED, check_option, layer_types
 
 
 class SmolLM3Attention(MistralAttention):
@@ -30,12 +31,17 @@ class SmolLM3DecoderLayer(LlamaDecoderLayer):
 class SmolLM3ForCausalLM(CausalLM):
     """SmolLM3, dense."""
 
+    model_types = ("smollm3",)
     layer_class = SmolLM3DecoderLayer
 
     @classmethod
     def check_config(cls, config: PretrainedConfig, tp_size: int) -> None:
         """Raise a ValueError for what this code would run wrongly, or could not be split."""
         super().check_config(config, tp_size)
-        check_option(config, "mlp_bias", False, None)
-        if "sliding_attention" in layer_types(config):
+        if len(config.no_rope_layers) < config.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers names {len(config.no_rope_layers)} layers, and num_hidden_layers "
+                f"is {config.num_hidden_layers}; it must have a 1 or 0 for each layer"
+            )
+        if WINDOWED in layer_types(config):
             check_option(config, "use_sliding_window", True)

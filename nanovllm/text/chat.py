@@ -10,6 +10,8 @@ import difflib
 import inspect
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
@@ -60,6 +62,10 @@ def apply_chat_template(
 
 # --- the form that a template reads ---------------------------------------------------------------
 
+# A checked conversation has strings as contents and dicts as arguments of tool calls, which is what
+# most templates read. Some say more of what the caller passed: they test whether there is a
+# content, read parts of text one by one, or concatenate arguments, which must be strings then.
+
 
 def choose_form(
     tokenizer: PreTrainedTokenizerBase,
@@ -67,30 +73,26 @@ def choose_form(
     original: Conversation,
     options: dict[str, Any],
 ) -> Conversation:
-    """Return a conversation in the form that the template reads best.
-
-    That is `checked`, with strings as contents and dicts as arguments, unless the template says
-    more of what the caller passed: it tests whether there is a content, reads parts of text one by
-    one, or concatenates arguments, which must be strings then.
+    """Return a conversation with contents and arguments each as checked or as the caller passed
+    them, whichever the template says more of.
     """
-    pairs = list(zip(checked, original, strict=True))
-    with_calls = [with_calls_of(message, passed) for message, passed in pairs]
-    with_contents = [with_content_of(message, passed) for message, passed in pairs]
-    if checked == with_calls == with_contents:
+    passed_contents = with_contents(checked, original)
+    passed_calls = with_calls(checked, original)
+    if checked == passed_contents == passed_calls:
         return checked  # nearly always: there is one form only
-    for messages in (checked, with_calls):
-        pairs = list(zip(messages, original, strict=True))
-        contents = [with_content_of(message, passed) for message, passed in pairs]
-        text = render(tokenizer, messages, options)
-        if says_all(tokenizer, contents, messages, text, options):
-            return contents
+    render = partial(try_template, tokenizer, options)
+    for strings in (checked, passed_calls):
+        text = render(strings)
+        passed = with_contents(strings, original)
+        if is_understood(passed, strings, text, render):
+            return passed
         if text is not None:
-            return messages
-    return with_contents  # refused in any form; the error is to be about what was passed
+            return strings
+    return passed_contents  # refused in any form; the error is to be about what was passed
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Conversation, options: dict[str, Any]
+def try_template(
+    tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], messages: Conversation
 ) -> str | None:
     """The text that the template makes of a conversation; None if it refuses it."""
     try:
@@ -99,18 +101,62 @@ def render(
         return None
 
 
-def with_calls_of(message: Message, original: Message) -> Message:
-    """Return a checked message with its tool calls, if it has any, as the caller passed them."""
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": original["tool_calls"]}
+def is_understood(
+    passed: Conversation,
+    strings: Conversation,
+    text: str | None,
+    render: Callable[[Conversation], str | None],
+) -> bool:
+    """Whether a template makes sense of contents that are absent, None, or lists of parts.
+
+    passed: a conversation with such contents. strings: the same with strings as all contents.
+    text: what the template makes of `strings`; None if it refuses them.
+    """
+    passed_text = render(passed)
+    if passed_text is None:
+        return False
+    if passed_text.count("None") > (text or "").count("None"):
+        return False  # it has written out that there is no content
+    lists = [message["content"] for message in passed if has_parts(message)]
+    if not lists:
+        return True
+    # A template that takes every content for a string writes a list as Python does. It is found out
+    # by lists of one part: one that reads parts writes them like strings.
+    single_parts = list(strings)
+    for index, message in enumerate(passed):
+        if has_parts(message):
+            part = text_part(strings[index]["content"])
+            single_parts[index] = {**strings[index], "content": [part]}
+    if text is None or render(single_parts) != text:
+        return False
+    return all(part["text"].strip() in passed_text for parts in lists for part in parts)
 
 
-def with_content_of(message: Message, original: Message) -> Message:
-    """Return a checked message with no content, or its parts of text, if the caller passed that."""
-    if "content" not in original:
+def has_parts(message: Message) -> bool:
+    """Whether the content of a message is a list of parts."""
+    return isinstance(message.get("content"), list)
+
+
+def with_calls(checked: Conversation, original: Conversation) -> Conversation:
+    """Return checked messages with their tool calls, if any, as the caller passed them."""
+    messages = []
+    for message, passed in zip(checked, original, strict=True):
+        if "tool_calls" in message:
+            message = {**message, "tool_calls": passed["tool_calls"]}
+        messages.append(message)
+    return messages
+
+
+def with_contents(checked: Conversation, original: Conversation) -> Conversation:
+    """Return checked messages with no content, or its parts of text, where that was passed."""
+    return [with_content(*pair) for pair in zip(checked, original, strict=True)]
+
+
+def with_content(message: Message, passed: Message) -> Message:
+    """`with_contents` for one message."""
+    if "content" not in passed:
         return {key: value for key, value in message.items() if key != "content"}
-    content = original["content"]
+    content = passed["content"]
     if content is None:
         return {**message, "content": None}
     if isinstance(content, str) or len(content) < 2:  # one part is the string
@@ -123,41 +169,7 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def says_all(
-    tokenizer: PreTrainedTokenizerBase,
-    contents: Conversation,
-    messages: Conversation,
-    text: str | None,
-    options: dict[str, Any],
-) -> bool:
-    """Whether a template understands `contents`, some of which are None, absent, or lists of parts.
-
-    `text` is what it makes of the same `messages` with strings; None if it refuses them.
-    """
-    full_text = render(tokenizer, contents, options)
-    if full_text is None:
-        return False
-    if full_text.count("None") > (text or "").count("None"):
-        return False  # it has written what stands for no content
-    lists = [message["content"] for message in contents if has_parts(message)]
-    if not lists:
-        return True
-    # It may write a list as Python does. Then it writes one part not as it writes a string.
-    single = [
-        {**message, "content": [text_part(message["content"])]} if has_parts(passed) else message
-        for message, passed in zip(messages, contents, strict=True)
-    ]
-    if text is None or render(tokenizer, single, options) != text:
-        return False
-    return all(part["text"].strip() in full_text for parts in lists for part in parts)
-
-
-def has_parts(message: Message) -> bool:
-    """Whether the content of a message is a list of parts."""
-    return isinstance(message.get("content"), list)
-
-
-# --- checks -----------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def find_template(

@@ -53,15 +53,19 @@ class TextDecoder:
             if not method.__module__.startswith("transformers.tokenization_utils"):
                 self._backend = None  # this class does more than the library
 
-        # Whether successive byte tokens are all characters or, if they are not UTF-8, none of them.
-        self.has_byte_runs = False
-        if self._backend is not None and len(self.byte_ids) == 256:
-            id_of = {byte: token_id for token_id, byte in self.byte_ids.items()}
-            right = [id_of[byte] for byte in "é".encode()]
-            self.has_byte_runs = (
-                self.decode(right, False) == "é"
-                and self.decode([*right, id_of[0xFF]], False) == 3 * NO_CHARACTER
-            )
+        self.has_byte_runs = self._decodes_byte_runs_whole()
+
+    def _decodes_byte_runs_whole(self) -> bool:
+        """Whether successive byte tokens become characters if all of them are UTF-8, and otherwise
+        none of them does. Then `ByteRun` knows their text without decoding it.
+        """
+        if self._backend is None or len(self.byte_ids) < 256:
+            return False
+        id_of = {byte: token_id for token_id, byte in self.byte_ids.items()}
+        valid = [id_of[byte] for byte in "é".encode()]
+        if self.decode(valid, skips_special=False) != "é":
+            return False
+        return self.decode([*valid, id_of[0xFF]], skips_special=False) == 3 * NO_CHARACTER
 
     def decode(self, token_ids: list[int], skips_special: bool) -> str:
         """Decode, without the `clean_up_tokenization_spaces` of some configurations, which would

@@ -76,7 +76,8 @@ class Detokenizer:
         self._window = list(self.context)
         self._head = ""
         self._num_first = len(self.decoder.decode(self._window, self.skips_special))
-        # The byte tokens at the end of the window, and the text before them.
+        # The byte tokens at the end of the window, if they are followed without being decoded, and
+        # the text before them.
         self._run: ByteRun | None = None
         self._before_run = ""
 
@@ -113,14 +114,9 @@ class Detokenizer:
         if self.decoder.is_silent(token_id, self.skips_special):
             return  # in the window a long run of them would be decoded again with each new token
         self._window.append(token_id)
-        byte = self.decoder.byte_ids.get(token_id)
-        if byte is None:
-            self._run = None
-        elif self._run is None and self._can_begin_run(byte):
-            self._run = ByteRun()
-            self._before_run = self._searched
-        if byte is not None and self._run is not None:
-            self._searched = self._before_run + self._run.append(byte)
+        text = self._text_of_run(token_id)
+        if text is not None:
+            self._searched = text
             return
         new = self.decoder.decode(self._window, self.skips_special)
         is_whole = not new.endswith(NO_CHARACTER)
@@ -135,6 +131,21 @@ class Detokenizer:
             self._window = [token_id]
             self._head = self._searched
             self._num_first = len(self.decoder.decode(self._window, self.skips_special))
+
+    def _text_of_run(self, token_id: int) -> str | None:
+        """Return the text with this token if it is one of a run of bytes, whose text is known
+        without decoding; else None.
+        """
+        byte = self.decoder.byte_ids.get(token_id)
+        if byte is None:
+            self._run = None
+            return None
+        if self._run is None and self._can_begin_run(byte):
+            self._run = ByteRun()
+            self._before_run = self._searched
+        if self._run is None:
+            return None
+        return self._before_run + self._run.append(byte)
 
     def _can_begin_run(self, byte: int) -> bool:
         """Whether the byte token at the end of the window begins a run whose text is known."""

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.checkpoint import HEAD, Stored, are_equal, find_tensors, open_weights
+from nanovllm.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Stored,
+    find_tensors,
+    open_weights,
+    settle_tied_head,
+)
 from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
-EMBEDDING = "model.embed_tokens.weight"  # may be one tensor with HEAD (tied)
 DTYPES = ("BF16", "F16", "F32", "F64")  # of safetensors; others are of quantised weights
 
 
@@ -67,25 +73,6 @@ def group_by_file(
         if name in expected:
             grouped.setdefault(file, {})[stored_name] = expected[name]
     return grouped
-
-
-def settle_tied_head(
-    expected: dict[str, LoadTensor], files: dict[str, Stored], dtype: torch.dtype
-) -> None:
-    """Decide what an `lm_head.weight` is for a model that has the embedding in its place.
-
-    A file may hold the shared tensor under either name, or under both. If these differ, then
-    transformers 5 uses both, and older versions, and vLLM, drop the head: a ValueError.
-    """
-    if EMBEDDING not in files:
-        expected[HEAD] = expected.pop(EMBEDDING)
-    elif are_equal(files[EMBEDDING], files[HEAD], dtype):
-        del files[HEAD]
-    else:
-        raise ValueError(
-            f"{files[HEAD][0]} holds an {HEAD} that differs from {EMBEDDING}, and config.json "
-            "has tie_word_embeddings; set that to false to use the head, or remove the tensor"
-        )
 
 
 def expected_tensors(model: nn.Module, names: Collection[str]) -> dict[str, LoadTensor]:

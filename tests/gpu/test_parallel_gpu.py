@@ -98,11 +98,13 @@ def test_ranks_give_the_tokens_of_transformers(
 
 
 @pytest.mark.parametrize(
-    "name", ["olmo2-shared-kv-head", "phi3-shared-kv-head-tied", "granite", "gemma3"]
+    "name",
+    ["olmo2-shared-kv-head", "phi3-shared-kv-head-tied", "granite", "gemma3", "qwen3-moe"],
 )
 def test_families_over_ranks(tmp_path: Path, name: str, nothing_left: None) -> None:
     """Those that differ in what ranks sum or load: q and k normalised over all heads, tensors that
-    the checkpoint merges, outputs scaled or normalised before they are added. In graphs.
+    the checkpoint merges, outputs scaled or normalised before they are added, experts of which each
+    rank has a part. In graphs.
     """
     saved = make_checkpoint(tmp_path, seed=1, **FAMILIES[name])
     checkpoint = Checkpoint(saved.path, saved.model.to(DEVICE))

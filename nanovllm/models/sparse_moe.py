@@ -133,23 +133,29 @@ class SparseMoE(nn.Module):
         """Compute this rank's part of the sum, of x `[n, hidden]`; see `WeightFormat.matmul`."""
         residual = epilogue.add_to
         weights = MoEWeights(
-            self.gate.weight,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            self.top_k,
-            self.is_normalized,
+            router=self.gate.weight,
+            gate_up=self.experts.gate_up_proj,
+            down=self.experts.down_proj,
+            top_k=self.top_k,
+            is_normalized=self.is_normalized,
         )
         if not x.is_cuda:
             product = moe_torch(x, weights)
             return product if residual is None else residual.add_(product)
         if uses_gemv(x):
-            norm_weight = None if norm is None else norm.weight
-            return moe_gemv(x, weights, residual, norm_weight, 0.0 if norm is None else norm.eps)
+            return moe_gemv(
+                x,
+                weights,
+                residual,
+                norm_weight=None if norm is None else norm.weight,
+                eps=0.0 if norm is None else norm.eps,
+            )
         assert norm is None and epilogue.out is None
         if len(x) > CHUNK_TOKENS:
             return moe_in_chunks(x, weights, residual)
         sums = PartialSums(moe_partial_sums(x, weights))
-        return sums if residual is not None or epilogue.reader_sums else sums.sum()
+        reader_sums = epilogue.reader_sums or residual is not None
+        return sums if reader_sums else sums.sum()
 
     def forward(self, x: Tensor) -> Any:
         """Compute this rank's part as a tensor `[n, hidden]`."""
