@@ -307,6 +307,8 @@ class ModelRunner:
         )
 
     def _capture_graphs(self) -> None:
+        # The buffers hold nothing but padding. After a step they could not be used for one of
+        # another size: its tiles would name rows that a smaller step does not have.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
