@@ -1005,9 +1005,10 @@ def test_random_requests_keep_every_invariant(
                 )
                 assert all(value <= 1e-4 for entry in c["logprobs"] for value in entry.values())
             if not param.stop and c["finish_reason"] == "length":
-                assert c["text"] == TOKENIZER.decode(
-                    tokens, skip_special_tokens=param.skip_special_tokens
-                )
+                decoded = TOKENIZER.decode(tokens, skip_special_tokens=param.skip_special_tokens)
+                # A character that lacks bytes is left out of the end, where the tokenizer shows it.
+                without_last = decoded.removesuffix("\ufffd")
+                assert c["text"] in (decoded, without_last)
     assert_idle(llm)
 
 
