@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import Checkpoint, make_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, TOKEN, InputArray, StepBuffers
+from nanovllm.kernels.attention_backend import FLASH_ATTN, PrefillPlan
 
 ARRAYS = {
     "ids": InputArray(TOKEN, np.int64),
@@ -93,3 +95,29 @@ def test_the_example_of_step_inputs() -> None:
         "slots": [30, 31, 4, 20, 21],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
+
+
+def test_block_tables_of_one_column_have_the_usual_strides(checkpoint: Checkpoint) -> None:
+    """One column is contiguous to PyTorch and NumPy, whatever its strides; not to flash_attn."""
+    buffers = make_buffers(blocks_per_seq=1)
+    arrays = buffers.on_device({TOKEN: 2, SEQUENCE: 5})
+    plan = FLASH_ATTN.plan_decode(arrays["rows"], arrays["block_tables"])
+    assert plan.block_tables.shape == (5, 1)
+    assert plan.block_tables.stride(1) == 1
+
+    seqs = []
+    for row in range(3):  # each computes the second half of a prompt that fits a block
+        seq = Sequence([1, 2, 3, 4], SamplingParams(), seed=row)
+        seq.row = row
+        seq.block_table = [row]
+        seq.num_computed_tokens = 2
+        seq.schedule(2)
+        seqs.append(seq)
+    llm = make_llm(checkpoint.path)
+    try:
+        attention = llm.model_runner.prepare_prefill(seqs).attention  # type: ignore[union-attr]
+        assert isinstance(attention, PrefillPlan) and attention.block_tables is not None
+        assert attention.block_tables.tolist() == [[0], [1], [2]]
+        assert attention.block_tables.stride(1) == 1
+    finally:
+        llm.exit()

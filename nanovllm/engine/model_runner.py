@@ -239,7 +239,9 @@ class ModelRunner:
         num_total = batch.num_total.tolist()
         block_tables = None
         if num_total != num_new:  # some K and V are read from the cache
-            block_tables = np.ascontiguousarray(batch.block_tables.T)
+            # A copy, so that the stride between columns is 1 even where there is one column only.
+            # flash_attn refuses any other, and Triton would compile the kernel again for it.
+            block_tables = batch.block_tables.T.copy()
         to_device = self._to_device
         plan = self.backend.plan_prefill(num_new, num_total, block_tables, to_device)
         return StepInputs(

@@ -248,7 +248,10 @@ class FlashBackend(AttentionBackend):
 
     def plan_decode(self, context_lens: Tensor, block_tables: Tensor) -> DecodePlan:
         """Prepare a decode step."""
-        return DecodePlan(context_lens, block_tables.contiguous())  # the only strides it takes
+        # The package takes only a stride of 1 between columns, even where there is one column. Of
+        # one column, `contiguous` would keep whatever stride there is.
+        tables = block_tables.clone(memory_format=torch.contiguous_format)
+        return DecodePlan(context_lens, tables)
 
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
