@@ -21,7 +21,7 @@ from conftest import (
 from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.graphs import StepGraph, StepOutput
+from nanovllm.engine.graphs import PREFILL_SIZES, StepGraph, StepOutput
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_backend import TORCH, TRITON, AttentionBackend
 from nanovllm.kernels.prefill_tiles import tiled_prefill_torch
@@ -167,5 +167,27 @@ def test_sampling_options(checkpoint: Checkpoint, params: list[SamplingParams]) 
             assert output["token_ids"] == want["token_ids"]
             assert (output.get("logprobs") is None) == (want.get("logprobs") is None)
         assert sum(replay.count for replay in replays) > 0
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize(
+    "options, sizes",
+    [
+        (dict(max_num_seqs=64), list(PREFILL_SIZES)),
+        (dict(max_num_batched_tokens=100), [16, 32, 64, 100]),
+        (dict(max_num_batched_tokens=64), [16, 32, 64]),
+        (dict(max_num_batched_tokens=3), [3]),
+        (dict(max_num_seqs=2), [16, 32, 64, 128, 256, 384, 512]),
+        (dict(max_num_seqs=1, max_model_len=8), [8]),
+    ],
+)
+def test_no_graph_is_larger_than_the_largest_step(
+    checkpoint: Checkpoint, options: dict[str, Any], sizes: list[int]
+) -> None:
+    """The warm-up runs that step, and shows how much memory the graphs may take."""
+    llm = make_llm(checkpoint.path, **options)
+    try:
+        assert llm.model_runner.padded_prefill.sizes == sizes  # type: ignore[union-attr]
     finally:
         llm.exit()

@@ -30,7 +30,10 @@ class PaddedPrefill:
         self, config: Config, layer: Attention, blocks_per_seq: int, device: torch.device
     ) -> None:
         """layer: any attention layer of the model."""
-        largest = min(PREFILL_SIZES[-1], config.max_num_batched_tokens)
+        # No step has more tokens than `max_tokens`. Larger graphs would have a larger memory pool
+        # than the activations of the warm-up, which is what the KV cache leaves room for.
+        max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+        largest = min(PREFILL_SIZES[-1], max_tokens)
         self.sizes = [size for size in PREFILL_SIZES if size < largest] + [largest]
         self.max_seqs = min(MAX_SEQS, config.max_num_seqs)
         self.tile_rows = prefill_config(
