@@ -43,7 +43,7 @@ class Config:
     # Share of the GPU's memory that may be in use, by this engine and by whatever else runs there.
     gpu_memory_utilization: Annotated[float, Range(ABOVE_0, 1)] = 0.9
     tensor_parallel_size: Annotated[int, Range(1, 8)] = 1  # ranks (GPUs) the model is split over
-    enforce_eager: bool = False  # whether decode steps run without CUDA graphs
+    enforce_eager: bool = False  # whether all steps run without CUDA graphs
     kvcache_block_size: Annotated[int, Range(1)] = 256  # token slots of a block of the KV cache
     # Blocks of the KV cache. -1: as many as fit beside the weights; on a CPU, up to 2 GiB of them.
     num_kvcache_blocks: Annotated[int, Range(-1)] = -1

@@ -102,7 +102,7 @@ class ModelRunner:
     def _allocate_tables(self) -> None:
         max_num_seqs = self.config.max_num_seqs
         blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
-        num_rows = max_num_seqs + 1  # the last row is for the padding of decode steps
+        num_rows = max_num_seqs + 1  # the last row is for the padding of steps
         # Each sequence's newest token, on the device: the next step reads it before the host can.
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         # On the host, a decode step only gathers what belongs to its sequences. The block tables
@@ -309,8 +309,9 @@ class ModelRunner:
         )
 
     def _capture_graphs(self) -> None:
-        # The buffers hold nothing but padding. After a step they could not be used for one of
-        # another size: its tiles would name rows that a smaller step does not have.
+        # Compiling runs steps of all sizes on the same buffers. That is safe because they still
+        # hold nothing but padding. What a real step has left there would name rows, in its tiles,
+        # that a smaller step does not have.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes

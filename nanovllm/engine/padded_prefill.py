@@ -13,15 +13,16 @@ from nanovllm.kernels.prefill_tiles import FIELDS, make_tiles, max_tiles
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import StepInputs
 
-# Of a step; one with more runs eagerly. The LM head reads its weight in the time that it takes to
-# compute the logits of so many sequences, and surplus programs of attention are few.
+# Steps of more sequences run eagerly, those of fewer are padded. That costs little: up to here, the
+# LM head takes the time of reading its weight, however many sequences there are, and each sequence
+# adds only one tile to the longest list that attention must have room for.
 MAX_SEQS = 64
 
 
 class PaddedPrefill:
     """The inputs of prefills that fit one of a few sizes, at the same addresses in every step.
 
-    A step of one size has always the same shapes. A padding token stores nothing (slot -1) and
+    All steps of one size have the same shapes. A padding token stores nothing (slot -1) and
     attends to nothing. A padding sequence takes its last token from row 0 and has no context; its
     sample goes into a row of no sequence.
     """

@@ -36,10 +36,12 @@ class PrefillBatch:
         block_tables = np.full((width, len(seqs)), -1, np.int32)
         for index, seq in enumerate(seqs):
             block_tables[: len(seq.block_table), index] = seq.block_table
-        last_rows = np.cumsum(num_new)  # exclusive
-        num_tokens = last_rows[-1]
-        positions = np.arange(num_tokens) + np.repeat(num_total - last_rows, num_new)
-        blocks = block_tables[positions // block_size, np.repeat(np.arange(len(seqs)), num_new)]
+        end_rows = np.cumsum(num_new)  # the row behind each sequence's last token
+        # A sequence's positions run ahead of its rows, or behind them, by the same number for all
+        # of its tokens.
+        positions = np.arange(end_rows[-1]) + np.repeat(num_total - end_rows, num_new)
+        seq_of_token = np.repeat(np.arange(len(seqs)), num_new)
+        blocks = block_tables[positions // block_size, seq_of_token]
         return cls(
             table_rows=np.array([seq.row for seq in seqs]),
             num_new=num_new,

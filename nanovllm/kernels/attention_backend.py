@@ -129,9 +129,9 @@ class AttentionBackend:
         """The plan for each sequence's last query only; keys and values are those of `plan`."""
         if isinstance(plan, TiledPlan):
             # All keys are in the cache, and one query a sequence is what decode attention is for.
-            # It loads keys before the kernel ahead of it has ended, while those of a prefill have
-            # only just been stored. That is safe, as the kernel ahead selects the queries, is a
-            # plain one, and so has waited for the one that stores.
+            # It may load keys before the kernel ahead of it has ended, and this step has only just
+            # stored them. They are there: the kernel ahead, which selects the last tokens' queries,
+            # is a plain one. It began when the kernel that stores the keys had ended.
             return DecodePlan(plan.context_lens, plan.block_tables)
         num_seqs = len(plan.cu_seqlens_q) - 1
         one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)

@@ -95,7 +95,7 @@ def _varlen_prefill_kernel(
         k_start = tl.load(cu_seqlens_k_ptr + seq)
         q_len = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
         k_len = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
-    if first_query >= q_len:  # the grid is that of the longest sequence, or the longest list
+    if first_query >= q_len:  # the grid has room for the longest sequence, or the longest list
         return
     wait_for_previous(PDL)
     queries = first_query + tl.arange(0, BLOCK_M)
@@ -116,7 +116,8 @@ def _varlen_prefill_kernel(
     earlier = k_len - q_len
     first_masked = (first_query + earlier + 1) // BLOCK_N * BLOCK_N
     if tiles_ptr is not None:
-        first_masked = tl.maximum(first_masked, 0)  # of padding, which sees no key at all
+        # Padding sees no key: its `earlier` is -q_len.
+        first_masked = tl.maximum(first_masked, 0)
     last = tl.minimum(first_query + BLOCK_M + earlier, k_len)  # exclusive
     begin = 0
     left_end = 0
