@@ -22,6 +22,7 @@ from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.graphs import PREFILL_SIZES, StepGraph, StepOutput
+from nanovllm.engine.step_buffers import StepBuffers
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_backend import TORCH, TRITON, AttentionBackend
 from nanovllm.kernels.prefill_tiles import tiled_prefill_torch
@@ -92,6 +93,41 @@ def test_tokens_of_transformers(checkpoint: Checkpoint, case: str) -> None:
         counters = llm.scheduler.counters
         assert counters["prefix_hit_tokens"] > 0
         assert (counters["preemptions"] > 0) == (case == "tiny-cache")
+    finally:
+        llm.exit()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kvcache_block_size=5, max_model_len=253),
+        dict(kvcache_block_size=256, num_kvcache_blocks=64),
+        dict(max_num_batched_tokens=90, max_num_seqs=5),
+        dict(max_num_batched_tokens=3),
+    ],
+    ids=["block-5", "block-256", "few-rows", "tiny-steps"],
+)
+def test_nothing_that_earlier_steps_left_is_read(
+    checkpoint: Checkpoint, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the buffers a step reads what its own upload wrote, of the cache what was stored there."""
+    prompts = random_prompts(3, LENGTHS)
+    prompts += [prompts[-1][:48] + tail for tail in random_prompts(4, [1, 20])]
+    expected = checkpoint.complete(prompts, 12)
+    upload = StepBuffers.upload
+
+    def upload_over_nonsense(buffers: StepBuffers, *inputs: Any) -> None:
+        buffers._device_memory.view(torch.int32).fill_(10**6)
+        upload(buffers, *inputs)
+
+    monkeypatch.setattr(StepBuffers, "upload", upload_over_nonsense)
+    llm = make_llm(checkpoint.path, 1, **options)
+    replays = add_graphs(llm, TORCH_TILED)
+    try:
+        llm.model_runner.kv_cache.fill_(float("nan"))  # type: ignore[union-attr]
+        for _ in range(2):  # the second time with prefix hits
+            assert generate_ids(llm, prompts, greedy(12)) == expected
+        assert sum(replay.count for replay in replays) > 1
     finally:
         llm.exit()
 
