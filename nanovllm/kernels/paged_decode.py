@@ -155,10 +155,9 @@ def _paged_decode_kernel(
     table_ptr = block_tables_ptr + seq * table_stride
     first_tile = first_seen + split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
-    # Of K and V, a decode step writes the newest token of each sequence, which lies in the
-    # sequence's last tile. The other tiles were written by earlier steps. Each step begins with
-    # copies or plain kernels, so that those tiles can be read before `wait_for_previous`. (A
-    # prefill writes more, and takes care of it: `AttentionBackend.last_tokens_plan`.)
+    # A decode step writes K and V of the newest tokens only, each in its sequence's last tile. The
+    # other tiles are from earlier steps. As each step begins with copies or plain kernels, they can
+    # be read before `wait_for_previous`. For a prefill see `AttentionBackend.last_tokens_plan`.
     if READ_AHEAD:
         # The wait stands in the loop's first round. Triton pipelines the loop: it moves the loads
         # of the first STAGES - 1 tiles in front of the loop, and so in front of the wait. If the
