@@ -126,6 +126,8 @@ class Caller:
                 (call,) = self.random.choices(list(calls), list(calls.values()))
                 with suppress(KeyboardInterrupt):
                     call()
+        except KeyboardInterrupt:
+            pass  # it came between two calls, and ends this round
         except BaseException as error:  # a thread would swallow it
             self.shared.errors.append(error)
         for stream in self.streams:
