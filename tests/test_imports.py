@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("jobs", "llm", "engine", "models", "layers", "quantization", "kernels")
+ORDER = (
+    "jobs",
+    "llm",
+    "engine",
+    "parallel",
+    "models",
+    "layers",
+    "sampling",
+    "quantization",
+    "kernels",
+)
 # All may import these; they import no part.
 LEAVES = (
     "utils",

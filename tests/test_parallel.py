@@ -23,9 +23,9 @@ from conftest import (
 from conftest import random_prompts as prompts_of
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
-from nanovllm.engine.channel import Channel
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.parallel.channel import Channel
 
 # --- sequences on their way to other ranks --------------------------------------------------------
 

@@ -31,7 +31,7 @@ from conftest import (
 )
 
 from nanovllm import DEMO_MODEL, LLM
-from nanovllm.engine.process_group import ProcessGroup
+from nanovllm.parallel.process_group import ProcessGroup
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = Path("/dev/shm")

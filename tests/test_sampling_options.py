@@ -34,7 +34,9 @@ from nanovllm.kernels.penalties import (
     set_counts,
 )
 from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras
+from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.stages import bias_and_penalize
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 # Triton's interpreter computes with NumPy, which warns of -inf * 0; what comes of it is not used.
@@ -372,8 +374,7 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
     token_ids = torch.tensor([3, 60, 60, 3], device=DEVICE)
     values = torch.tensor([50.0, 30.0, 31.0, -math.inf], device=DEVICE)
     extras = SamplingExtras(bias=LogitBias(index, token_ids, values))
-    sampler = Sampler(0, VOCAB)
-    changed = sampler._bias_and_penalize(logits, extras)
+    changed = bias_and_penalize(logits, extras)
     expected = before.float().clone()
     expected[0, 3] += 50
     expected[2, 60] += 61  # the same pair twice: both count
@@ -390,7 +391,7 @@ def test_bias_is_added_before_penalties_and_the_argument_stays(dtype: torch.dtyp
         counts=new_counts(VOCAB, histories),
         count_rows=torch.tensor([1, 2, 3], device=DEVICE),
     )
-    changed = sampler._bias_and_penalize(logits, extras)
+    changed = bias_and_penalize(logits, extras)
     torch.testing.assert_close(
         changed.cpu(), expected_penalties(expected.cpu(), histories, strengths)
     )

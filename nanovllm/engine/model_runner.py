@@ -22,8 +22,6 @@ from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.prefill_batch import PrefillBatch
-from nanovllm.engine.process_group import ProcessGroup
-from nanovllm.engine.sampling_table import SamplingTable
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
@@ -31,8 +29,11 @@ from nanovllm.kernels.attention_backend import select_backend
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampled, Sampler, SamplingExtras
+from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
+from nanovllm.parallel.process_group import ProcessGroup
+from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.tensor_parallel import tensor_parallel
 

@@ -5,8 +5,9 @@ import time
 import torch
 from torch import Tensor
 
-from nanovllm.layers.sampler import Logprobs, Sampled
+from nanovllm.layers.sampler import Sampled
 from nanovllm.outputs import TokenLogprobs
+from nanovllm.sampling.extras import Logprobs
 
 
 class PendingTokens:

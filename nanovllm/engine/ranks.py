@@ -15,9 +15,9 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
-from nanovllm.engine.channel import Channel
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.process_group import ProcessGroup
+from nanovllm.parallel.channel import Channel
+from nanovllm.parallel.process_group import ProcessGroup
 
 HOST = "127.0.0.1"  # all ranks are on one machine
 MAX_STEP_SECONDS = 10.0  # so long `shut_down` waits for a step of another thread

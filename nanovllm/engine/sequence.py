@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -21,18 +21,6 @@ class SequenceStatus(Enum):
     WAITING = auto()  # queued, preempted, or part-way through a chunked prefill
     RUNNING = auto()  # its prompt is computed; each decode step adds a token
     FINISHED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """What a sequence asks of the sampler beyond temperature and seed."""
-
-    params: SamplingParams
-    min_length: int = 0  # no id of `early_ids` may be drawn while prompt and completion are shorter
-    early_ids: tuple[int, ...] = ()
-    # The prompt, and the completion so far; both are empty without penalties.
-    penalized_prompt_ids: list[int] = field(default_factory=list)
-    penalized_completion_ids: list[int] = field(default_factory=list)
 
 
 class Sequence:

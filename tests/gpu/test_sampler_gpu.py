@@ -12,7 +12,8 @@ from nanovllm.kernels.penalties import (
     set_counts,
 )
 from nanovllm.kernels.threshold import Filters, filter_thresholds, filter_thresholds_torch
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, Sampler, SamplingExtras
+from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.channel import Channel
 from nanovllm.kernels.all_reduce import SmallAllReduce
 from nanovllm.kernels.host_words import HostWords
 from nanovllm.kernels.prefill_all_reduce import MIN_TOKENS, PrefillAllReduce
+from nanovllm.parallel.channel import Channel
 
 
 class ProcessGroup:

@@ -1,18 +1,24 @@
 """From what single sequences ask of the sampler to the tensors of a step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.sequence import SamplingOptions, Sequence
 from nanovllm.kernels.penalties import Penalties, set_counts
 from nanovllm.kernels.threshold import Filters
-from nanovllm.layers.sampler import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.sequence import Sequence
 
 NEUTRAL = SamplerNumbers()  # numbers that change nothing
 PLAIN = SamplingOptions(SamplingParams())

@@ -1,0 +1,1 @@
+"""How tensor-parallel ranks talk to each other: commands through shared memory, and NCCL."""

@@ -1,0 +1,5 @@
+"""What requests ask of the sampler beyond a temperature and a seed, from the request to the device.
+
+`options` is what one sequence asks for, `table` makes a step's tensors of it (`extras`), `stages`
+changes the logits by them. A step of plain requests uses none of it.
+"""

@@ -1,0 +1,63 @@
+"""The stages between the logits and the draw, for the steps in which a request asks for them."""
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.penalties import MAX_COUNT, penalize, penalize_torch
+from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.sampling.extras import LogitBias, LogprobRequest, Logprobs, SamplingExtras
+
+
+def bias_and_penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
+    """Apply the first two stages, in vLLM's order, to a float32 copy of `[n, vocab]` logits."""
+    if extras.bias is not None:
+        logits = add_bias(logits, extras.bias)
+    if extras.penalties is not None:
+        assert extras.counts is not None
+        assert extras.count_rows is not None
+        apply = penalize if logits.is_cuda else penalize_torch
+        logits = apply(logits, extras.counts, extras.count_rows, extras.penalties)
+    return logits
+
+
+def add_bias(logits: Tensor, bias: LogitBias) -> Tensor:
+    """Add to single logits of a float32 copy."""
+    changed = logits.to(torch.float32, copy=True)
+    vocab_size = logits.shape[1]
+    changed.view(-1).index_add_(0, bias.rows * vocab_size + bias.token_ids, bias.values)
+    return changed
+
+
+def find_thresholds(logits: Tensor, temperatures: Tensor, extras: SamplingExtras) -> Tensor | None:
+    """Find the least logit of each row that the filters keep: `[n]` float32."""
+    if extras.filters is None:
+        return None
+    find = filter_thresholds if logits.is_cuda else filter_thresholds_torch
+    return find(logits, temperatures, extras.filters)
+
+
+def count_drawn(token_ids: Tensor, extras: SamplingExtras) -> None:
+    """Count the drawn tokens: the next step needs that long before the host knows them."""
+    if extras.penalties is None:
+        return
+    assert extras.counts is not None
+    counts = extras.counts[extras.count_rows, token_ids]
+    may_grow = (counts & MAX_COUNT) < MAX_COUNT
+    extras.counts[extras.count_rows, token_ids] = counts + may_grow
+
+
+def find_logprobs(
+    logits: Tensor, token_ids: Tensor, request: LogprobRequest | None
+) -> Logprobs | None:
+    """Compute the log-probabilities of the drawn and of the likeliest tokens.
+
+    logits: `[n, vocab]`, as the model gave them.
+    token_ids: `[n]` int64, drawn.
+    """
+    if request is None:
+        return None
+    wanted = logits[request.rows].float()
+    drawn = token_ids[request.rows].unsqueeze(1)
+    num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
+    ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
+    return Logprobs(ids, wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True))
