@@ -34,7 +34,7 @@ class SharedTails:
     def __init__(self, manager: BlockManager) -> None:
         self._manager = manager
         # Ids of the blocks. Empty, at no cost to any step, unless something was forked. Some may
-        # have one holder by now, or none: whoever looks next finds that out.
+        # have one holder by now: it finds that out when it is to write.
         self.block_ids: set[int] = set()
         # They have to be made in this order: a block can be a target, be freed, and be a target
         # again, all before the next step.
@@ -55,11 +55,10 @@ class SharedTails:
         child.num_cached_tokens = parent.num_computed_tokens
         child.num_computed_tokens = parent.num_computed_tokens
 
-    def have_room(self) -> bool:
-        """Whether a block is left for one more copy, after those that are to come."""
+    def num_due(self) -> int:
+        """How many copies are to come, each of which needs a block: of all holders but the last."""
         blocks = self._manager.blocks
-        num_due = sum(max(blocks[block_id].ref_count - 1, 0) for block_id in self.block_ids)
-        return num_due < len(self._manager.free_block_ids)
+        return sum(max(blocks[block_id].ref_count - 1, 0) for block_id in self.block_ids)
 
     def needs_copy(self, seq: Sequence) -> bool:
         """Whether others hold the last block of a sequence, too."""

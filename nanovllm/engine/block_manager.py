@@ -74,10 +74,13 @@ class BlockManager:
         return -(-seq.num_tokens // self.block_size) - len(seq.block_table)
 
     def can_allocate(self, seq: Sequence) -> bool:
-        """Whether there are blocks for all tokens of a waiting sequence, cached ones included."""
+        """Whether there are blocks for all tokens of a waiting sequence, cached ones included,
+        beside those that running ones will need for copies.
+        """
         hits = self._find_cached_prefix(seq)
         num_held = sum(block.ref_count > 0 for block in hits)  # the other hits are free blocks
-        return self.num_missing(seq) - num_held <= len(self.free_block_ids)
+        num_left = len(self.free_block_ids) - self.tails.num_due()
+        return self.num_missing(seq) - num_held <= num_left
 
     def allocate(self, seq: Sequence) -> None:
         """Give a waiting sequence shared blocks for its cached prefix and new ones for the rest."""
@@ -174,6 +177,7 @@ class BlockManager:
     def take_free_block(self) -> int:
         """The first free block, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
+        self.tails.block_ids.discard(block_id)
         block = self.blocks[block_id]
         if block.hash is not None and self._is_cached(block):
             del self.cached_blocks[block.hash]

@@ -154,9 +154,10 @@ class Scheduler:
         """Give a waiting sequence the blocks of one with the same tokens, which this step computes;
         False if there would be no block for its copy of the last one.
         """
-        if not self.block_manager.tails.have_room():
+        tails = self.block_manager.tails
+        if tails.num_due() >= len(self.block_manager.free_block_ids):
             return False
-        self.block_manager.tails.fork(leader, seq)
+        tails.fork(leader, seq)
         self._seat(seq)
         return True
 
