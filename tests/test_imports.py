@@ -34,6 +34,7 @@ LEAVES = (
     "exclusive",
     "frozen",
     "hf_overrides",
+    "job_order",
     "progress",
     "results",
     "text",
