@@ -60,6 +60,8 @@ class Config:
     attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
     # "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no weight files.
     load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
+    # Most log-probabilities that a request may ask for at each token. -1: as many as it likes.
+    max_logprobs: Annotated[int, Range(-1)] = 20
     enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of requests that bring none; of dummy weights
     # The architectures that there is code for; a model of another one is an error. (): any will do.

@@ -6,9 +6,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.requests import Params, Prompts, Request
+from nanovllm.engine.requests import Params, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
+from nanovllm.inputs import Prompts
 from nanovllm.results import RequestOutput, StreamPart
 from nanovllm.text.chat import Conversation, apply_chat_template
 from nanovllm.text.stream import StreamedCompletion

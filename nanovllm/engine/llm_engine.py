@@ -22,11 +22,12 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
-from nanovllm.engine.requests import InputProcessor, Params, Prompt, Prompts, Request
+from nanovllm.engine.requests import InputProcessor, Params, Request
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.inputs import Prompt, Prompts
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
