@@ -70,3 +70,13 @@ ABSENT_PARAMS = {
     "spaces_between_special_tokens": Absent("the tokenizer decides", (None, True)),
     "use_beam_search": Absent("call LLM.beam_search", (None, False)),
 }
+
+# Of LLM.chat.
+ABSENT_IN_CHAT = {
+    "chat_template_content_format": Absent(
+        "contents are passed in the form that the template reads", (None, "auto")
+    ),
+    "lora_request": Absent("merge the adapter into the weights and save them"),
+    "mm_processor_kwargs": Absent("nothing but text is read", (None, {})),
+    "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
+}

@@ -65,7 +65,7 @@ def still_works(request: pytest.FixtureRequest) -> Iterator[None]:
         ("enforce_eagr", "enforce_eager"),
         ("tensor_parallel", "tensor_parallel_size"),
         ("max_num_batch_tokens", "max_num_batched_tokens"),
-        ("block_size", "kvcache_block_size"),
+        ("kvcache_blocksize", "kvcache_block_size"),
         ("gpu_memory_utilisation", "gpu_memory_utilization"),
     ],
 )

@@ -43,7 +43,9 @@ class InputProcessor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(config.tokenizer)
         # A call of a tokenizer may change it: with truncation, other threads' prompts would be cut.
         self.lock = threading.RLock()
         self.bos_ids: list[int] = []  # what the tokenizer puts before every text
@@ -134,10 +136,10 @@ class InputProcessor:
         is_text = isinstance(prompt.content, str)
         if self.tokenizer is None and (is_text or params.stop):
             what = "is text" if is_text else "has stop strings"
-            raise ValueError(
-                f"prompt {index} {what}, and {self.config.model} has no tokenizer; "
-                "pass ids (stop_token_ids)"
-            )
+            lacks = f"{self.config.model} has no tokenizer"
+            if self.config.skip_tokenizer_init:
+                lacks = "skip_tokenizer_init leaves no tokenizer"
+            raise ValueError(f"prompt {index} {what}, and {lacks}; pass ids (stop_token_ids)")
         token_ids = self._token_ids_of(index, prompt.content)
         room = params.truncate_prompt_tokens
         if room is not None:
