@@ -42,6 +42,12 @@ def without_absent(owner: str, options: dict[str, Any], absent: dict[str, Absent
     return Sorted(kept, left_out)
 
 
+def refuse_others(owner: str, options: dict[str, Any], absent: dict[str, Absent]) -> None:
+    """Raise a TypeError unless all options are of `absent` and make no difference."""
+    for name in without_absent(owner, options, absent).kept:
+        raise TypeError(f"{owner} has no option {name!r}")
+
+
 def is_same(value: object, harmless: object) -> bool:
     """Whether an option has a harmless value. 1 is not True, and an array equals nothing."""
     return type(value) is type(harmless) and value == harmless
@@ -71,12 +77,17 @@ ABSENT_PARAMS = {
     "use_beam_search": Absent("call LLM.beam_search", (None, False)),
 }
 
+# Of LLM.generate.
+ABSENT_IN_GENERATE = {
+    "lora_request": Absent("merge the adapter into the weights and save them"),
+    "priority": Absent("requests run in the order of arrival"),
+    "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
+}
 # Of LLM.chat.
 ABSENT_IN_CHAT = {
+    **ABSENT_IN_GENERATE,
     "chat_template_content_format": Absent(
         "contents are passed in the form that the template reads", (None, "auto")
     ),
-    "lora_request": Absent("merge the adapter into the weights and save them"),
     "mm_processor_kwargs": Absent("nothing but text is read", (None, {})),
-    "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
 }

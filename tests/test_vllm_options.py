@@ -214,6 +214,17 @@ def test_names_of_methods() -> None:
     llm.exit()
 
 
+def test_options_of_generate(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint.path)
+    options: dict[str, Any] = dict(use_tqdm=False, lora_request=None, priority=None)
+    assert len(llm.generate([[1]], greedy(2), **options)[0].token_ids) == 2
+    with pytest.raises(TypeError, match="LLM.generate has no option priority=.*order of arrival"):
+        llm.generate([[1]], greedy(2), priority=[3])
+    with pytest.raises(TypeError, match="LLM.generate has no option 'use_tdqm'"):
+        llm.generate([[1]], greedy(2), use_tdqm=False)
+    llm.exit()
+
+
 def test_options_of_chat() -> None:
     llm = make_llm(DEMO_MODEL)
     messages: Any = [{"role": "user", "content": "introduce yourself"}]
