@@ -40,7 +40,9 @@ def fits_at_once(requests: list[list[Sequence]], config: Config) -> bool:
         return False
     num_blocks = 0
     for seqs in requests:
-        num_tokens = seqs[0].num_prompt_tokens + seqs[0].max_tokens
+        max_tokens = seqs[0].max_tokens
+        assert max_tokens is not None  # the engine has made it fit max_model_len
+        num_tokens = seqs[0].num_prompt_tokens + max_tokens
         num_blocks += len(seqs) * -(-num_tokens // config.kvcache_block_size)
     return num_blocks <= config.num_kvcache_blocks
 
@@ -76,8 +78,8 @@ class Group:
 def split(prompts: list[list[int]], group: Group, end: int) -> list[Group]:
     """Part the members by their tokens from `start` to `end`; all stay in order."""
     start = group.start
-    # A look at some tokens tells most of those that agree with nobody. Nothing else is kept of them,
-    # since Python's garbage collector would take longer for a million lists than all this does.
+    # A look at some tokens tells most of those that agree with nobody. They get no lists of their
+    # own: for a million of them Python's garbage collector would take longer than all this does.
     some_tokens = slice(start, end, max((end - start) // 8, 1))
     probes = [hash(tuple(prompts[index][some_tokens])) for index in group.members]
     counts = Counter(probes)
