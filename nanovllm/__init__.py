@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanovllm.beam_params import BeamSearchParams
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.results import CompletionOutput, RequestOutput
@@ -13,6 +14,7 @@ DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 __all__ = [
     "DEMO_MODEL",
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from nanovllm.absent import ABSENT_PARAMS
 from nanovllm.assignable import Assignable, checked_assignment
+from nanovllm.beam_params import BeamSearchParams as BeamSearchParams  # as in vLLM
 from nanovllm.frozen import FrozenDict, FrozenList
 from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "jobs",
     "llm",
+    "beam_search",
     "engine",
     "parallel",
     "models",
@@ -29,6 +30,7 @@ LEAVES = (
     "config",
     "sampling_params",
     "outputs",
+    "beam_params",
     "checkpoint",
     "copy_on_write",
     "exclusive",
