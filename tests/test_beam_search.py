@@ -86,6 +86,18 @@ def test_the_beams_of_transformers(
     assert_idle(llm)
 
 
+def test_enough_beams_go_on_if_each_could_end_in_several_ways() -> None:
+    search = Search(beam_width=2, length_penalty=1.0, max_tokens=9, end_ids={0, 1, 2})
+    assert search.num_candidates == 8
+    values = [-0.1 * place for place in range(9)]
+    search.advance([TokenLogprobs([0, *range(8)], values)])
+    assert [beam.token_ids for beam in search.running] == [[3], [4]]
+    assert [beam.token_ids for beam in search.ended] == [[0], [1]]
+    assert search.is_done  # neither could be better than those
+    search.advance([TokenLogprobs([0, 0, 1, 2, 5], values[:5])] * 2)
+    assert [beam.token_ids for beam in search.running] == [[3, 5], [4, 5]]
+
+
 def test_one_beam_is_greedy(llm: LLM) -> None:
     llm.config.eos = (6,)
     outputs = llm.beam_search(PROMPTS, BeamSearchParams(1, NUM_TOKENS, ignore_eos=True))
