@@ -20,11 +20,14 @@ from conftest import (
     make_sequence,
     random_prompts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.scheduler import Scheduler, Step
+from nanovllm.prefill_groups import PrefillGroups
 
 N = 5
 # Around the borders of blocks of 16 tokens, and prompts that are shorter than a block.
@@ -155,6 +158,32 @@ def test_windows(tmp_path: Path, family: str) -> None:
     assert generate_ids(llm, prompts * 3, greedy(8)) == expected * 3
     assert llm.stats()["prefix_hit_tokens"] == 2 * sum(map(len, prompts))
     llm.exit()
+
+
+# --- who follows whom ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only_siblings", [False, True])
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 1), min_size=1, max_size=7)),
+        max_size=12,
+    )
+)
+def test_groups_are_those_of_equal_tokens(
+    only_siblings: bool, prompts: list[tuple[int, list[int]]]
+) -> None:
+    """With two token ids, most prompts of one length agree in the tokens that are looked at."""
+    groups = PrefillGroups(only_siblings)
+    expected: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
+    for request_id, tokens in prompts:
+        seq = make_sequence(tokens)
+        seq.request_id = request_id
+        groups.find(seq).append(seq)
+        owner = request_id if only_siblings else 0
+        expected.setdefault((owner, tuple(tokens)), []).append(seq)
+    assert groups.members() == [seq for group in expected.values() for seq in group]
 
 
 # --- how many blocks and steps it takes -----------------------------------------------------------

@@ -37,6 +37,7 @@ LEAVES = (
     "frozen",
     "hf_overrides",
     "job_order",
+    "prefill_groups",
     "progress",
     "results",
     "absent",
