@@ -4,8 +4,9 @@ from pathlib import Path
 
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured import StructuredOutputsParams
 
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 
-__all__ = ["DEMO_MODEL", "LLM", "SamplingParams"]
+__all__ = ["DEMO_MODEL", "LLM", "SamplingParams", "StructuredOutputsParams"]

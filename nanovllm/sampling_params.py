@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from nanovllm.frozen import FrozenDict, FrozenList
+from nanovllm.structured import StructuredOutputsParams, check_token_rules
 from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
 
 GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
@@ -53,6 +54,12 @@ class SamplingParams:
     presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
     frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0  # the same for each time they occur
     logit_bias: dict[int, float] | None = None  # token id -> addend of its logit, -100 to 100
+    allowed_token_ids: SequenceOf[int] | None = None  # only these may be drawn; None: all
+    bad_words: SequenceOf[str] | None = None  # strings that are not to occur in the completion
+    # How many tokens may stand between "<think>" and "</think>", which then follows; None: any.
+    thinking_token_budget: Annotated[int | None, Range(0)] = None
+    # What the text must be: JSON of a schema, say. None: anything.
+    structured_outputs: StructuredOutputsParams | None = None
     # Until the completion has this many tokens, only `max_tokens` or `max_model_len` ends it, and
     # tokens that would end it, but for `ignore_eos`, are not drawn. 0: it may end at once.
     min_tokens: Annotated[int, Range(0)] = 0
@@ -84,6 +91,8 @@ class SamplingParams:
         self._set("stop_token_ids", checked_stop_token_ids(self.stop_token_ids))
         if self.logit_bias is not None:
             self._set("logit_bias", checked_logit_bias(self.logit_bias))
+        if self.has_token_rules:
+            check_token_rules(self)
 
     def _set(self, name: str, value: object) -> None:
         """Set a field. The dataclass is frozen, so that nobody changes one past the checks."""
@@ -115,10 +124,17 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
+    def has_token_rules(self) -> bool:
+        """Whether some tokens are forbidden, always or depending on those before."""
+        given = (self.allowed_token_ids, self.bad_words, self.thinking_token_budget)
+        return self.structured_outputs is not None or given != (None, None, None)
+
+    @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the sampler has to know."""
         has_numbers = self.sampler_numbers != SamplerNumbers()
-        return not (has_numbers or self.logit_bias or self.min_tokens or self.logprobs is not None)
+        has_rules = self.has_token_rules or self.min_tokens > 0
+        return not (has_numbers or self.logit_bias or has_rules or self.logprobs is not None)
 
 
 def checked_stop(stop: Any) -> FrozenList:

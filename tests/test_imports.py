@@ -34,6 +34,7 @@ LEAVES = (
     "frozen",
     "hf_overrides",
     "progress",
+    "structured",
     "text",
     "trace_views",
     "wrappers",

@@ -33,6 +33,7 @@ from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, reset_context, set_context
 from nanovllm.utils.tensor_parallel import tensor_parallel
@@ -186,8 +187,9 @@ class ModelRunner:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def launch(self, step: Step) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence.
+    def launch(self, step: Step | StepMasks) -> PendingTokens:
+        """Rank 0: queue a step on every device, which samples the next token of each sequence. If
+        it waits for masks, the next call has to bring them, and samples.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -202,7 +204,9 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(step)
 
-    def _launch(self, step: Step) -> PendingTokens:
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        if isinstance(step, StepMasks):
+            return PendingTokens(self.call("sample_masked", step))
         if step.is_prefill:
             return PendingTokens(self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
@@ -211,7 +215,12 @@ class ModelRunner:
         last_blocks = np.array([seq.block_table[-1] for seq in step.seqs], dtype=np.int32)
         return PendingTokens(self.call("launch_decode", table_rows, context_lens, last_blocks))
 
-    def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
+    def sample_masked(self, masks: StepMasks) -> Sampled | None:
+        """Draw the tokens of the last step, which waits for these masks."""
+        logits, inputs, extras = self._held
+        return self._sample(logits, inputs, self.sampling.add_masks(extras, masks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> Sampled | None:
         """Compute the scheduled tokens of all sequences, and sample each one's next token."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
@@ -260,7 +269,7 @@ class ModelRunner:
 
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
-    ) -> Sampled:
+    ) -> Sampled | None:
         """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
         sequences' rows, their lengths, and the blocks of their newest tokens.
         """
@@ -331,7 +340,9 @@ class ModelRunner:
 
     def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
-        return StepOutput(self._sample(logits, inputs, None).token_ids, logits)
+        sampled = self._sample(logits, inputs, None)
+        assert sampled is not None
+        return StepOutput(sampled.token_ids, logits)
 
     def _graph_samples(
         self,
@@ -340,7 +351,7 @@ class ModelRunner:
         size: int,
         num_seqs: int,
         extras: SamplingExtras | None,
-    ) -> Sampled:
+    ) -> Sampled | None:
         """The samples of a step that a graph has run, without padding."""
         if extras is None:
             return Sampled(output.token_ids[:num_seqs], None)
@@ -366,8 +377,13 @@ class ModelRunner:
             reset_context()
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
-        """Draw the next tokens, and keep them on the device for the next step."""
+    def _sample(
+        self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None
+    ) -> Sampled | None:
+        """Draw the next tokens, and keep them on the device for the next step. None: they wait."""
+        if extras is not None and extras.waits_for_masks:
+            self._held = (logits, inputs, extras)
+            return None
         assert inputs.table_rows is not None and inputs.temperatures is not None
         assert inputs.seeds is not None and inputs.last_positions is not None
         num_seqs = len(logits)  # a graph's inputs may have padding behind them

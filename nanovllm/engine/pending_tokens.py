@@ -13,8 +13,11 @@ from nanovllm.sampling.extras import Logprobs
 class PendingTokens:
     """What a step sampled: copied to the host behind the step, and read when somebody waits."""
 
-    def __init__(self, sampled: Sampled) -> None:
+    def __init__(self, sampled: Sampled | None) -> None:
         """Queue the copies. On a CPU the step has run by now, and copying is all there is."""
+        self.waits_for_masks = sampled is None  # if so, there is nothing to copy yet
+        if sampled is None:
+            return
         self.token_ids = to_host(sampled.token_ids)
         self.logprobs: Logprobs | None = None
         if sampled.logprobs is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling.rule_maker import RequestRules, RuleMaker
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
@@ -34,6 +35,7 @@ class Request:
 
     token_ids: list[int]  # of the prompt
     params: SamplingParams
+    rules: RequestRules | None  # which tokens may be drawn, if not all
 
 
 class InputProcessor:
@@ -49,6 +51,7 @@ class InputProcessor:
         if self.tokenizer is not None:
             decoder_of(self.tokenizer)  # fails now, if at all
             self.bos_ids = find_bos(self.tokenizer)
+        self.rule_maker = RuleMaker(config, self.tokenizer, self.lock)
         self.generation_config = read_json(Path(config.model) / "generation_config.json")
         self.seeds = random.Random(config.seed)  # for the requests that bring none
 
@@ -97,7 +100,13 @@ class InputProcessor:
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one each"
             )
-        return [self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)]
+        requests = [
+            self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            if request.rules is not None:
+                request.rules.wait()  # all grammars are compiled at the same time
+        return requests
 
     def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
@@ -112,7 +121,8 @@ class InputProcessor:
             )
         token_ids = self._token_ids_of(index, prompt)
         self._check_token_ids(index, token_ids, params)
-        return Request(token_ids.tolist(), params)
+        rules = self.rule_maker.make(index, params) if params.has_token_rules else None
+        return Request(token_ids.tolist(), params, rules)
 
     def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
@@ -146,7 +156,8 @@ class InputProcessor:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)].tolist()
-        named = (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
+        named = [*(params.stop_token_ids or ()), *(params.logit_bias or ())]
+        named += params.allowed_token_ids or ()
         unknown += [token_id for token_id in named if not 0 <= token_id < self.vocab_size]
         if unknown:
             raise ValueError(
@@ -175,6 +186,8 @@ class InputProcessor:
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.max_tokens = max_tokens
+            if request.rules is not None:
+                seq.rules = request.rules.start()
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs

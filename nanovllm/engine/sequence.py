@@ -12,6 +12,7 @@ from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.outputs import TokenLogprobs
+    from nanovllm.sampling.token_rules import CompletionRules
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -65,6 +66,7 @@ class Sequence:
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+        self.rules: CompletionRules | None = None  # which tokens may be drawn, if not all
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
@@ -167,6 +169,8 @@ class Sequence:
 
     def fail(self, reason: str) -> None:
         """End it with what went wrong; the other sequences go on."""
+        if self.rules is not None and self.rules.problem:
+            reason = self.rules.problem
         self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get

@@ -1,6 +1,6 @@
 """From logits to the next token of each sequence, in named stages.
 
-    logits -> bias -> penalties -> filters -> draw
+    logits -> bias -> penalties -> mask -> filters -> draw
 
 Most requests ask for a temperature only, and most steps consist of the last stage; the others are
 in `sampling/stages.py`. A request's log-probabilities are those of the model: of the logits as they
@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
 from nanovllm.sampling.extras import Logprobs, SamplingExtras
-from nanovllm.sampling.stages import bias_and_penalize, count_drawn, find_logprobs, find_thresholds
+from nanovllm.sampling.stages import (
+    bias_and_penalize,
+    count_drawn,
+    find_logprobs,
+    find_thresholds,
+    mask,
+)
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
@@ -61,6 +67,7 @@ class Sampler(nn.Module):
         if self.tp.size > 1:
             logits = self._gather_vocabulary(logits)
         changed = bias_and_penalize(logits, extras)
+        changed = mask(logits, changed, extras)
         thresholds = find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nanovllm.kernels.penalties import Penalties
 from nanovllm.kernels.threshold import Filters
+from nanovllm.kernels.token_mask import TokenMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class SamplingExtras:
     count_rows: Tensor | None = None  # with penalties: [n] int64, each sequence's row of `counts`
     bias: LogitBias | None = None
     logprobs: LogprobRequest | None = None
+    masks: TokenMasks | None = None  # which tokens may be drawn
+    waits_for_masks: bool = False  # the masks are not there yet: see masks.py
 
 
 class Logprobs(NamedTuple):

@@ -1,0 +1,138 @@
+"""What the text of a completion must be: the form of `SamplingParams.structured_outputs`."""
+
+import json
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+FORMS = ("json", "regex", "choice", "grammar", "json_object")  # exactly one of them is given
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """The form of a completion's text: exactly one of these. Names and meanings are vLLM's.
+
+    Enforced token by token: only tokens are drawn with which the text can still become right. A
+    completion that ends with "stop" is right; one that ends with "length" is the beginning of one.
+    What is kept is a copy that cannot be changed; a schema is kept as its JSON text.
+    """
+
+    # JSON that fits a schema: the schema's text, a dict, or a pydantic model (its class). True, as
+    # a schema, allows any JSON.
+    json: Any = None
+    regex: str | None = None  # what the whole text matches; syntax of Rust's `regex`, no lookaround
+    choice: SequenceOf[str] | None = None  # one of these strings
+    grammar: str | None = None  # a context-free grammar, in Lark's syntax or as GBNF (`root ::=`)
+    json_object: bool | None = None  # True: any JSON object
+    # Between the parts of JSON: the regular expression of what may stand there, if anything does.
+    # None: a blank, or a line break and an indentation. (Without a limit, models lose themselves.)
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False  # whether nothing may stand there
+
+    def __post_init__(self) -> None:
+        given = [name for name in FORMS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(
+                "structured_outputs takes exactly one of json, regex, choice, grammar and "
+                f"json_object=True, not {found}"
+            )
+        name = given[0]
+        checked = getattr(self, name)
+        if name == "json":
+            checked = schema_text(checked)
+        elif name == "choice":
+            checked = checked_choices(checked)
+        elif name == "json_object":
+            if checked is not True:
+                raise TypeError(f"json_object must be True, False or None, not {checked!r}")
+        elif not isinstance(checked, str):
+            raise TypeError(f"{name} must be a string, not {checked!r}")
+        object.__setattr__(self, name, checked)
+        pattern = self.whitespace_pattern
+        if pattern is not None and not isinstance(pattern, str):
+            raise TypeError(f"whitespace_pattern must be a string or None, not {pattern!r}")
+
+    @property
+    def kind(self) -> str:
+        """The name of the form that is given."""
+        return next(name for name in FORMS if getattr(self, name) not in (None, False))
+
+
+def schema_text(schema: Any) -> str:
+    """Return the JSON text of a schema, however it was passed; raise if it is none."""
+    if hasattr(schema, "model_json_schema"):  # a pydantic model
+        schema = schema.model_json_schema()
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise ValueError(
+                f"json of structured_outputs is not the text of a schema: {error}: {schema!r:.100}"
+            ) from None
+    if not isinstance(schema, (dict, bool)):
+        raise TypeError(
+            "json of structured_outputs must be a JSON schema: a dict, its text, or a pydantic "
+            f"model class, not {schema!r:.100}"
+        )
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:  # it holds an object that JSON has no form for
+        raise ValueError(f"json of structured_outputs is no JSON schema: {error}") from error
+
+
+def checked_choices(choices: Any) -> tuple[str, ...]:
+    """Turn a list of strings into a tuple; raise if it is none, or empty."""
+    is_list = isinstance(choices, (list, tuple))
+    if not is_list or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError(f"choice must be a list of strings, not {choices!r}")
+    if not choices:
+        raise ValueError("choice must hold at least one string")
+    return tuple(choices)
+
+
+def check_token_rules(params: Any) -> None:
+    """Check the fields of a SamplingParams that forbid tokens, and keep copies of their lists."""
+    structure = params.structured_outputs
+    if isinstance(structure, dict):  # as it comes out of a JSON file
+        structure = StructuredOutputsParams(**structure)
+        params._set("structured_outputs", structure)
+    if structure is not None:
+        if not isinstance(structure, StructuredOutputsParams):
+            raise TypeError(
+                f"structured_outputs must be a StructuredOutputsParams or None, not {structure!r}"
+            )
+        others = {
+            "min_tokens": params.min_tokens or None,
+            "thinking_token_budget": params.thinking_token_budget,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} {value} cannot be combined with structured_outputs, whose form alone "
+                    f"says where a completion may end; leave out one of them"
+                )
+    if params.bad_words is not None:
+        params._set("bad_words", checked_bad_words(params.bad_words))
+    if params.allowed_token_ids is not None:
+        params._set("allowed_token_ids", checked_allowed_ids(params.allowed_token_ids))
+
+
+def checked_bad_words(words: Any) -> tuple[str, ...] | None:
+    """Turn a list of strings into a tuple, or None if there are none; raise if it is no list."""
+    is_list = isinstance(words, (list, tuple))
+    if not is_list or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"bad_words must be a list of strings or None, not {words!r}")
+    if not all(word.strip() for word in words):
+        raise ValueError(f"bad_words must hold strings with more than blanks, not {words!r}")
+    return tuple(words) or None
+
+
+def checked_allowed_ids(token_ids: Any) -> tuple[int, ...]:
+    """Turn a list of at least one token id into a tuple; raise if it is none."""
+    is_list = isinstance(token_ids, (list, tuple))
+    if not is_list or not all(type(token_id) is int for token_id in token_ids):  # a bool is none
+        raise TypeError(f"allowed_token_ids must be a list of integers, not {token_ids!r}")
+    if not token_ids:
+        raise ValueError("allowed_token_ids must hold at least one token id; None allows all")
+    return tuple(token_ids)
