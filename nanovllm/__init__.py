@@ -3,10 +3,18 @@
 from pathlib import Path
 
 from nanovllm.llm import LLM
+from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured import StructuredOutputsParams
 
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 
-__all__ = ["DEMO_MODEL", "LLM", "SamplingParams", "StructuredOutputsParams"]
+__all__ = [
+    "DEMO_MODEL",
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]

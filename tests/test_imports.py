@@ -34,6 +34,7 @@ LEAVES = (
     "frozen",
     "hf_overrides",
     "progress",
+    "results",
     "structured",
     "text",
     "trace_views",

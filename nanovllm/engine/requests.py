@@ -35,7 +35,8 @@ class Request:
 
     token_ids: list[int]  # of the prompt
     params: SamplingParams
-    rules: RequestRules | None  # which tokens may be drawn, if not all
+    prompt: str | None = None  # its text, if that was passed
+    rules: RequestRules | None = None  # which tokens may be drawn, if not all
 
 
 class InputProcessor:
@@ -122,7 +123,8 @@ class InputProcessor:
         token_ids = self._token_ids_of(index, prompt)
         self._check_token_ids(index, token_ids, params)
         rules = self.rule_maker.make(index, params) if params.has_token_rules else None
-        return Request(token_ids.tolist(), params, rules)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(token_ids.tolist(), params, text, rules)
 
     def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
@@ -185,6 +187,7 @@ class InputProcessor:
         seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
+            seq.prompt = request.prompt
             seq.max_tokens = max_tokens
             if request.rules is not None:
                 seq.rules = request.rules.start()
