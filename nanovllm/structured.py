@@ -20,7 +20,9 @@ class StructuredOutputsParams:
     # JSON that fits a schema: the schema's text, a dict, or a pydantic model (its class). True, as
     # a schema, allows any JSON.
     json: Any = None
-    regex: str | None = None  # what the whole text matches; syntax of Rust's `regex`, no lookaround
+    # What the whole text matches, in the syntax of Rust's `regex`: without lookaround; \d, \w and \s
+    # are those of ASCII.
+    regex: str | None = None
     choice: SequenceOf[str] | None = None  # one of these strings
     grammar: str | None = None  # a context-free grammar, in Lark's syntax or as GBNF (`root ::=`)
     json_object: bool | None = None  # True: any JSON object

@@ -197,7 +197,7 @@ class RuleMaker:
 
 def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
     """Compile to a matcher of llguidance that has read nothing yet; a ValueError says why not."""
-    from llguidance import LLMatcher, grammar_from
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     kind: Any = structure.kind
     try:
@@ -207,6 +207,10 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
                 options = {"whitespace_flexible": False}
             schema = structure.json or '{"type": "object"}'
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
+        elif kind == "regex":
+            # Digits, words and blanks are those of ASCII, as in JSON schemas.
+            pattern = regex_to_lark(structure.regex, use_ascii="dws")
+            grammar = grammar_from("lark", f"start: /{pattern}/")
         else:
             grammar = grammar_from(kind, getattr(structure, kind))
     except ValueError as error:
