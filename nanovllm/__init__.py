@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -17,4 +18,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]

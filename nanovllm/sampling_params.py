@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from nanovllm.frozen import FrozenDict, FrozenList
-from nanovllm.structured import StructuredOutputsParams, check_token_rules
-from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
+from nanovllm.absent import ABSENT_PARAMS
+from nanovllm.assignable import Assignable, checked_assignment
+from nanovllm.param_checks import (
+    TOKEN_RULES,
+    check_token_rules,
+    checked_logit_bias,
+    checked_stop,
+    checked_stop_token_ids,
+)
+from nanovllm.structured import StructuredOutputsParams
+from nanovllm.utils.checks import ABOVE_0, Range, check_fields
 
 GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
-NOTHING = FrozenList()  # as `stop` and `stop_token_ids`
 
 
 class SamplerNumbers(NamedTuple):
@@ -23,11 +30,13 @@ class SamplerNumbers(NamedTuple):
     frequency_penalty: float = 0
 
 
+@checked_assignment(ABSENT_PARAMS)
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Assignable):
     """Options of one request; a wrong one is a TypeError or ValueError that names the value.
 
-    What is kept is a copy that cannot be changed: lists and dicts of the caller's can be used anew.
+    Fields can be assigned, which checks them the same way. A request keeps the values that it was
+    queued with. Of lists and dicts copies are kept that cannot be changed.
     None for an option whose default is a number means that number, except for `max_tokens`.
     """
 
@@ -69,10 +78,14 @@ class SamplingParams:
     # Token ids that end the completion, besides the model's end-of-sequence ids. Kept the same way.
     stop_token_ids: SequenceOf[int] | None = None
     include_stop_str_in_output: bool = False  # whether the text keeps the stop string (or token)
-    # Return log-probabilities: of each sampled token and of this many likeliest ones. None: none.
-    # True and False count as 1 and None.
-    logprobs: Annotated[int | None, Range(0, 20)] = None
+    # Return log-probabilities: of each sampled token and of this many likeliest ones, -1: of all;
+    # at most the engine's `max_logprobs`. None: none. True and False count as 1 and None.
+    logprobs: Annotated[int | None, Range(-1)] = None
     skip_special_tokens: bool = True  # whether special tokens are left out of the text
+    detokenize: bool = True  # whether there is a text; without, token ids are all that is returned
+    # Take only so many tokens at the end of the prompt. -1: as many as fit into `max_model_len`
+    # beside one new one. None: all.
+    truncate_prompt_tokens: Annotated[int | None, Range(-1)] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.logprobs, bool):
@@ -88,6 +101,11 @@ class SamplingParams:
                 f"not {self.n}"
             )
         self._set("stop", checked_stop(self.stop))
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop must be None where detokenize is False, as it is searched in the text, not "
+                f"{self.stop!r}"
+            )
         self._set("stop_token_ids", checked_stop_token_ids(self.stop_token_ids))
         if self.logit_bias is not None:
             self._set("logit_bias", checked_logit_bias(self.logit_bias))
@@ -95,7 +113,7 @@ class SamplingParams:
             check_token_rules(self)
 
     def _set(self, name: str, value: object) -> None:
-        """Set a field. The dataclass is frozen, so that nobody changes one past the checks."""
+        """Set a field to what the checks have made of it."""
         object.__setattr__(self, name, value)
 
     @property
@@ -126,8 +144,7 @@ class SamplingParams:
     @property
     def has_token_rules(self) -> bool:
         """Whether some tokens are forbidden, always or depending on those before."""
-        given = (self.allowed_token_ids, self.bad_words, self.thinking_token_budget)
-        return self.structured_outputs is not None or given != (None, None, None)
+        return any(getattr(self, name) is not None for name in TOKEN_RULES)
 
     @property
     def is_plain(self) -> bool:
@@ -135,37 +152,3 @@ class SamplingParams:
         has_numbers = self.sampler_numbers != SamplerNumbers()
         has_rules = self.has_token_rules or self.min_tokens > 0
         return not (has_numbers or self.logit_bias or has_rules or self.logprobs is not None)
-
-
-def checked_stop(stop: Any) -> FrozenList:
-    """Turn None, a string or several into a list; raise for anything else and for empty strings."""
-    if stop is None:
-        return NOTHING
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) for each in strings):
-        raise TypeError(f"stop must be a string, a list of strings or None, not {stop!r}")
-    if "" in strings:
-        raise ValueError(f"stop must hold strings of at least one character, not {strings!r}")
-    return FrozenList(strings)
-
-
-def checked_stop_token_ids(token_ids: Any) -> FrozenList:
-    """Turn None, or a list or tuple of integers, into a list; a TypeError if it is none of them."""
-    if token_ids is None:
-        return NOTHING
-    ids = [plain_number(i) for i in token_ids] if isinstance(token_ids, (list, tuple)) else [None]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):  # True is an int, but no id
-        raise TypeError(f"stop_token_ids must be a list of integers or None, not {token_ids!r}")
-    return FrozenList(ids)
-
-
-def checked_logit_bias(logit_bias: Any) -> FrozenDict:
-    """Copy a dict of token ids (at least 0) and numbers from -100 to 100; raise if it is none."""
-    if not isinstance(logit_bias, dict):
-        raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {logit_bias!r}")
-    checked = {}
-    for token_id, bias in logit_bias.items():
-        token_id = check_value("a token id in logit_bias", token_id, int, Range(0))
-        name = f"logit_bias of token {token_id}"
-        checked[token_id] = check_value(name, bias, float, Range(-100, 100))
-    return FrozenDict(checked)

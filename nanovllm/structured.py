@@ -20,8 +20,8 @@ class StructuredOutputsParams:
     # JSON that fits a schema: the schema's text, a dict, or a pydantic model (its class). True, as
     # a schema, allows any JSON.
     json: Any = None
-    # What the whole text matches, in the syntax of Rust's `regex`: without lookaround; \d, \w and \s
-    # are those of ASCII.
+    # What the whole text matches, in the syntax of Rust's `regex`: there is no lookaround. Digits,
+    # words and blanks (\d, \w, \s) are those of ASCII.
     regex: str | None = None
     choice: SequenceOf[str] | None = None  # one of these strings
     grammar: str | None = None  # a context-free grammar, in Lark's syntax or as GBNF (`root ::=`)
@@ -91,50 +91,3 @@ def checked_choices(choices: Any) -> tuple[str, ...]:
     if not choices:
         raise ValueError("choice must hold at least one string")
     return tuple(choices)
-
-
-def check_token_rules(params: Any) -> None:
-    """Check the fields of a SamplingParams that forbid tokens, and keep copies of their lists."""
-    structure = params.structured_outputs
-    if isinstance(structure, dict):  # as it comes out of a JSON file
-        structure = StructuredOutputsParams(**structure)
-        params._set("structured_outputs", structure)
-    if structure is not None:
-        if not isinstance(structure, StructuredOutputsParams):
-            raise TypeError(
-                f"structured_outputs must be a StructuredOutputsParams or None, not {structure!r}"
-            )
-        others = {
-            "min_tokens": params.min_tokens or None,
-            "thinking_token_budget": params.thinking_token_budget,
-        }
-        for name, value in others.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name} {value} cannot be combined with structured_outputs, whose form alone "
-                    f"says where a completion may end; leave out one of them"
-                )
-    if params.bad_words is not None:
-        params._set("bad_words", checked_bad_words(params.bad_words))
-    if params.allowed_token_ids is not None:
-        params._set("allowed_token_ids", checked_allowed_ids(params.allowed_token_ids))
-
-
-def checked_bad_words(words: Any) -> tuple[str, ...] | None:
-    """Turn a list of strings into a tuple, or None if there are none; raise if it is no list."""
-    is_list = isinstance(words, (list, tuple))
-    if not is_list or not all(isinstance(word, str) for word in words):
-        raise TypeError(f"bad_words must be a list of strings or None, not {words!r}")
-    if not all(word.strip() for word in words):
-        raise ValueError(f"bad_words must hold strings with more than blanks, not {words!r}")
-    return tuple(words) or None
-
-
-def checked_allowed_ids(token_ids: Any) -> tuple[int, ...]:
-    """Turn a list of at least one token id into a tuple; raise if it is none."""
-    is_list = isinstance(token_ids, (list, tuple))
-    if not is_list or not all(type(token_id) is int for token_id in token_ids):  # a bool is none
-        raise TypeError(f"allowed_token_ids must be a list of integers, not {token_ids!r}")
-    if not token_ids:
-        raise ValueError("allowed_token_ids must hold at least one token id; None allows all")
-    return tuple(token_ids)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
+from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.graphs import (
     SIZES_TO_COMPILE,
     StepGraphs,
@@ -188,8 +189,8 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def launch(self, step: Step | StepMasks) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence. If
-        it waits for masks, the next call has to bring them, and samples.
+        """Rank 0: queue a step on every device, which samples the next token of each sequence; or
+        the sampling alone of the step before, which has waited for these masks.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -207,6 +208,8 @@ class ModelRunner:
     def _launch(self, step: Step | StepMasks) -> PendingTokens:
         if isinstance(step, StepMasks):
             return PendingTokens(self.call("sample_masked", step))
+        if step.copies:
+            self.call("copy_blocks", step.copies)
         if step.is_prefill:
             return PendingTokens(self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
@@ -214,6 +217,11 @@ class ModelRunner:
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
         last_blocks = np.array([seq.block_table[-1] for seq in step.seqs], dtype=np.int32)
         return PendingTokens(self.call("launch_decode", table_rows, context_lens, last_blocks))
+
+    def copy_blocks(self, copies: list[BlockCopy]) -> None:
+        """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
+        for source, target, num_tokens in copies:
+            self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
@@ -231,7 +239,9 @@ class ModelRunner:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        if size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs:
+        # Sequences that compute nothing may make them more than there are tokens.
+        has_room = len(seqs) <= min(size, self.padded_prefill.max_seqs)
+        if has_room and size in self.prefill_graphs:
             self.padded_prefill.upload(batch, size)
             output = self.prefill_graphs.replay(size)
             return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
@@ -341,7 +351,7 @@ class ModelRunner:
     def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
         sampled = self._sample(logits, inputs, None)
-        assert sampled is not None
+        assert sampled is not None  # it waits for no masks
         return StepOutput(sampled.token_ids, logits)
 
     def _graph_samples(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nanovllm.config import Config
+    from nanovllm.engine.requests import Request
 
 MAX_CACHED = 256  # grammars and lists of words that are kept for later requests
 # In JSON: a blank, or a line break and an indentation.
@@ -60,6 +61,14 @@ class RequestRules:
             rules.append(self.budget())
         make_matcher = None if self.compiled is None else self.compiled.result().deep_copy
         return CompletionRules(self.num_words, rules, make_matcher)
+
+
+def compiled(requests: list[Request]) -> list[Request]:
+    """Return the requests when their grammars are compiled; a ValueError if one cannot be."""
+    for request in requests:
+        if request.rules is not None:
+            request.rules.wait()
+    return requests
 
 
 class RuleMaker:
@@ -98,7 +107,7 @@ class RuleMaker:
                 compiled = self._keep(params.structured_outputs, self._compile)
         budget = None
         if params.thinking_token_budget is not None:
-            budget = self._budget(params.thinking_token_budget)
+            budget = self._budget(index, params.thinking_token_budget)
         return RequestRules(index, self.num_words, shared, compiled, budget)
 
     def _keep(self, key: Any, make: Callable[[Any], Any]) -> Any:
@@ -136,19 +145,19 @@ class RuleMaker:
             spellings.add(tuple(ids))
         return spellings - {()}
 
-    def _budget(self, budget: int) -> Callable[[], ThinkingBudget]:
-        start_id = self._id_of(THINK_START)
-        end_id = self._id_of(THINK_END)
+    def _budget(self, index: int, budget: int) -> Callable[[], ThinkingBudget]:
+        start_id = self._id_of(index, THINK_START)
+        end_id = self._id_of(index, THINK_END)
         return lambda: ThinkingBudget(budget, start_id, end_id, self.num_words)
 
-    def _id_of(self, token: str) -> int:
+    def _id_of(self, index: int, token: str) -> int:
         token_id = None
         if self.tokenizer is not None:
             token_id = self.tokenizer.get_vocab().get(token)
         if token_id is None or token_id >= self.vocab_size:
             raise ValueError(
-                f"thinking_token_budget needs {token!r} as one token of the vocabulary, and "
-                f"{self.config.model} has none; leave the option out"
+                f"prompt {index} has a thinking_token_budget, which needs {token!r} as one token "
+                f"of the vocabulary, and {self.config.model} has none; leave the option out"
             )
         return token_id
 
@@ -209,7 +218,7 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         elif kind == "regex":
             # Digits, words and blanks are those of ASCII, as in JSON schemas.
-            pattern = regex_to_lark(structure.regex, use_ascii="dws")
+            pattern = regex_to_lark(structure.regex or "", use_ascii="dws")
             grammar = grammar_from("lark", f"start: /{pattern}/")
         else:
             grammar = grammar_from(kind, getattr(structure, kind))
