@@ -5,6 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
+NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions")  # in a schema
 FORMS = ("json", "regex", "choice", "grammar", "json_object")  # exactly one of them is given
 
 
@@ -30,6 +31,8 @@ class StructuredOutputsParams:
     # None: a blank, or a line break and an indentation. (Without a limit, models lose themselves.)
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False  # whether nothing may stand there
+    # Whether objects have only those properties that the schema names, where it does not say.
+    disable_additional_properties: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in FORMS if getattr(self, name) not in (None, False)]
@@ -42,7 +45,7 @@ class StructuredOutputsParams:
         name = given[0]
         checked = getattr(self, name)
         if name == "json":
-            checked = schema_text(checked)
+            checked = schema_text(checked, self.disable_additional_properties)
         elif name == "choice":
             checked = checked_choices(checked)
         elif name == "json_object":
@@ -61,8 +64,11 @@ class StructuredOutputsParams:
         return next(name for name in FORMS if getattr(self, name) not in (None, False))
 
 
-def schema_text(schema: Any) -> str:
-    """Return the JSON text of a schema, however it was passed; raise if it is none."""
+def schema_text(schema: Any, is_closed: bool = False) -> str:
+    """Return the JSON text of a schema, however it was passed; raise if it is none.
+
+    is_closed: whether its objects get no properties but those that it names.
+    """
     if hasattr(schema, "model_json_schema"):  # a pydantic model
         schema = schema.model_json_schema()
     if isinstance(schema, str):
@@ -77,10 +83,32 @@ def schema_text(schema: Any) -> str:
             "json of structured_outputs must be a JSON schema: a dict, its text, or a pydantic "
             f"model class, not {schema!r:.100}"
         )
+    if is_closed:
+        schema = closed(schema)
     try:
         return json.dumps(schema)
     except (TypeError, ValueError) as error:  # it holds an object that JSON has no form for
         raise ValueError(f"json of structured_outputs is no JSON schema: {error}") from error
+
+
+def closed(schema: Any) -> Any:
+    """Copy a schema, with "additionalProperties": false where it names properties and no others."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in NAMED_PARTS and isinstance(value, dict):
+            # Not a schema itself: its keys are names of the user's.
+            copy[key] = {name: closed(part) for name, part in value.items()}
+        elif key not in ("enum", "const"):
+            copy[key] = closed(value)
+        else:
+            copy[key] = value
+    if "properties" in copy and "patternProperties" not in copy:
+        copy.setdefault("additionalProperties", False)
+    return copy
 
 
 def checked_choices(choices: Any) -> tuple[str, ...]:

@@ -164,6 +164,22 @@ def test_a_schema_in_all_its_ways(llm: LLM) -> None:
     assert SamplingParams(structured_outputs=as_dict).structured_outputs.json == json.dumps(PERSON)
 
 
+def test_objects_are_closed_where_that_is_asked_for() -> None:
+    part = {"properties": {"properties": {"type": "integer"}}}
+    schema = {
+        "properties": {"a": part, "b": {"properties": {}, "additionalProperties": True}},
+        "anyOf": [part],
+    }
+    form = StructuredOutputsParams(json=schema, disable_additional_properties=True)
+    closed = part | {"additionalProperties": False}
+    assert json.loads(form.json) == {
+        "properties": {"a": closed, "b": schema["properties"]["b"]},  # type: ignore[index]
+        "anyOf": [closed],
+        "additionalProperties": False,
+    }
+    assert json.loads(StructuredOutputsParams(json=schema).json) == schema
+
+
 def test_the_end_comes_where_the_grammar_allows_it_and_only_there(llm: LLM) -> None:
     form = StructuredOutputsParams(regex="[ab]{6}")
     ended, cut, going_on = run(
