@@ -296,7 +296,7 @@ def test_two_ranks(tiny: str, expected: list[list[int]]) -> None:
     assert ids_of(outputs) == expected
 
 
-def test_grammars_are_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grammars_are_compiled_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from nanovllm.sampling import rule_maker
 
     compiled: list[str] = []
@@ -307,11 +307,36 @@ def test_grammars_are_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
         return compile_grammar(structure, tokenizer)
 
     monkeypatch.setattr(rule_maker, "compile_grammar", recording)
+    monkeypatch.setattr(rule_maker, "MAX_CACHED", 4)
+    llm = make_llm(tiny)
     forms = [StructuredOutputsParams(regex=regex) for regex in ("r[12]", "r[34]", "r[12]")]
     for _ in range(2):
         outputs = run(llm, [of_form(form, seed=1) for form in forms])
         assert [output["text"][0] for output in outputs] == ["r"] * 3
     assert sorted(compiled) == ["r[12]", "r[34]"]
+    others = [StructuredOutputsParams(regex=f"r{i}") for i in range(6)]  # more than are kept
+    outputs = run(llm, [of_form(form) for form in others])
+    assert [output["text"] for output in outputs] == [f"r{i}" for i in range(6)]
+    assert len(llm._inputs.rule_maker._kept) == 4
+
+
+def test_a_grammar_that_grows_too_large_ends_its_sequence_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llguidance
+
+    def with_limits(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
+        limits = llguidance.LLParserLimits(step_lexer_fuel=1)
+        grammar = llguidance.LLMatcher.grammar_from_regex(structure.regex)
+        return llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
+
+    monkeypatch.setattr("nanovllm.sampling.rule_maker.compile_grammar", with_limits)
+    alone = run(llm, [of_form(seed=1)])
+    form = StructuredOutputsParams(regex="(a|bc+)*d{20,40}")
+    outputs = run(llm, [of_form(form), of_form(seed=1)])
+    assert outputs[0]["finish_reason"] == "error"
+    assert outputs[0]["stop_reason"].startswith("structured_outputs: ")
+    assert ids_of(outputs)[1] == ids_of(alone)[0]
 
 
 # --- what is refused ------------------------------------------------------------------------------

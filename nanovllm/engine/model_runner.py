@@ -226,6 +226,7 @@ class ModelRunner:
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
         logits, inputs, extras = self._held
+        del self._held  # else the logits would take memory until the next step of this kind
         return self._sample(logits, inputs, self.sampling.add_masks(extras, masks))
 
     def launch_prefill(self, seqs: list[Sequence]) -> Sampled | None:

@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from nanovllm.sampling.token_rules import ALL_BITS, CompletionRules
 
@@ -40,14 +41,15 @@ class StepMasks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send each distinct mask to the other ranks once: many rows are often alike."""
-        numbers: dict[bytes, int] = {}  # mask -> its number among the distinct ones
-        index = [numbers.setdefault(row.tobytes(), len(numbers)) for row in self.words]
-        return _unpack, (self.rows, index, b"".join(numbers), self.words.shape[1])
+        # Digests of 128 bits: comparing the masks themselves would take as long as a small step.
+        digests = [xxh3_128_digest(mask) for mask in self.words]
+        _, firsts, numbers = np.unique(digests, return_index=True, return_inverse=True)
+        return _unpack, (self.rows, self.words[firsts], numbers)
 
 
-def _unpack(rows: np.ndarray, index: list[int], distinct: bytes, num_words: int) -> StepMasks:
-    words = np.frombuffer(distinct, np.uint32).reshape(-1, num_words)
-    return StepMasks(rows, words[index])
+def _unpack(rows: np.ndarray, distinct: np.ndarray, numbers: np.ndarray) -> StepMasks:
+    """The masks of which number numbers[i] among the distinct ones is that of rows[i]."""
+    return StepMasks(rows, distinct[numbers])
 
 
 def wait_for_masks(pending: Pending) -> bool:
