@@ -39,6 +39,8 @@ class Result(Completion, total=False):
 
     prompt_token_ids: list[int]
     num_cached_tokens: int  # tokens of the prompt that were found in the prefix cache
+    # If asked for: None for the prompt's first token, for each other one a dict as in `logprobs`.
+    prompt_logprobs: list[dict[int, float] | None]
     completions: list[Completion]  # all n, the first one too; this key is there for n > 1 only
 
 
@@ -58,6 +60,8 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
         "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
         "num_cached_tokens": first.num_cached_prompt_tokens or 0,  # None: it was never admitted
     }
+    if first.readout is not None:
+        result.update(first.readout.result_items())  # type: ignore[typeddict-item]
     if len(seqs) > 1:
         result["completions"] = completions
     return result

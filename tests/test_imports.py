@@ -18,6 +18,7 @@ ORDER = (
     "engine",
     "parallel",
     "models",
+    "readout",
     "layers",
     "sampling",
     "quantization",
@@ -42,6 +43,7 @@ WITHOUT_TORCH = (
     "engine.scheduler",
     "engine.block_manager",
     "engine.sequence",
+    "readout.readout",
     "text.detokenizer",
 )
 TORCH = ("torch", "triton")

@@ -295,6 +295,8 @@ class LLMEngine:
             token_ids, logprobs = tokens.wait()
             if self._channel is not None:
                 self._channel.check_workers()  # if a rank has died, the tokens are garbage
+            if tokens.readings is not None:  # before a sequence ends, whose result they are part of
+                tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)

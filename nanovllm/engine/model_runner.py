@@ -32,9 +32,10 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
+from nanovllm.readout.step_reader import StepReader
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
 from nanovllm.sampling.table import SamplingTable
-from nanovllm.utils.context import StepInputs, reset_context, set_context
+from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 
@@ -221,13 +222,24 @@ class ModelRunner:
         for seq in seqs:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
+        reader = StepReader.of(seqs)
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        if size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs:
+        has_graph = size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs
+        if has_graph and reader is None:
             self.padded_prefill.upload(batch, size)
             output = self.prefill_graphs.replay(size)
             return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
         inputs = self._prefill_inputs(batch)
         with self._threads(len(batch.input_ids)):
+            if reader is not None:
+                return reader.run(
+                    inputs,
+                    self.model,
+                    self.sampler,
+                    sample=partial(self._sample, inputs=inputs, extras=extras),
+                    to_device=self._to_device,
+                    max_rows=self.config.max_num_seqs,
+                )
             return self._sample(self._forward(inputs), inputs, extras)
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
@@ -354,16 +366,12 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Run model and LM head: logits `[n, vocab / tp]` of each sequence's last token."""
-        assert inputs.positions is not None
         input_ids = inputs.input_ids
         if input_ids is None:
             input_ids = self.last_tokens[inputs.table_rows]
-        set_context(inputs)
-        try:
+        with running(inputs):
             hidden = self.model(input_ids, inputs.positions)
             return self.model.compute_logits(hidden)
-        finally:
-            reset_context()
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:

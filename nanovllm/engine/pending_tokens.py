@@ -20,6 +20,7 @@ class PendingTokens:
         if sampled.logprobs is not None:
             ids, values = sampled.logprobs
             self.logprobs = Logprobs(to_host(ids), to_host(values))
+        self.readings = None if sampled.readings is None else sampled.readings.move(to_host)
         self.copied: torch.cuda.Event | None = None  # the copies are done; None on a CPU
         self.launched_at = time.perf_counter()  # s
         if sampled.token_ids.is_cuda:

@@ -12,6 +12,7 @@ import numpy as np
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
+from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
@@ -172,6 +173,8 @@ class InputProcessor:
             others = random.Random(seeds[0])
             seeds += [others.getrandbits(63) for _ in range(params.n - 1)]
         seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
+        if params.prompt_logprobs is not None:
+            seqs[0].readout = PromptLogprobs(params.prompt_logprobs)  # once, however many there are
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.max_tokens = max_tokens

@@ -107,6 +107,8 @@ class Scheduler:
             budget -= num_new
             seq.sampling_options = seq.make_sampling_options()
             is_complete = seq.schedule(num_new)
+            if seq.readout is not None:
+                seq.reading = seq.readout.plan(seq)
             seqs.append(seq)
             yields.append(is_complete)
             # Its full blocks can be shared from now on, even by sequences of this step: each layer

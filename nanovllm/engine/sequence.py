@@ -12,6 +12,8 @@ from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.outputs import TokenLogprobs
+    from nanovllm.readout.reading import Reading
+    from nanovllm.readout.readout import Readout
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -65,6 +67,10 @@ class Sequence:
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+
+        # What it reads of its prompt's last hidden states, besides the next token: see readout/.
+        self.readout: Readout | None = None
+        self.reading: Reading | None = None  # of that, what the last scheduled prefill reads
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
@@ -179,6 +185,7 @@ class Sequence:
         "temperature",
         "seed",
         "sampling_options",
+        "reading",
     )
 
     def __getstate__(self) -> tuple[object, ...]:

@@ -7,7 +7,9 @@ in `sampling/stages.py`. A request's log-probabilities are those of the model: o
 come in, before all stages.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ from nanovllm.sampling.extras import Logprobs, SamplingExtras
 from nanovllm.sampling.stages import bias_and_penalize, count_drawn, find_logprobs, find_thresholds
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
+if TYPE_CHECKING:
+    from nanovllm.readout.step_reader import Readings
+
 
 class Sampled(NamedTuple):
     """What a step samples."""
 
     token_ids: Tensor  # [n] int64; -1 where the logits are NaN or infinite
     logprobs: Logprobs | None  # of the sequences that asked
+    readings: Readings | None = None  # what a prefill has read besides: see readout/
 
 
 class Sampler(nn.Module):
@@ -58,8 +64,7 @@ class Sampler(nn.Module):
         if extras is None:
             return Sampled(self._draw(logits, temperatures, seeds, positions), None)
 
-        if self.tp.size > 1:
-            logits = self._gather_vocabulary(logits)
+        logits = self.gather_vocabulary(logits)
         changed = bias_and_penalize(logits, extras)
         thresholds = find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
@@ -83,8 +88,10 @@ class Sampler(nn.Module):
         best_rank = all_scores.argmax(dim=0, keepdim=True)
         return all_ids.gather(0, best_rank).squeeze(0).long()
 
-    def _gather_vocabulary(self, logits: Tensor) -> Tensor:
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """Exchange the logits `[n, vocab / tp]` of all ranks: `[n, vocab]` on every rank."""
+        if self.tp.size == 1:
+            return logits
         rows = -(-self.vocab_size // self.tp.size)  # the last ranks may have fewer
         padded = F.pad(logits, (0, rows - logits.shape[1]))
         parts = self.tp.all_gather(padded)  # [tp, n, rows]
