@@ -44,6 +44,7 @@ def check(entries: Any, checkpoint: Checkpoint, prompt: list[int], num_top: int)
         assert list(dict.fromkeys([prompt[position], *likeliest])) == list(entry)
         for token_id, value in entry.items():
             assert value == pytest.approx(row[token_id].item(), abs=1e-4)
+            assert value.rank == (row > row[token_id]).sum() + 1
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -35,6 +35,7 @@ class Request:
 
     token_ids: list[int]  # of the prompt
     params: SamplingParams
+    prompt: str | None = None  # its text, if that was passed
 
 
 class InputProcessor:
@@ -113,7 +114,7 @@ class InputProcessor:
             )
         token_ids = self._token_ids_of(index, prompt)
         self._check_token_ids(index, token_ids, params)
-        return Request(token_ids.tolist(), params)
+        return Request(token_ids.tolist(), params, prompt if isinstance(prompt, str) else None)
 
     def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
@@ -177,6 +178,7 @@ class InputProcessor:
             seqs[0].readout = PromptLogprobs(params.prompt_logprobs)  # once, however many there are
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
+            seq.prompt = request.prompt
             seq.max_tokens = max_tokens
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)

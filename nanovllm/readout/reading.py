@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True, slots=True)
 class LogprobReading:
@@ -31,12 +29,3 @@ class LogitReading:
 
 
 Reading = LogprobReading | LastHiddenReading | HiddenSumReading | LogitReading
-
-
-@dataclass(frozen=True, slots=True)
-class RankedLogprobs:
-    """What a `LogprobReading` of r tokens gives, on the host."""
-
-    token_ids: np.ndarray  # [r, 1 + k] int64: the token itself, then the k likeliest
-    values: np.ndarray  # [r, 1 + k] float32, their log-probabilities
-    ranks: np.ndarray  # [r] int64, of the token itself; 1: none is likelier

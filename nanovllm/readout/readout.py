@@ -12,12 +12,14 @@ from nanovllm.readout.reading import (
     LastHiddenReading,
     LogitReading,
     LogprobReading,
-    RankedLogprobs,
     Reading,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nanovllm.engine.sequence import Sequence
+    from nanovllm.results import TokenLogprobs
 
 
 class Readout(ABC):
@@ -38,12 +40,12 @@ class Readout(ABC):
 
     @abstractmethod
     def collect(self, values: Any) -> None:
-        """Take what a step has read: of a `LogprobReading` `RankedLogprobs`, of the other readings
-        a vector, a float32 array.
+        """Take what a step has read: of a `LogprobReading` a list with the `TokenLogprobs` of each
+        token, of the other readings a vector, a float32 array.
         """
 
-    def result_items(self) -> dict[str, Any]:
-        """What the request's result shows of it."""
+    def result_items(self, decode: Callable[[int], str] | None) -> dict[str, Any]:
+        """What the request's result shows of it; `decode` makes text of a token id."""
         return {}
 
 
@@ -58,7 +60,7 @@ class PromptLogprobs(Readout):
         self.needs_whole_prompt = True
         self.num_top = num_top
         self.num_planned = 0  # of the tokens that follow another
-        self.parts: list[RankedLogprobs] = []  # of one chunk each
+        self.entries: list[TokenLogprobs] = []  # of those that are known
 
     def plan(self, seq: Sequence) -> LogprobReading | None:
         """Read the log-probabilities of the tokens that follow those which the step computes."""
@@ -73,22 +75,18 @@ class PromptLogprobs(Readout):
         self.needs_whole_prompt = end < seq.num_prompt_tokens - 1
         return LogprobReading(seq.token_ids[start + 1 : end + 1], self.num_top)
 
-    def collect(self, values: RankedLogprobs) -> None:
+    def collect(self, values: list[TokenLogprobs]) -> None:
         """Take those of a chunk."""
-        self.parts.append(values)
+        self.entries += values
 
-    def result_items(self) -> dict[str, Any]:
+    def result_items(self, decode: Callable[[int], str] | None) -> dict[str, Any]:
         """For each token of the prompt None or a dict of log-probabilities, its own first.
 
         They are fewer than the prompt's tokens if the request has ended before all were computed.
         """
-        entries: list[dict[int, float] | None] = [None]
         num_kept = 1 + self.num_top  # a neighbour may have asked for more
-        for part in self.parts:
-            ids = part.token_ids[:, :num_kept].tolist()
-            values = part.values[:, :num_kept].tolist()
-            entries += [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
-        return {"prompt_logprobs": entries}
+        dicts = [entry.first(num_kept).as_dict(decode) for entry in self.entries]
+        return {"prompt_logprobs": [None, *dicts]}
 
 
 class LastHidden(Readout):

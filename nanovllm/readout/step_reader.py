@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from nanovllm.readout.reading import (
     HiddenSumReading,
     LogitReading,
     LogprobReading,
-    RankedLogprobs,
     Reading,
 )
+from nanovllm.results import TokenLogprobs
+from nanovllm.sampling.extras import Logprobs
+from nanovllm.sampling.stages import rank_tokens
 from nanovllm.utils.context import StepInputs, running
 
 if TYPE_CHECKING:
@@ -27,14 +29,6 @@ if TYPE_CHECKING:
     from nanovllm.models.causal_lm import CausalLM
 
 ROWS = 256  # most rows of logits at once: in float32, 156 MB of them with Qwen3's vocabulary
-
-
-class TokenRanks(NamedTuple):
-    """Log-probabilities of r tokens, on one device; the fields are those of `RankedLogprobs`."""
-
-    token_ids: Tensor
-    values: Tensor
-    ranks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ class StepReader:
 
     @property
     def kinds(self) -> set[type]:
-        """The classes of the readings. Those of embeddings and scores share a step with no other."""
+        """Classes of the readings; those of embeddings and scores share a step with no other."""
         return {type(reading) for reading in self.readings}
 
     @property
@@ -118,7 +112,7 @@ class StepReader:
         wanted: Tensor,
         make_logits: Callable[[Normed], Tensor],
         max_rows: int,
-    ) -> TokenRanks:
+    ) -> Logprobs:
         """Compute the log-probabilities of the tokens `wanted`, see `_find_wanted`, a few rows at a
         time: the logits of a long prompt would take gigabytes.
         """
@@ -127,7 +121,7 @@ class StepReader:
             rank_tokens(make_logits(hidden.select(rows)), token_ids, num_top)
             for rows, token_ids in wanted.split(min(max_rows, ROWS), dim=1)
         ]
-        return TokenRanks(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _find_wanted(self) -> np.ndarray:
         """The rows to read log-probabilities from, and the token behind each: `[2, r]` int64."""
@@ -151,32 +145,18 @@ class StepReader:
         return torch.stack(sums)
 
 
-def rank_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenRanks:
-    """Compute the log-probabilities of tokens and of the likeliest ones.
-
-    logits: `[r, vocab]`. token_ids: `[r]` int64.
-    """
-    logits = logits.float()
-    num_top = min(num_top, logits.shape[1])  # a tiny vocabulary may have fewer
-    top_ids = logits.topk(num_top, dim=1).indices
-    ids = torch.cat((token_ids.unsqueeze(1), top_ids), dim=1)
-    chosen = logits.gather(1, ids)
-    ranks = (logits > chosen[:, :1]).sum(dim=1) + 1
-    return TokenRanks(ids, chosen - logits.logsumexp(dim=1, keepdim=True), ranks)
-
-
 @dataclass(frozen=True, slots=True)
 class Readings:
     """What a step has read for its n sequences."""
 
     reader: StepReader
     vectors: Tensor | None  # [n, size] float32
-    ranked: TokenRanks | None  # of all sequences' tokens, one after the other
+    ranked: Logprobs | None  # of all sequences' tokens, one after the other
 
     def move(self, copy: Callable[[Tensor], Tensor]) -> Readings:
         """Return this with copies of all tensors."""
         vectors = None if self.vectors is None else copy(self.vectors)
-        ranked = None if self.ranked is None else TokenRanks(*map(copy, self.ranked))
+        ranked = None if self.ranked is None else Logprobs(*map(copy, self.ranked))
         return Readings(self.reader, vectors, ranked)
 
     def deliver(self, seqs: list[Sequence]) -> None:
@@ -190,7 +170,8 @@ class Readings:
             if isinstance(reading, LogprobReading):
                 assert self.ranked is not None
                 end = start + len(reading.next_token_ids)
-                values = RankedLogprobs(*(column[start:end].numpy() for column in self.ranked))
+                columns = [column[start:end].tolist() for column in self.ranked]
+                values = [TokenLogprobs(*row) for row in zip(*columns, strict=True)]
                 start = end
             else:
                 assert self.vectors is not None
