@@ -185,6 +185,15 @@ def test_an_aborted_prompt_has_those_that_were_computed(checkpoint: Checkpoint) 
     assert all(math.isfinite(entry[token_id]) for entry, token_id in computed)
 
 
+def test_a_stream_has_them_in_its_first_part(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint.path, max_num_batched_tokens=16)
+    (prompt,) = random_prompts(8, [40])
+    first, *others = llm.stream([prompt], ask(1, max_tokens=4))
+    check(first["prompt_logprobs"], checkpoint, prompt, 1)
+    assert len(others) == 3
+    assert not any("prompt_logprobs" in part for part in others)
+
+
 @pytest.mark.parametrize("value", [-2, 21, 1.5, "1"])
 def test_wrong_values(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"prompt_logprobs.*{value}"):

@@ -32,7 +32,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
-from nanovllm.readout.step_reader import StepReader
+from nanovllm.readout.step_reader import Readings, StepReader
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, running
@@ -205,15 +205,15 @@ class ModelRunner:
 
     def _launch(self, step: Step) -> PendingTokens:
         if step.is_prefill:
-            return PendingTokens(self.call("launch_prefill", step.seqs))
+            return PendingTokens(*self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
         table_rows = np.array([seq.row for seq in step.seqs])
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
         last_blocks = np.array([seq.block_table[-1] for seq in step.seqs], dtype=np.int32)
         return PendingTokens(self.call("launch_decode", table_rows, context_lens, last_blocks))
 
-    def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
-        """Compute the scheduled tokens of all sequences, and sample each one's next token."""
+    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled, Readings | None]:
+        """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
         self.block_tables[: len(batch.block_tables), rows] = batch.block_tables
@@ -223,12 +223,12 @@ class ModelRunner:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
         reader = StepReader.of(seqs)
+        padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        has_graph = size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs
-        if has_graph and reader is None:
-            self.padded_prefill.upload(batch, size)
+        if reader is None and size in self.prefill_graphs and len(seqs) <= padded.max_seqs:
+            padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
-            return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
+            return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None
         inputs = self._prefill_inputs(batch)
         with self._threads(len(batch.input_ids)):
             if reader is not None:
@@ -240,7 +240,7 @@ class ModelRunner:
                     to_device=self._to_device,
                     max_rows=self.config.max_num_seqs,
                 )
-            return self._sample(self._forward(inputs), inputs, extras)
+            return self._sample(self._forward(inputs), inputs, extras), None
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""

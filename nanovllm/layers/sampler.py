@@ -7,9 +7,7 @@ in `sampling/stages.py`. A request's log-probabilities are those of the model: o
 come in, before all stages.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +18,12 @@ from nanovllm.sampling.extras import Logprobs, SamplingExtras
 from nanovllm.sampling.stages import bias_and_penalize, count_drawn, find_logprobs, find_thresholds
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
-if TYPE_CHECKING:
-    from nanovllm.readout.step_reader import Readings
-
 
 class Sampled(NamedTuple):
     """What a step samples."""
 
     token_ids: Tensor  # [n] int64; -1 where the logits are NaN or infinite
     logprobs: Logprobs | None  # of the sequences that asked
-    readings: Readings | None = None  # what a prefill has read besides: see readout/
 
 
 class Sampler(nn.Module):

@@ -71,7 +71,7 @@ class StepReader:
         sample: Callable[[Tensor], Sampled],
         to_device: Callable[[np.ndarray], Tensor],
         max_rows: int,
-    ) -> Sampled:
+    ) -> tuple[Sampled, Readings]:
         """Run a step, read from its hidden states, and sample if that is wanted.
 
         inputs: of a prefill. sample: draws the next tokens from this rank's logits.
@@ -100,11 +100,11 @@ class StepReader:
                 vectors = last.values().float()
             readings = Readings(self, vectors, ranked)
             if self.samples:
-                return sample(model.compute_logits(last))._replace(readings=readings)
+                return sample(model.compute_logits(last)), readings
         assert vectors is not None
         # The next tokens are nobody's, but a -1 says what it always does.
         is_number = vectors.isfinite().all(dim=1)
-        return Sampled(is_number.long() - 1, logprobs=None, readings=readings)
+        return Sampled(is_number.long() - 1, logprobs=None), readings
 
     def _read_logprobs(
         self,
