@@ -154,11 +154,7 @@ class LLMEngine:
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        self._settle()
-        if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or stream are unfinished; step() to their end, or reset()"
-            )
+        self._check_idle()
         try:
             request_ids = [self._queue(request)[0].request_id for request in requests]
             results = self._run_to_the_end(len(requests), use_tqdm)
@@ -172,6 +168,14 @@ class LLMEngine:
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
+
+    def _check_idle(self) -> None:
+        """Raise a RuntimeError if there are other requests, whose results would be nobody's."""
+        self._settle()
+        if not self.is_finished():
+            raise RuntimeError(
+                "requests of add_request or stream are unfinished; step() to their end, or reset()"
+            )
 
     def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, RequestOutput]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
