@@ -34,6 +34,7 @@ LEAVES = (
     "checkpoint",
     "exclusive",
     "frozen",
+    "headless",
     "hf_overrides",
     "progress",
     "results",

@@ -27,6 +27,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.headless import check_head
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
@@ -252,6 +253,7 @@ class LLMEngine:
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()
+        check_head(self.config.hf_config)
         return self._inputs.check(prompts, sampling_params)
 
     def _queue(self, request: Request, is_streamed: bool = False) -> list[Sequence]:

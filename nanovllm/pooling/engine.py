@@ -69,7 +69,8 @@ class PoolingEngine(LLMEngine):
         before = self._embedding_files.prompt(prompt_name)
         if before and isinstance(prompts, (list, tuple)):
             prompts = [before + each if isinstance(each, str) else each for each in prompts]
-        requests = self._check_requests(prompts, PREFILL_ONLY)
+        self._check_alive()
+        requests = self._inputs.check(prompts, PREFILL_ONLY)  # which takes no LM head
         each_params = self._check_pooling(pooling_params, len(requests))
         is_mean = self._embedding_files.pooling == "mean"
         seqs = [self._inputs.make_sequences(request, is_streamed=False)[0] for request in requests]
