@@ -3,10 +3,21 @@
 from pathlib import Path
 
 from nanovllm.llm import LLM
+from nanovllm.pooling.params import PoolingParams
+from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutput
 from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 
-__all__ = ["DEMO_MODEL", "LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "DEMO_MODEL",
+    "LLM",
+    "CompletionOutput",
+    "EmbeddingRequestOutput",
+    "PoolingParams",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoringRequestOutput",
+]

@@ -138,7 +138,7 @@ class PoolingEngine(LLMEngine):
         """Return the parameters of each prompt, checked against the model."""
         if params is None:
             params = PoolingParams()
-        each = [params] * number if isinstance(params, PoolingParams) else list(params)
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * number
         if len(each) != number:
             raise ValueError(f"{len(each)} pooling_params for {number} prompts; pass one each")
         size = self.config.hf_config.hidden_size
