@@ -136,13 +136,14 @@ class PoolingEngine(LLMEngine):
 
     def _check_pooling(self, params: Params, number: int) -> list[PoolingParams]:
         """Return the parameters of each prompt, checked against the model."""
-        if params is None:
-            params = PoolingParams()
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * number
-        if len(each) != number:
-            raise ValueError(f"{len(each)} pooling_params for {number} prompts; pass one each")
+        if params is None or isinstance(params, PoolingParams):
+            params = [params or PoolingParams()] * number
+        if not isinstance(params, (list, tuple)):
+            raise TypeError(f"pooling_params must be a PoolingParams or a list, not {params!r}")
+        if len(params) != number:
+            raise ValueError(f"{len(params)} pooling_params for {number} prompts; pass one each")
         size = self.config.hf_config.hidden_size
-        for one in each:
+        for one in params:
             if not isinstance(one, PoolingParams):
                 raise TypeError(f"pooling_params must be of PoolingParams, not {one!r}")
             if one.dimensions is not None and one.dimensions > size:
@@ -150,7 +151,7 @@ class PoolingEngine(LLMEngine):
                     f"dimensions must be at most {size}, the model's hidden_size, not "
                     f"{one.dimensions}"
                 )
-        return each
+        return list(params)
 
     def _embedding(self, vector: np.ndarray, params: PoolingParams) -> np.ndarray:
         """Cut and normalise a hidden state."""
