@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.pooling.params import PoolingParams
 from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutput
@@ -20,4 +21,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoringRequestOutput",
+    "TextPrompt",
+    "TokensPrompt",
 ]

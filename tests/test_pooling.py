@@ -137,7 +137,9 @@ def test_options_of_an_embedding(checkpoint: Checkpoint) -> None:
     check(
         llm.embed(prompts, pooling_params=params[2], use_tqdm=False), [unit(v[:10]) for v in whole]
     )
-    (output,) = llm.embed([prompts[0]], use_tqdm=False)
+    (cut,) = llm.embed([PROMPTS[6]], truncate_prompt_tokens=9, use_tqdm=False)
+    check([cut], [unit(hidden_states(checkpoint, PROMPTS[6][-9:])[-1])])
+    (output,) = llm.embed({"prompt_token_ids": prompts[0]}, use_tqdm=False)
     assert json.loads(json.dumps(output))["embedding"] == output["embedding"]
     assert output.finished and output.outputs.embedding is output["embedding"]
     assert llm.embed([], use_tqdm=False) == []
@@ -199,8 +201,11 @@ def test_prompts_and_normalisation_of_the_files(speaking: Checkpoint, tmp_path: 
     check(llm.embed(TEXTS, use_tqdm=False), expected(""))
     check(llm.embed(TEXTS, prompt_name="query", use_tqdm=False), expected("Find:"))
     check(llm.embed(TEXTS, prompt_name="document", use_tqdm=False), expected(""))
-    (alone,) = llm.embed(TEXTS[0], prompt_name="query", use_tqdm=False)
-    assert alone["prompt_token_ids"] == tokenizer.encode("Find:" + TEXTS[0])
+    in_a_dict = {"prompt": TEXTS[0]}
+    for prompt in (TEXTS[0], in_a_dict, [in_a_dict]):
+        (alone,) = llm.embed(prompt, prompt_name="query", use_tqdm=False)
+        assert alone["prompt_token_ids"] == tokenizer.encode("Find:" + TEXTS[0])
+    assert in_a_dict == {"prompt": TEXTS[0]}
     with pytest.raises(ValueError, match="no prompt 'passage'; it has 'query', 'document'"):
         llm.embed(TEXTS, prompt_name="passage")
     llm.exit()

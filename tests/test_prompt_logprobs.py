@@ -194,7 +194,16 @@ def test_a_stream_has_them_in_its_first_part(checkpoint: Checkpoint) -> None:
     assert not any("prompt_logprobs" in part for part in others)
 
 
-@pytest.mark.parametrize("value", [-2, 21, 1.5, "1"])
+def test_how_many_there_may_be(checkpoint: Checkpoint) -> None:
+    (prompt,) = random_prompts(9, [20])
+    with pytest.raises(ValueError, match="prompt_logprobs of prompt 0.*max_logprobs 20, not 21"):
+        make_llm(checkpoint.path).generate([prompt], ask(21))
+    llm = make_llm(checkpoint.path, max_logprobs=-1)
+    (output,) = llm.generate([prompt], ask(-1, max_tokens=1), use_tqdm=False)
+    check(output["prompt_logprobs"], checkpoint, prompt, 127)
+
+
+@pytest.mark.parametrize("value", [-2, 1.5, "1"])
 def test_wrong_values(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"prompt_logprobs.*{value}"):
         SamplingParams(prompt_logprobs=value)

@@ -6,6 +6,7 @@ what it reads instead is a `Readout`, see readout/. Its blocks are free when it 
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.requests import Prompts
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
+from nanovllm.inputs import Prompts
 from nanovllm.pooling.files import EmbeddingFiles
 from nanovllm.pooling.params import PoolingParams
 from nanovllm.pooling.prompts import ANSWERS, CHAT_TOKENS, INSTRUCTION, TEMPLATE
@@ -41,6 +42,7 @@ class PoolingEngine(LLMEngine):
         *,
         pooling_params: Params = None,
         prompt_name: str | None = None,
+        truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[EmbeddingRequestOutput]:
         """Embed prompts, batched as the cache allows, and return a result for each, in order.
@@ -49,10 +51,12 @@ class PoolingEngine(LLMEngine):
         checkpoint's files say; of one without such files, it is the last token's, normalised.
 
         Args:
-            prompts: one string, or a list of strings and of token-id lists.
+            prompts: as for `generate`.
             pooling_params: one for all, one for each, or None for `PoolingParams()`.
             prompt_name: of a prompt in the checkpoint's files, "query" for one, to put before all
                 texts; None for the one that the files name as the default, if they do.
+            truncate_prompt_tokens: take only so many tokens at the end of a prompt; -1: as many as
+                fit. None: all.
             use_tqdm: whether to show a progress bar.
 
         Returns:
@@ -64,13 +68,12 @@ class PoolingEngine(LLMEngine):
                 are made in a way that is not supported.
             RuntimeError: as for `generate`.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        before = self._embedding_files.prompt(prompt_name)
-        if before and isinstance(prompts, (list, tuple)):
-            prompts = [before + each if isinstance(each, str) else each for each in prompts]
         self._check_alive()
-        requests = self._inputs.check(prompts, PREFILL_ONLY)  # which takes no LM head
+        before = self._embedding_files.prompt(prompt_name)
+        if before:
+            prompts = put_before(prompts, before)
+        params = replace(PREFILL_ONLY, truncate_prompt_tokens=truncate_prompt_tokens)
+        requests = self._inputs.check(prompts, params)
         each_params = self._check_pooling(pooling_params, len(requests))
         is_mean = self._embedding_files.pooling == "mean"
         seqs = [self._inputs.make_sequences(request, is_streamed=False)[0] for request in requests]
@@ -246,7 +249,9 @@ class PoolingEngine(LLMEngine):
                     step = self._advance()
                     finished = [] if step is None else [seq for seq in step.seqs if seq.is_finished]
                     for seq in finished:
-                        results[indices[seq]] = finish(indices[seq])
+                        result = finish(indices[seq])
+                        result.request_id = str(seq.request_id)
+                        results[indices[seq]] = result
                     update(len(finished))
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
@@ -271,6 +276,18 @@ def facts(seq: Sequence) -> dict[str, Any]:
         "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
         "num_cached_tokens": seq.num_cached_prompt_tokens or 0,
     }
+
+
+def put_before(prompts: Any, before: str) -> Any:
+    """Put a text before all prompts that are texts; those that are token ids stay as they are."""
+    if isinstance(prompts, str):
+        return before + prompts
+    if isinstance(prompts, dict):
+        is_text = isinstance(prompts.get("prompt"), str) and not prompts.get("prompt_token_ids")
+        return {**prompts, "prompt": before + prompts["prompt"]} if is_text else prompts
+    if isinstance(prompts, (list, tuple)):
+        return [put_before(p, before) if isinstance(p, (str, dict)) else p for p in prompts]
+    return prompts
 
 
 def make_pairs(queries: str | list[str], documents: str | list[str]) -> list[tuple[str, str]]:
