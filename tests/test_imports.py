@@ -32,6 +32,7 @@ LEAVES = (
     "sampling_params",
     "outputs",
     "checkpoint",
+    "copy_on_write",
     "exclusive",
     "frozen",
     "headless",

@@ -84,6 +84,19 @@ def test_who_asks_computes_its_prompt_and_leaves_it_to_others(checkpoint: Checkp
     assert other["num_cached_tokens"] == 64
 
 
+def test_equal_prompts_in_one_step(checkpoint: Checkpoint) -> None:
+    """Who asks computes all of its prompt; those that do not ask follow who computes it."""
+    llm = make_llm(checkpoint.path)
+    (prompt,) = random_prompts(10, [37])
+    params = [ask(None), ask(1), ask(None), ask(0), ask(2)]
+    with llm.trace() as trace:
+        outputs = llm.generate([prompt] * 5, params, use_tqdm=False)
+    assert trace.steps[0].num_tokens == 4 * 37
+    assert len({tuple(output["token_ids"]) for output in outputs}) == 1
+    for index, num_top in ((1, 1), (3, 0), (4, 2)):
+        check(outputs[index]["prompt_logprobs"], checkpoint, prompt, num_top)
+
+
 def test_of_several_completions_one_computes_them(checkpoint: Checkpoint) -> None:
     llm = make_llm(checkpoint.path)
     (prompt,) = random_prompts(2, [50])

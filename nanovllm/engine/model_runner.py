@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
+from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.graphs import (
     SIZES_TO_COMPILE,
     StepGraphs,
@@ -21,7 +22,7 @@ from nanovllm.engine.graphs import (
 from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
-from nanovllm.engine.prefill_batch import PrefillBatch
+from nanovllm.engine.prefill_batch import PrefillBatch, dummy_prefill
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
@@ -72,7 +73,14 @@ class ModelRunner:
         self._allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
-            self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
+            inputs = dummy_prefill(
+                self.backend,
+                num_new=[1],
+                num_total=[2],
+                block_tables=np.zeros((1, 2), dtype=np.int32),
+                to_device=self._to_device,
+            )
+            self._forward(inputs)
         if self.is_cuda and not config.enforce_eager:
             self._capture_graphs()
 
@@ -125,7 +133,13 @@ class ModelRunner:
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
         lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = self._make_dummy_prefill(lengths, lengths, block_tables=None)
+        inputs = dummy_prefill(
+            self.backend,
+            num_new=lengths,
+            num_total=lengths,
+            block_tables=None,
+            to_device=self._to_device,
+        )
         # Options that make float32 copies of all logits.
         zero = self._to_device([0], np.int64)
         bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
@@ -136,26 +150,6 @@ class ModelRunner:
             logits = self._forward(inputs)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
-
-    def _make_dummy_prefill(
-        self, num_new: list[int], num_total: list[int], block_tables: np.ndarray | None
-    ) -> StepInputs:
-        """Make inputs that compute so many tokens of each sequence and store nothing."""
-        zeros = self._to_device([0] * sum(num_new), np.int64)
-        ones = self._to_device([1] * len(num_new), np.int64)
-        nowhere = self._to_device([-1] * sum(num_new), np.int32)
-        plan = self.backend.plan_prefill(num_new, num_total, block_tables, self._to_device)
-        return StepInputs(
-            is_prefill=True,
-            input_ids=zeros,
-            positions=zeros,
-            slot_mapping=None if block_tables is None else nowhere,
-            attention=plan,
-            last_token_rows=plan.cu_seqlens_q[1:] - 1,
-            temperatures=ones.float(),
-            seeds=ones,
-            last_positions=ones,
-        )
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method on every rank; the result is this rank's."""
@@ -204,6 +198,8 @@ class ModelRunner:
             return self._launch(step)
 
     def _launch(self, step: Step) -> PendingTokens:
+        if step.copies:
+            self.call("copy_blocks", step.copies)
         if step.is_prefill:
             return PendingTokens(*self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
@@ -211,6 +207,11 @@ class ModelRunner:
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
         last_blocks = np.array([seq.block_table[-1] for seq in step.seqs], dtype=np.int32)
         return PendingTokens(self.call("launch_decode", table_rows, context_lens, last_blocks))
+
+    def copy_blocks(self, copies: list[BlockCopy]) -> None:
+        """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
+        for source, target, num_tokens in copies:
+            self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
     def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled, Readings | None]:
         """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
@@ -225,7 +226,9 @@ class ModelRunner:
         reader = StepReader.of(seqs)
         padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        if reader is None and size in self.prefill_graphs and len(seqs) <= padded.max_seqs:
+        # Sequences that compute nothing may make them more than there are tokens.
+        has_room = len(seqs) <= min(size, padded.max_seqs)
+        if reader is None and has_room and size in self.prefill_graphs:
             padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
             return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None

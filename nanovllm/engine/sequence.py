@@ -108,6 +108,11 @@ class Sequence:
         start = self.num_computed_tokens - self.num_scheduled_tokens - self._offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
 
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it has to compute its prompt itself, all of it, because it reads on the way."""
+        return self.readout is not None and self.readout.needs_whole_prompt
+
     def schedule(self, num_tokens: int) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
         self.num_scheduled_tokens = num_tokens
