@@ -73,13 +73,8 @@ class ModelRunner:
         self._allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
-            inputs = dummy_prefill(
-                self.backend,
-                num_new=[1],
-                num_total=[2],
-                block_tables=np.zeros((1, 2), dtype=np.int32),
-                to_device=self._to_device,
-            )
+            tables = np.zeros((1, 2), dtype=np.int32)
+            inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
             self._forward(inputs)
         if self.is_cuda and not config.enforce_eager:
             self._capture_graphs()
@@ -133,13 +128,7 @@ class ModelRunner:
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
         lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = dummy_prefill(
-            self.backend,
-            num_new=lengths,
-            num_total=lengths,
-            block_tables=None,
-            to_device=self._to_device,
-        )
+        inputs = dummy_prefill(self.backend, self._to_device, lengths, lengths)
         # Options that make float32 copies of all logits.
         zero = self._to_device([0], np.int64)
         bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())

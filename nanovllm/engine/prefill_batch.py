@@ -61,10 +61,10 @@ class PrefillBatch:
 
 def dummy_prefill(
     backend: AttentionBackend,
+    to_device: Callable[..., Tensor],
     num_new: list[int],
     num_total: list[int],
-    block_tables: np.ndarray | None,
-    to_device: Callable[..., Tensor],
+    block_tables: np.ndarray | None = None,
 ) -> StepInputs:
     """Make inputs that compute so many tokens of each sequence and store nothing."""
     zeros = to_device([0] * sum(num_new), np.int64)
