@@ -68,11 +68,11 @@ class PromptLogprobs(Readout):
         end = min(
             seq.num_computed_tokens, seq.num_prompt_tokens - 1
         )  # the last is followed by none
+        self.needs_whole_prompt = end < seq.num_prompt_tokens - 1
         if start >= end or start < self.num_planned:  # after a preemption they are known
             return None
         assert start == self.num_planned, "a step has computed tokens that another one has to read"
         self.num_planned = end
-        self.needs_whole_prompt = end < seq.num_prompt_tokens - 1
         return LogprobReading(seq.token_ids[start + 1 : end + 1], self.num_top)
 
     def collect(self, values: list[TokenLogprobs]) -> None:
