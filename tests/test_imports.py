@@ -47,6 +47,7 @@ LEAVES = (
     "vllm_names",
     "text",
     "trace_views",
+    "warm_up",
     "wrappers",
 )
 WITHOUT_TORCH = (

@@ -22,7 +22,7 @@ from nanovllm.engine.graphs import (
 from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
-from nanovllm.engine.prefill_batch import PrefillBatch, dummy_prefill
+from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
@@ -38,6 +38,7 @@ from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
+from nanovllm.warm_up import dummy_prefill
 
 
 class ModelRunner:
