@@ -271,6 +271,17 @@ def test_a_stream(llm: LLM, expected: list[list[int]]) -> None:
     jsonschema.validate(json.loads(texts[8, 2]), PERSON)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_log_probabilities_of_a_prompt(tiny: str, depth: int) -> None:
+    """The forward pass reads them, in a launch before the one that samples."""
+    llm = make_llm(tiny, depth=depth)
+    params = [of_form(COMPACT, seed=1, prompt_logprobs=1), of_form(seed=2, prompt_logprobs=1)]
+    outputs = run(llm, params)
+    assert outputs[0].prompt_logprobs == outputs[1].prompt_logprobs
+    assert len(outputs[0].prompt_logprobs) == len(outputs[0].prompt_token_ids) > 5
+    assert ids_of(outputs)[0] == ids_of(run(llm, [MIXED[0]]))[0]
+
+
 def test_abort_between_two_steps(tiny: str) -> None:
     """A step that has been launched for a sequence which is aborted before it is sampled."""
     llm = make_llm(tiny, depth=1)

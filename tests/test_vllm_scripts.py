@@ -78,6 +78,13 @@ def check_structured_outputs(text: str) -> None:
     assert isinstance(eval(answers["grammar"]), int)  # the brackets match
 
 
+def check_embed(text: str) -> None:
+    assert text.count("Prompt: '") == text.count("Embedding: [") == 4
+    assert "Nearest to 'introduce yourself': 'introduce yourself' (1.000)" in text
+    assert "Nearest to 'The sky is blue': '" in text
+    assert "Cut to 32, length 1.000" in text
+
+
 # What each of them must print. A new script takes a new function here.
 CHECKS: dict[str, Callable[[str], None]] = {
     "basic": check_basic,
@@ -86,6 +93,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "prefix_caching": check_prefix_caching,
     "reproducibility": check_reproducibility,
     "structured_outputs": check_structured_outputs,
+    "embed": check_embed,
 }
 
 

@@ -61,10 +61,12 @@ def launch_sampling(pending: Pending, launch: Callable[[StepMasks], PendingToken
     """Sample the last of these steps, if it waits for masks and they can be made by now."""
     if not wait_for_masks(pending):
         return  # nearly always
-    step, _ = pending[-1]
+    step, launched = pending[-1]
     masked = _find_masked(step)
     if all(each.are_tokens_known for each in masked):
-        pending[-1] = (step, launch(make_masks(masked)))
+        tokens = launch(make_masks(masked))
+        tokens.readings = launched.readings  # what the forward pass has found out
+        pending[-1] = (step, tokens)
 
 
 @dataclass(frozen=True, slots=True)
