@@ -422,7 +422,16 @@ def test_what_a_model_must_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_rules_that_leave_no_token_end_their_sequence_alone(llm: LLM) -> None:
     form = StructuredOutputsParams(regex="[0-9]+")
     alone = run(llm, [of_form(seed=1)])
-    outputs = run(llm, [of_form(form, allowed_token_ids=[100, 101, 102]), of_form(seed=1)])
-    assert outputs[0]["finish_reason"] == "error"
-    assert "contradict each other" in outputs[0]["stop_reason"]
+    contradiction = dict(allowed_token_ids=[100, 101, 102])
+    outputs = run(
+        llm,
+        [
+            of_form(form, **contradiction),
+            of_form(seed=1),
+            of_form(form, **contradiction, top_k=5, top_p=0.9, min_p=0.1, logprobs=1),
+        ],
+    )
+    for output in (outputs[0], outputs[2]):
+        assert output["finish_reason"] == "error"
+        assert "contradict each other" in output["stop_reason"]
     assert ids_of(outputs)[1] == ids_of(alone)[0]

@@ -51,6 +51,19 @@ def llm() -> Any:
     llm.exit()
 
 
+def test_rules_that_leave_no_token_end_their_sequence_alone(llm: LLM) -> None:
+    """Also where filters look for a threshold among logits that are all minus infinity."""
+    form = StructuredOutputsParams(regex="[0-9]{8}")
+    params = [
+        SamplingParams(structured_outputs=form, allowed_token_ids=[100], top_k=5, top_p=0.9),
+        SamplingParams(structured_outputs=form, top_k=1000, top_p=0.9, min_p=0.01),
+    ]
+    failed, right = llm.generate(["One number:"] * 2, params, use_tqdm=False)
+    assert failed["finish_reason"] == "error" and "contradict" in failed["stop_reason"]
+    assert right["finish_reason"] == "stop"
+    assert len(right["text"]) == 8 and right["text"].isdigit()
+
+
 def test_steps_wait_for_their_masks_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts are right, and requests beside them get the tokens that they get among plain ones."""
     launched: list[str] = []
