@@ -33,6 +33,7 @@ from nanovllm.kernels import (
     split_gemm,
     threshold,
     token_mask,
+    token_ranks,
     varlen_prefill,
 )
 
@@ -100,10 +101,12 @@ def main() -> None:
         rms_norm,
         gate_mul,
         split_gemm,
+        token_ranks,
         varlen_prefill,
     ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
+    token_ranks.token_ranks(x, torch.zeros(16, dtype=torch.int64))
     rms_norm.rms_norm(x, norm, EPS)
     for activation in ("silu", "gelu_tanh"):
         gate_mul.gate_mul(x, activation)
