@@ -36,6 +36,8 @@ class PrefillGroups:
         if group and group[0].token_ids != token_ids:
             # The key of all tokens begins with 0, which is no number of tokens.
             group = self._groups.setdefault((0, owner, *token_ids), [])
+        if group and seq.needs_whole_prompt:  # it may be followed, and follows nobody
+            group = self._groups.setdefault((0, seq.seq_id), [])
         return group
 
     def members(self) -> list[Sequence]:

@@ -120,6 +120,8 @@ class Scheduler:
             seq.sampling_options = seq.make_sampling_options()
             # Else the budget is spent; the rest of this prompt comes first in the next step.
             is_complete = seq.schedule(num_new)
+            if seq.readout is not None:
+                seq.reading = seq.readout.plan(seq)
             # Its full blocks can be shared from now on, even by sequences of this step: each layer
             # stores the K and V of all of them before it reads any.
             self.block_manager.register(seq)
