@@ -30,6 +30,7 @@ LEAVES = (
     "sampling_params",
     "outputs",
     "checkpoint",
+    "copy_on_write",
     "exclusive",
     "frozen",
     "hf_overrides",
