@@ -139,15 +139,16 @@ ABSENT_OPTIONS = {
 
 def our_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of `LLM` by the names of Config, without those that make no difference: these are
-    named in one line on stderr.
+    named in one line on stderr, if they are more than None.
 
     Raises:
         TypeError: for an option that is absent here and would make a difference, and for one that
             is passed under two names.
     """
     found = without_absent("LLM", options, ABSENT_OPTIONS)
-    if found.left_out:
-        LOGGER.warning("nano-vllm: without effect here: %s", ", ".join(found.left_out))
+    without_effect = [name for name in found.left_out if options[name] is not None]
+    if without_effect:
+        LOGGER.warning("nano-vllm: without effect here: %s", ", ".join(without_effect))
     ours: dict[str, Any] = {}
     for name, value in found.kept.items():
         our_name = ALIASES.get(name, name)
