@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "jobs",
     "llm",
+    "pooling",
     "engine",
     "parallel",
     "models",
+    "readout",
     "layers",
     "sampling",
     "quantization",
@@ -33,9 +35,12 @@ LEAVES = (
     "copy_on_write",
     "exclusive",
     "frozen",
+    "headless",
     "hf_overrides",
     "progress",
     "results",
+    "param_checks",
+    "structured",
     "absent",
     "assignable",
     "inputs",
@@ -44,12 +49,14 @@ LEAVES = (
     "vllm_names",
     "text",
     "trace_views",
+    "warm_up",
     "wrappers",
 )
 WITHOUT_TORCH = (
     "engine.scheduler",
     "engine.block_manager",
     "engine.sequence",
+    "readout.readout",
     "text.detokenizer",
 )
 TORCH = ("torch", "triton")
