@@ -47,6 +47,7 @@ LEAVES = (
     "absent",
     "assignable",
     "inputs",
+    "snapshots",
     "hub",
     "vllm_options",
     "vllm_names",
