@@ -48,6 +48,7 @@ LEAVES = (
     "absent",
     "assignable",
     "inputs",
+    "snapshots",
     "hub",
     "vllm_options",
     "vllm_names",

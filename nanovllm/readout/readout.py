@@ -14,7 +14,7 @@ from nanovllm.readout.reading import (
     LogprobReading,
     Reading,
 )
-from nanovllm.results import Logprob
+from nanovllm.results import LogprobDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,17 +85,14 @@ class PromptLogprobs(Readout):
 
         They are fewer than the prompt's tokens if the request has ended before all were computed.
         """
-        entries: list[dict[int, Logprob] | None] = [None]
+        entries: list[LogprobDict | None] = [None]
         num_kept = 1 + self.num_top  # a neighbour may have asked for more
         for part in self.parts:
             all_ids = part.token_ids[:, :num_kept].tolist()
             all_values = part.values[:, :num_kept].tolist()
             # All in one comprehension: there are as many entries as tokens in all prompts.
             entries += [
-                {
-                    token_id: Logprob(value, place or rank, token_id, decode)
-                    for place, (token_id, value) in enumerate(zip(ids, values, strict=True))
-                }
+                LogprobDict(ids, values, rank, decode)
                 for ids, values, rank in zip(all_ids, all_values, part.ranks.tolist(), strict=True)
             ]
         return {"prompt_logprobs": entries}
