@@ -77,7 +77,7 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A random checkpoint with the demo's tokenizer, which knows Qwen's chat, "yes" and "no"."""
     path = tmp_path_factory.mktemp("speaking")
-    checkpoint = make_checkpoint(path, seed=3, vocab_size=1030)
+    checkpoint = make_checkpoint(path, seed=3, vocab_size=1031)  # odd
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.add_tokens(["yes", "no"])
     tokenizer.save_pretrained(path)
@@ -367,7 +367,15 @@ def test_two_ranks(speaking: Checkpoint) -> None:
         for llm in (alone, both)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert generate_ids(both, PROMPTS, greedy(3)) == generate_ids(alone, PROMPTS, greedy(3))
+    # Log-probabilities of prompts, too: of the odd vocabulary the last rank has fewer tokens.
+    params = [greedy(3), *(SamplingParams(prompt_logprobs=k, temperature=0) for k in range(7))]
+    one, two = (llm.generate(PROMPTS, params, use_tqdm=False) for llm in (alone, both))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["token_ids"] == theirs["token_ids"]
+        pairs = zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True)
+        for entry, other in pairs:
+            assert entry == pytest.approx(other, abs=1e-4) and (entry is None) == (other is None)
+    assert sum(len(result.prompt_logprobs or ()) for result in two) == sum(map(len, PROMPTS[1:]))
     both.exit()
 
 

@@ -160,16 +160,6 @@ def test_families_that_change_the_logits_or_the_last_layer(tmp_path: Path, famil
     llm.exit()
 
 
-def test_two_ranks(checkpoint: Checkpoint) -> None:
-    """The vocabulary is odd, so that the last rank has fewer tokens."""
-    prompts = random_prompts(5, [30, 25, 7])
-    llm = make_llm(checkpoint.path, tensor_parallel_size=2, max_num_batched_tokens=40)
-    outputs = llm.generate(prompts, [ask(2), ask(None), ask(0)], use_tqdm=False)
-    check(outputs[0]["prompt_logprobs"], checkpoint, prompts[0], 2)
-    check(outputs[2]["prompt_logprobs"], checkpoint, prompts[2], 0)
-    llm.exit()
-
-
 def test_what_a_harness_asks_for_is_one_prefill_and_no_decode_step(checkpoint: Checkpoint) -> None:
     """The sum over a continuation, of which a harness asks how likely it is behind a context."""
     llm = make_llm(checkpoint.path)
