@@ -11,7 +11,18 @@ from torch import Tensor
 from nanovllm.utils.context import StepInputs
 
 if TYPE_CHECKING:
+    from nanovllm.config import Config
     from nanovllm.kernels.attention_backend import AttentionBackend
+
+
+def largest_prefill(
+    config: Config, backend: AttentionBackend, to_device: Callable[..., Tensor]
+) -> StepInputs:
+    """Make the inputs of the largest prefill there can be."""
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
+    lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
+    return dummy_prefill(backend, to_device, lengths, lengths)
 
 
 def dummy_prefill(

@@ -32,6 +32,7 @@ from nanovllm.kernels import (
     rms_norm,
     split_gemm,
     threshold,
+    token_mask,
     token_ranks,
     varlen_prefill,
 )
@@ -170,6 +171,7 @@ def main() -> None:
     counts = numbers(16, 30000, dtype=torch.int16)
     penalties.penalize(logits, counts, positions, penalties.Penalties(floats, floats, floats))
     threshold.filter_thresholds(logits, floats, threshold.Filters(ints(16), floats, floats))
+    token_mask.mask_tokens(logits, token_mask.TokenMasks(positions, ints(16, 938)))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
     summed.addresses, summed.rounds = positions, ints(512)

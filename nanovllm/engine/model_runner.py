@@ -34,11 +34,12 @@ from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
 from nanovllm.readout.step_reader import Readings, StepReader
-from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.extras import Extras, copying_extras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
-from nanovllm.warm_up import dummy_prefill
+from nanovllm.warm_up import dummy_prefill, largest_prefill
 
 
 class ModelRunner:
@@ -125,19 +126,11 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be: it shows the peak of what activations take."""
-        config = self.config
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
-        lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = dummy_prefill(self.backend, self._to_device, lengths, lengths)
-        # Options that make float32 copies of all logits.
-        zero = self._to_device([0], np.int64)
-        bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
-        all_seqs = torch.arange(num_seqs, device=self.device)
-        extras = SamplingExtras(bias=bias, logprobs=LogprobRequest(all_seqs, num_top=1))
+        inputs = largest_prefill(self.config, self.backend, self._to_device)
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             logits = self._forward(inputs)
+            extras = copying_extras(len(logits), self.device)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
 
@@ -171,8 +164,8 @@ class ModelRunner:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def launch(self, step: Step) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence.
+    def launch(self, step: Step | StepMasks) -> PendingTokens:
+        """Rank 0: queue a step on every device; or the sampling of the last one, with its masks.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -187,7 +180,9 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(step)
 
-    def _launch(self, step: Step) -> PendingTokens:
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        if isinstance(step, StepMasks):
+            return PendingTokens(self.call("sample_masked", step))
         if step.copies:
             self.call("copy_blocks", step.copies)
         if step.is_prefill:
@@ -203,7 +198,13 @@ class ModelRunner:
         for source, target, num_tokens in copies:
             self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
-    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled, Readings | None]:
+    def sample_masked(self, masks: StepMasks) -> Sampled | None:
+        """Draw the tokens of the last step, which waits for these masks."""
+        logits, inputs, extras = self._held
+        del self._held  # else the logits would take memory until the next step of this kind
+        return self._sample(logits, inputs, self.sampling.add_masks(extras, masks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled | None, Readings | None]:
         """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
@@ -265,7 +266,7 @@ class ModelRunner:
 
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
-    ) -> Sampled:
+    ) -> Sampled | None:
         """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
         sequences' rows, their lengths, and the blocks of their newest tokens.
         """
@@ -336,7 +337,9 @@ class ModelRunner:
 
     def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
-        return StepOutput(self._sample(logits, inputs, None).token_ids, logits)
+        sampled = self._sample(logits, inputs, None)
+        assert sampled is not None  # it waits for no masks
+        return StepOutput(sampled.token_ids, logits)
 
     def _graph_samples(
         self,
@@ -344,8 +347,8 @@ class ModelRunner:
         make_inputs: Callable[[int], StepInputs],
         size: int,
         num_seqs: int,
-        extras: SamplingExtras | None,
-    ) -> Sampled:
+        extras: Extras,
+    ) -> Sampled | None:
         """The samples of a step that a graph has run, without padding."""
         if extras is None:
             return Sampled(output.token_ids[:num_seqs], None)
@@ -367,8 +370,11 @@ class ModelRunner:
             return self.model.compute_logits(hidden)
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
-        """Draw the next tokens, and keep them on the device for the next step."""
+    def _sample(self, logits: Tensor, inputs: StepInputs, extras: Extras) -> Sampled | None:
+        """Draw the next tokens, and keep them on the device for the next step. None: they wait."""
+        if extras is not None and extras.waits_for_masks:
+            self._held = (logits, inputs, extras)
+            return None
         assert inputs.table_rows is not None and inputs.temperatures is not None
         assert inputs.seeds is not None and inputs.last_positions is not None
         num_seqs = len(logits)  # a graph's inputs may have padding behind them

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nanovllm.readout.reading import Reading
     from nanovllm.readout.readout import Readout
     from nanovllm.results import TokenLogprobs
+    from nanovllm.sampling.token_rules import CompletionRules
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -55,6 +56,7 @@ class Sequence:
         self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
         self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
+        self.keeps_blocks = False  # whether it has them after its end, for who continues it
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
@@ -68,6 +70,7 @@ class Sequence:
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+        self.rules: CompletionRules | None = None  # which tokens may be drawn, if not all
 
         # What it reads of its prompt's last hidden states, besides the next token: see readout/.
         self.readout: Readout | None = None
@@ -178,6 +181,8 @@ class Sequence:
 
     def fail(self, reason: str) -> None:
         """End it with what went wrong; the other sequences go on."""
+        if self.rules is not None and self.rules.problem:
+            reason = self.rules.problem
         self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get

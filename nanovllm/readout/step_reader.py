@@ -67,10 +67,10 @@ class StepReader:
         model: CausalLM,
         sampler: Sampler,
         *,
-        sample: Callable[[Tensor], Sampled],
+        sample: Callable[[Tensor], Sampled | None],
         to_device: Callable[[np.ndarray], Tensor],
         max_rows: int,
-    ) -> tuple[Sampled, Readings]:
+    ) -> tuple[Sampled | None, Readings]:
         """Run a step, read from its hidden states, and sample if that is wanted.
 
         inputs: of a prefill. sample: draws the next tokens from this rank's logits.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nanovllm.kernels.penalties import MAX_COUNT, penalize, penalize_torch
 from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.kernels.token_mask import mask_tokens, mask_tokens_torch
 from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, Logprobs, SamplingExtras
 
@@ -19,6 +20,20 @@ def bias_and_penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
         apply = penalize if logits.is_cuda else penalize_torch
         logits = apply(logits, extras.counts, extras.count_rows, extras.penalties)
     return logits
+
+
+def mask(logits: Tensor, changed: Tensor, extras: SamplingExtras) -> Tensor:
+    """Forbid tokens in `changed` `[n, vocab]`, which the stages before have made of `logits`.
+
+    In place: nobody reads the logits later, unless their log-probabilities are wanted.
+    """
+    if extras.masks is None:
+        return changed
+    if changed is logits and extras.logprobs is not None:
+        changed = logits.clone()
+    apply = mask_tokens if changed.is_cuda else mask_tokens_torch
+    apply(changed, extras.masks)
+    return changed
 
 
 def add_bias(logits: Tensor, bias: LogitBias) -> Tensor:
