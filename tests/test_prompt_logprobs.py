@@ -113,8 +113,8 @@ def test_steps_of_neighbours_read_nothing(
     readers: list[StepReader | None] = []
     make = StepReader.of
 
-    def recording(seqs: Any) -> StepReader | None:
-        readers.append(make(seqs))
+    def recording(*inputs: Any) -> StepReader | None:
+        readers.append(make(*inputs))
         return readers[-1]
 
     monkeypatch.setattr(StepReader, "of", recording)
