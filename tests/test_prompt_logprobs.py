@@ -73,6 +73,24 @@ def test_they_equal_log_softmax_however_the_work_is_cut(
     plain.exit()
 
 
+def test_logits_of_a_few_tokens_at_a_time(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long prompt would be the largest tensor there is."""
+    rows = []
+    rank_tokens = step_reader.rank_tokens
+
+    def recording(logits: torch.Tensor, *others: Any) -> Any:
+        rows.append(len(logits))
+        return rank_tokens(logits, *others)
+
+    monkeypatch.setattr(step_reader, "rank_tokens", recording)
+    llm = make_llm(checkpoint.path, max_model_len=700, max_num_batched_tokens=1000)
+    (prompt,) = random_prompts(11, [600])
+    llm.generate([prompt], ask(0, max_tokens=1), use_tqdm=False)
+    assert rows == [256, 256, 87]
+
+
 def test_who_asks_computes_its_prompt_and_leaves_it_to_others(checkpoint: Checkpoint) -> None:
     llm = make_llm(checkpoint.path)
     (prompt,) = random_prompts(1, [70])
