@@ -5,17 +5,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
 from nanovllm.outputs import Result, StreamPart
 from nanovllm.text.chat import Conversation, apply_chat_template
 from nanovllm.text.stream import StreamedCompletion
+from nanovllm.training.trainable import Trainable
 from nanovllm.utils.interrupts import uninterrupted
 
 
-class LLM(LLMEngine):
+class LLM(Trainable):
     """An offline inference engine for one model.
 
     >>> llm = LLM("/path/to/Qwen3-0.6B")

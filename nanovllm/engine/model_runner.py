@@ -67,13 +67,32 @@ class ModelRunner:
         self._load_model()
         if self.is_cuda:
             self._warm_up()
-        self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
+        self.allocate_cache()
+        self.prepare_steps()
+
+    def allocate_cache(self) -> None:
+        """Allocate the KV cache: at start-up, and when the engine wakes up."""
+        self.kv_cache = allocate_kv_cache(self.config, self.attention_layers, self.device)
+
+    def prepare_steps(self) -> None:
+        """Make what steps work with, for the KV cache and the weights where they lie now: tables,
+        buffers, and CUDA graphs.
+        """
         self._allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
-        if self.is_cuda and not config.enforce_eager:
+        if self.is_cuda and not self.config.enforce_eager:
             self._capture_graphs()
+
+    def free_cache(self) -> None:
+        """Free the KV cache, and the CUDA graphs, which read it where it was."""
+        clear_all(self.decode_graphs, self.prefill_graphs)
+        for layer in self.attention_layers:
+            layer.k_cache = torch.empty(0)
+            layer.v_cache = torch.empty(0)
+        self.kv_cache = torch.empty(0)
+        self.sampling.counts = None  # large, where penalties were asked for
 
     def _load_model(self) -> None:
         config = self.config
@@ -162,6 +181,10 @@ class ModelRunner:
             self.channel.send(method, args)
         return getattr(self, method)(*args)
 
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a module's function with this rank's runner: what is rarely done has no method."""
+        return function(self, *args)
+
     def loop(self) -> None:
         """Workers: execute rank 0's commands until it says exit."""
         assert self.channel is not None
@@ -174,11 +197,8 @@ class ModelRunner:
         """Release the memory, for the next engine to use, and leave the process group."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-        clear_all(self.decode_graphs, self.prefill_graphs)
-        for layer in self.attention_layers:
-            layer.k_cache = torch.empty(0)
-            layer.v_cache = torch.empty(0)
-        del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
+        self.free_cache()
+        del self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other, by `weight_loader`
         if self.group is not None:
             self.group.leave()
