@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from nanovllm.llm import LLM
+from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 
-__all__ = ["DEMO_MODEL", "LLM", "SamplingParams"]
+__all__ = ["DEMO_MODEL", "LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.engine.requests import Params, Prompts, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
-from nanovllm.outputs import Result, StreamPart
+from nanovllm.results import RequestOutput, StreamPart
 from nanovllm.text.chat import Conversation, apply_chat_template
 from nanovllm.text.stream import StreamedCompletion
 from nanovllm.training.trainable import Trainable
@@ -29,7 +29,7 @@ class LLM(Trainable):
         use_tqdm: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
         **template_options: Any,
-    ) -> list[Result]:
+    ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
         Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's

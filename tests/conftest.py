@@ -3,6 +3,7 @@ engine.
 """
 
 import json
+import multiprocessing.shared_memory
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -26,6 +27,10 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+
+# Processes that test side by side (pytest -n) tell their shared memory apart by its name.
+SHARED_MEMORY_PREFIX = "psm_" + os.environ.get("PYTEST_XDIST_WORKER", "")
+multiprocessing.shared_memory._SHM_NAME_PREFIX = "/" + SHARED_MEMORY_PREFIX
 
 VOCAB = 127  # odd, and divisible by no number of ranks
 MAX_LEN = 1024

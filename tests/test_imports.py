@@ -35,6 +35,7 @@ LEAVES = (
     "frozen",
     "hf_overrides",
     "progress",
+    "results",
     "text",
     "trace_views",
     "wrappers",

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    SHARED_MEMORY_PREFIX,
     Checkpoint,
     assert_idle,
     generate_ids,
@@ -38,7 +39,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def ours() -> set[str]:
-    return {file.name for file in SHARED_MEMORY.iterdir() if file.name.startswith("psm_")}
+    files = SHARED_MEMORY.iterdir()
+    return {file.name for file in files if file.name.startswith(SHARED_MEMORY_PREFIX)}
 
 
 def gone(pid: int) -> bool:
@@ -212,7 +214,8 @@ def test_a_rank_that_cannot_start_makes_the_call_raise(
 
 
 SCRIPT = f"""
-import multiprocessing
+import multiprocessing.shared_memory
+multiprocessing.shared_memory._SHM_NAME_PREFIX = {"/" + SHARED_MEMORY_PREFIX!r}
 from nanovllm import LLM, SamplingParams
 if GUARD:
     options = dict(device="cpu", max_num_seqs=4, num_kvcache_blocks=64)

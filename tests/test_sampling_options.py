@@ -455,7 +455,7 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
         logprobs=LogprobRequest(torch.tensor([4, 1, 2], device=DEVICE), num_top),
     )
     tokens, logprobs = sample(logits, torch.full((5,), 0.7, device=DEVICE), extras)
-    ids, values = logprobs
+    ids, values, ranks = logprobs
     assert ids.dtype == torch.int64 and values.dtype == torch.float32
     assert ids.shape == values.shape == (3, 1 + num_top)
     expected = logits.float().log_softmax(1)[[4, 1, 2]]
@@ -463,6 +463,8 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
     torch.testing.assert_close(values, expected.gather(1, ids), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(values[:, 1:], expected.topk(num_top).values, rtol=1e-6, atol=1e-6)
     assert all(len(set(row)) == num_top for row in ids[:, 1:].tolist())
+    for row, drawn, rank in zip(expected.tolist(), ids[:, 0].tolist(), ranks.tolist(), strict=True):
+        assert sorted(row, reverse=True).index(row[drawn]) + 1 == rank  # tied tokens share the best
 
 
 # --- neighbours and ranks -------------------------------------------------------------------------

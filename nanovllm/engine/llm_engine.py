@@ -28,8 +28,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
 from nanovllm.models import MODELS, model_class
-from nanovllm.outputs import Result, build_result, has_failed
+from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
+from nanovllm.results import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -82,7 +83,7 @@ class LLMEngine:
         # Requests that `step` is to report at their end: their ids -> the sequences of each.
         self._requests: dict[int, list[Sequence]] = {}
         # The mailbox: ids and results of requests that have ended, until `step` reports them.
-        self._results: list[tuple[int, Result]] = []
+        self._results: list[tuple[int, RequestOutput]] = []
         # Sequences that are to be aborted, and their scheduler: see `_abort_soon`.
         self._to_abort: deque[tuple[Scheduler, list[Sequence]]] = deque()
 
@@ -128,7 +129,7 @@ class LLMEngine:
 
     def generate(
         self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
-    ) -> list[Result]:
+    ) -> list[RequestOutput]:
         """Complete prompts, batched as the cache allows, and return a dict for each, in order.
 
         Args:
@@ -152,7 +153,7 @@ class LLMEngine:
         return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
-    def _generate(self, requests: list[Request], use_tqdm: bool) -> list[Result]:
+    def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         self._settle()
         if not self.is_finished():
             raise RuntimeError(
@@ -172,9 +173,9 @@ class LLMEngine:
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
 
-    def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, Result]:
+    def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, RequestOutput]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
-        results: dict[int, Result] = {}
+        results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
         with progress_bar(total=num_requests, **options) as update:
@@ -266,7 +267,7 @@ class LLMEngine:
         return not self.scheduler.is_finished() or len(self._pending) > 0
 
     @exclusive
-    def step(self) -> tuple[list[tuple[int, Result]], int]:
+    def step(self) -> tuple[list[tuple[int, RequestOutput]], int]:
         """Complete one forward pass, having launched the next one behind it.
 
         Returns (request id, result) of each request that finished, and the number of tokens: of a
@@ -274,7 +275,7 @@ class LLMEngine:
         """
         return self._step()
 
-    def _step(self) -> tuple[list[tuple[int, Result]], int]:
+    def _step(self) -> tuple[list[tuple[int, RequestOutput]], int]:
         step = self._advance()
         results = self._results
         self._results = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.sampler import Sampled
-from nanovllm.outputs import TokenLogprobs
+from nanovllm.results import TokenLogprobs
 from nanovllm.sampling.extras import Logprobs
 
 
@@ -18,8 +18,7 @@ class PendingTokens:
         self.token_ids = to_host(sampled.token_ids)
         self.logprobs: Logprobs | None = None
         if sampled.logprobs is not None:
-            ids, values = sampled.logprobs
-            self.logprobs = Logprobs(to_host(ids), to_host(values))
+            self.logprobs = Logprobs(*map(to_host, sampled.logprobs))
         self.copied: torch.cuda.Event | None = None  # the copies are done; None on a CPU
         self.launched_at = time.perf_counter()  # s
         if sampled.token_ids.is_cuda:
@@ -33,8 +32,8 @@ class PendingTokens:
         token_ids = self.token_ids.tolist()
         if self.logprobs is None:
             return token_ids, None
-        pairs = zip(self.logprobs.token_ids.tolist(), self.logprobs.values.tolist(), strict=True)
-        return token_ids, [TokenLogprobs(ids, values) for ids, values in pairs]
+        columns = (column.tolist() for column in self.logprobs)
+        return token_ids, [TokenLogprobs(*row) for row in zip(*columns, strict=True)]
 
 
 def to_host(tensor: Tensor) -> Tensor:

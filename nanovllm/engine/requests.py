@@ -34,6 +34,7 @@ class Request:
 
     token_ids: list[int]  # of the prompt
     params: SamplingParams
+    prompt: str | None = None  # its text, if that was passed
 
 
 class InputProcessor:
@@ -112,7 +113,7 @@ class InputProcessor:
             )
         token_ids = self._token_ids_of(index, prompt)
         self._check_token_ids(index, token_ids, params)
-        return Request(token_ids.tolist(), params)
+        return Request(token_ids.tolist(), params, prompt if isinstance(prompt, str) else None)
 
     def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
@@ -174,6 +175,7 @@ class InputProcessor:
         seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
+            seq.prompt = request.prompt
             seq.max_tokens = max_tokens
             if needs_text and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)

@@ -13,7 +13,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 # Config imports torch; the scheduler can be read, tested and simulated without it.
 if TYPE_CHECKING:
     from nanovllm.config import Config
-    from nanovllm.outputs import TokenLogprobs
+    from nanovllm.results import TokenLogprobs
 
 NO_NUMBERS = (
     "the model's logits are NaN or infinite; check the checkpoint's weights, or try a wider dtype"

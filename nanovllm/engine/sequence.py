@@ -11,7 +11,7 @@ from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.outputs import TokenLogprobs
+    from nanovllm.results import TokenLogprobs
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -39,6 +39,7 @@ class Sequence:
         self.seq_id = next(Sequence._ids)
         self.request_id = self.seq_id  # the first one's seq_id, where a request has several
         self.status = SequenceStatus.WAITING
+        self.prompt: str | None = None  # the text that was passed; None if it was token ids
 
         # Tokens, and how far they are computed: see the class's docstring.
         self.token_ids = list(token_ids)
@@ -68,7 +69,7 @@ class Sequence:
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
-        self.logprobs: list[dict[int, float]] | None = None  # a dict for each token, if asked for
+        self.logprobs: list[TokenLogprobs] | None = None  # one for each token, if asked for
         if params.logprobs is not None:
             self.logprobs = []
         self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
@@ -131,8 +132,7 @@ class Sequence:
             assert self.logprobs is not None and self.params.logprobs is not None
             # The sampled token, then the likeliest ones. Another request may have asked for more.
             num_kept = 1 + self.params.logprobs
-            pairs = zip(logprobs.token_ids[:num_kept], logprobs.values[:num_kept], strict=True)
-            self.logprobs.append(dict(pairs))
+            self.logprobs.append(logprobs.first(num_kept))
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_end = token_id in self.end_ids and num_tokens > self.params.min_tokens
         is_full = num_tokens == self.max_tokens

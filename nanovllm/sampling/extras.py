@@ -43,3 +43,6 @@ class Logprobs(NamedTuple):
 
     token_ids: Tensor  # [r, 1 + k] int64
     values: Tensor  # [r, 1 + k] float32
+    # [r] int64: of the sampled token among the whole vocabulary, 1 for the likeliest. The others
+    # are the likeliest ones in their order.
+    ranks: Tensor

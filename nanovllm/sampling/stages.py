@@ -60,4 +60,8 @@ def find_logprobs(
     drawn = token_ids[request.rows].unsqueeze(1)
     num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
     ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
-    return Logprobs(ids, wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True))
+    return Logprobs(
+        token_ids=ids,
+        values=wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True),
+        ranks=(wanted > wanted.gather(1, drawn)).sum(dim=1) + 1,
+    )

@@ -79,6 +79,10 @@ class TextDecoder:
         assert isinstance(text, str)  # a list only for a batch of sequences
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """The text of a token alone, be it special or not."""
+        return self.decode([token_id], skips_special=False)
+
     def completion_text(self, token_ids: list[int], skips_special: bool, context: list[int]) -> str:
         """The text of a whole completion behind `context`, see `context_of`. A character at its end
         of which only some bytes are there is left out.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanovllm.outputs import StreamPart, build_completion
+from nanovllm.outputs import completion_items
+from nanovllm.results import StreamPart
 
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
@@ -33,5 +34,6 @@ class StreamedCompletion:
         # Asked now, with the tokens: until the next call others may step the engine, and the
         # sequence may end with tokens that have not been taken.
         self.is_done = seq.is_finished
-        new = build_completion(seq, text, start)
-        return {"index": self.index, "completion": self.number, **new}
+        decoder = None if seq.detokenizer is None else seq.detokenizer.decoder
+        new = completion_items(seq, text, decoder, start)
+        return StreamPart(index=self.index, completion=self.number, **new)

@@ -158,12 +158,14 @@ def test_a_step_with_every_option_neither_waits_for_the_host_nor_differs_from_th
             torch.cuda.set_sync_debug_mode("default")
         tokens = torch.stack([tokens for tokens, _ in steps])
         results.append((tokens.cpu(), [x.cpu() for x in steps[0][1]], counts.cpu()))
-    (tokens, (ids, logprobs), _), (gpu_tokens, (gpu_ids, gpu_logprobs), gpu_counts) = results
+    tokens, (ids, logprobs, ranks), _ = results[0]
+    gpu_tokens, (gpu_ids, gpu_logprobs, gpu_ranks), gpu_counts = results[1]
     same = (tokens == gpu_tokens).all(
         0
     )  # a near tie may turn, and the row goes its own way from there
     assert same.sum() >= rows - 1
     assert torch.equal(ids[same[::2]], gpu_ids[same[::2]])
+    assert torch.equal(ranks[same[::2]], gpu_ranks[same[::2]])
     torch.testing.assert_close(logprobs[same[::2]], gpu_logprobs[same[::2]], atol=1e-4, rtol=1e-4)
     assert torch.equal(results[0][2][:rows].flip(0)[same], gpu_counts[:rows].flip(0)[same])
 
