@@ -5,6 +5,7 @@ bit, and so must the tokens.
 """
 
 from collections.abc import Iterator
+from math import exp, inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from test_families import FAMILIES, QWEN3_MOE
 from torch import Tensor
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 
 PROMPTS = random_prompts(7, [40, 3, 33])
 Q_NAME = "model.layers.1.self_attn.q_proj.weight"
@@ -398,6 +399,35 @@ def test_it_sleeps_on_where_the_memory_is_taken(
     assert llm.is_sleeping() and llm.model_runner.kv_cache.nbytes == 0  # type: ignore[union-attr]
     llm.wake_up()
     assert generate_ids(llm, PROMPTS, greedy(12)) == expected
+
+
+# --- log-probabilities ----------------------------------------------------------------------------
+
+
+def test_processed_logprobs_in_the_engine(checkpoint: Checkpoint) -> None:
+    """At temperature 0.5 the two modes differ by a division; a row of top_k=2 has two tokens."""
+    params = [
+        SamplingParams(temperature=0.5, seed=1, max_tokens=5, logprobs=20),
+        SamplingParams(temperature=0.5, top_k=2, seed=1, max_tokens=5, logprobs=20),
+    ]
+    reported = {}
+    for mode in ("raw_logprobs", "processed_logprobs"):
+        llm = make_llm(checkpoint.path, logprobs_mode=mode)
+        reported[mode] = llm.generate(PROMPTS[:1] * 2, params, use_tqdm=False)
+        llm.exit()
+    raw, processed = reported.values()
+    for first, second in zip(raw, processed, strict=True):
+        assert first["token_ids"] == second["token_ids"]
+    for logprobs in processed[1]["logprobs"]:
+        assert sum(value > -inf for value in logprobs.values()) == 2
+        assert sum(exp(value) for value in logprobs.values()) == pytest.approx(1, abs=1e-5)
+    logits = checkpoint.logits(PROMPTS[0] + raw[0]["token_ids"])[len(PROMPTS[0]) - 1 : -1]
+    expected = (logits / 0.5).log_softmax(-1)
+    for row, logprobs in zip(expected.tolist(), processed[0]["logprobs"], strict=True):
+        for token_id, value in logprobs.items():
+            assert value == pytest.approx(row[token_id], abs=1e-3)
+    with pytest.raises(ValueError, match="logprobs_mode must be one of raw_logprobs, processed_"):
+        make_llm(checkpoint.path, logprobs_mode="raw_logits")
 
 
 # --- ranks ----------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ class ModelRunner:
         self.temperatures = np.zeros(num_rows, dtype=np.float32)
         self.seeds = np.zeros(num_rows, dtype=np.int64)
         vocab_size = self.config.hf_config.vocab_size
-        self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device)
+        mode = self.config.logprobs_mode
+        self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device, mode)
         self.buffers = make_decode_buffers(max_num_seqs, blocks_per_seq, self.device)
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device

@@ -4,7 +4,7 @@
 
 Most requests ask for a temperature only, and most steps consist of the last stage; the others are
 in `sampling/stages.py`. A request's log-probabilities are those of the model: of the logits as they
-come in, before all stages.
+come in, before all stages; with `logprobs_mode="processed_logprobs"` those that it draws by.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
 from nanovllm.sampling.extras import Logprobs, SamplingExtras
-from nanovllm.sampling.stages import bias_and_penalize, count_drawn, find_logprobs, find_thresholds
+from nanovllm.sampling.stages import (
+    Draw,
+    bias_and_penalize,
+    count_drawn,
+    find_logprobs,
+    find_thresholds,
+)
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
@@ -67,7 +73,8 @@ class Sampler(nn.Module):
 
         indices = token_ids.clamp(min=0)
         count_drawn(indices, extras)
-        return Sampled(token_ids, find_logprobs(logits, indices, extras.logprobs))
+        draw_from = Draw(changed, thresholds, temperatures)
+        return Sampled(token_ids, find_logprobs(extras.logprobs, logits, indices, draw_from))
 
     def _draw(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor

@@ -1,11 +1,23 @@
 """The stages between the logits and the draw, for the steps in which a request asks for them."""
 
+from dataclasses import dataclass
+from math import inf
+
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.penalties import MAX_COUNT, penalize, penalize_torch
 from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, Logprobs, SamplingExtras
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What n tokens are drawn from."""
+
+    logits: Tensor  # [n, vocab], with biases and penalties
+    thresholds: Tensor | None  # [n] float32: the least logit that the filters keep; None: no filter
+    temperatures: Tensor  # [n] float32
 
 
 def bias_and_penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
@@ -47,7 +59,7 @@ def count_drawn(token_ids: Tensor, extras: SamplingExtras) -> None:
 
 
 def find_logprobs(
-    logits: Tensor, token_ids: Tensor, request: LogprobRequest | None
+    request: LogprobRequest | None, logits: Tensor, token_ids: Tensor, draw: Draw
 ) -> Logprobs | None:
     """Compute the log-probabilities of the drawn and of the likeliest tokens.
 
@@ -56,7 +68,10 @@ def find_logprobs(
     """
     if request is None:
         return None
-    wanted = logits[request.rows].float()
+    if request.is_processed:
+        wanted = processed_logits(request.rows, draw)
+    else:
+        wanted = logits[request.rows].float()
     drawn = token_ids[request.rows].unsqueeze(1)
     num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
     ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
@@ -65,3 +80,14 @@ def find_logprobs(
         values=wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True),
         ranks=(wanted > wanted.gather(1, drawn)).sum(dim=1) + 1,
     )
+
+
+def processed_logits(rows: Tensor, draw: Draw) -> Tensor:
+    """The logits of the distribution that was drawn from, `[r, vocab]` float32, in a copy. Tokens
+    that the filters leave out have minus infinity. Greedy rows are those of temperature 1.
+    """
+    wanted = draw.logits[rows].float()
+    if draw.thresholds is not None:
+        wanted.masked_fill_(wanted < draw.thresholds[rows].unsqueeze(1), -inf)
+    temperatures = draw.temperatures[rows].unsqueeze(1)
+    return wanted.div_(temperatures.where(temperatures > 0, 1.0))

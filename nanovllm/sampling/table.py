@@ -32,11 +32,17 @@ class SamplingTable:
     """
 
     def __init__(
-        self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., Tensor]
+        self,
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        to_device: Callable[..., Tensor],
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.shape = (num_rows, vocab_size)  # of `counts`
         self.device = device
         self.to_device = to_device  # copies a list or an array, as a tensor of a NumPy type
+        self.is_processed = logprobs_mode == "processed_logprobs"
         self.options: list[SamplingOptions] = [PLAIN] * num_rows
         # Two columns of `options` as arrays, for one look at a whole step. A min_length of 0 means
         # that the row is plain: any other is at least the prompt's length.
@@ -129,4 +135,5 @@ class SamplingTable:
                 num_tops[index] = num_top
         if not num_tops:
             return None
-        return LogprobRequest(self.to_device(list(num_tops), np.int64), max(num_tops.values()))
+        rows = self.to_device(list(num_tops), np.int64)
+        return LogprobRequest(rows, max(num_tops.values()), self.is_processed)
