@@ -62,8 +62,8 @@ class Config:
     # "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no weight files.
     load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
     enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks
-    # Whose log-probabilities are returned: those of the model's own logits, or those that tokens are
-    # drawn by, after bias, penalties, filters and temperature (for greedy requests, 1).
+    # Of which logits: the model's own, or those that tokens are drawn by, after bias, penalties,
+    # filters and temperature (for greedy requests, 1).
     logprobs_mode: Annotated[str, LOGPROBS_MODES] = "raw_logprobs"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of requests that bring none; of dummy weights
     # The architectures that there is code for; a model of another one is an error. (): any will do.
