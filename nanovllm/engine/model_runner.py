@@ -62,6 +62,7 @@ class ModelRunner:
             self.stream = torch.cuda.current_stream(self.device)  # of all steps
         self.decode_graphs = StepGraphs()
         self.prefill_graphs = StepGraphs()
+        self.sleep_memory: Any = None  # of training/memory.py, once the engine has slept
         if group is not None:
             group.clear_graphs = partial(clear_all, self.decode_graphs, self.prefill_graphs)
         self._load_model()
@@ -70,9 +71,10 @@ class ModelRunner:
         self.allocate_cache()
         self.prepare_steps()
 
-    def allocate_cache(self) -> None:
-        """Allocate the KV cache: at start-up, and when the engine wakes up."""
-        self.kv_cache = allocate_kv_cache(self.config, self.attention_layers, self.device)
+    def allocate_cache(self, zeros: Callable[..., Tensor] | None = None) -> None:
+        """Allocate the KV cache, by a function such as `torch.zeros`."""
+        layers = self.attention_layers
+        self.kv_cache = allocate_kv_cache(self.config, layers, self.device, zeros)
 
     def prepare_steps(self) -> None:
         """Make what steps work with, for the KV cache and the weights where they lie now: tables,
@@ -199,7 +201,7 @@ class ModelRunner:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
         self.free_cache()
-        del self.model, self.sampler, self.attention_layers, self.sampling
+        del self.model, self.sampler, self.attention_layers, self.sampling, self.sleep_memory
         gc.collect()  # parameters and their layers refer to each other, by `weight_loader`
         if self.group is not None:
             self.group.leave()

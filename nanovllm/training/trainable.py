@@ -13,17 +13,12 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.requests import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
+from nanovllm.training.memory import meet, on_rank
 from nanovllm.training.sleep import (
     Place,
     SleepState,
     check_level,
     checked_tags,
-    drop_weights,
-    free_cache,
-    meet,
-    prepare_steps,
-    restore_weights,
-    weights_to_host,
 )
 from nanovllm.training.weights import (
     TensorNames,
@@ -102,7 +97,7 @@ class Trainable(LLMEngine):
 
     @exclusive
     def sleep(self, level: int = 1) -> None:
-        """Give the memory of KV cache, CUDA graphs and weights back, until `wake_up`.
+        """Give the memory of the KV cache and the weights back, until `wake_up`.
 
         Args:
             level: 1 copies the weights to pinned memory of the host (on a CPU they stay where they
@@ -119,12 +114,13 @@ class Trainable(LLMEngine):
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):
             if state.has_cache:
                 state.has_cache = False
-                runner.call("apply", free_cache)
-            if level == 1 and state.weights is Place.DEVICE:
-                runner.call("apply", weights_to_host)
+                runner.call("apply", on_rank, "free_cache")
+            is_on_device = state.weights is Place.DEVICE
+            if level == 1 and is_on_device:
+                runner.call("apply", on_rank, "weights_to_host")
                 state.weights = Place.HOST
             elif level == 2 and state.weights is not Place.NOWHERE:
-                runner.call("apply", drop_weights)
+                runner.call("apply", on_rank, "drop_weights", is_on_device)
                 state.weights = Place.NOWHERE
                 state.loaded = set()
                 state.missing = names_of(runner).missing(state.loaded)
@@ -134,7 +130,8 @@ class Trainable(LLMEngine):
     def wake_up(self, tags: str | list[str] | None = None) -> None:
         """Take the memory again that `sleep` gave back.
 
-        CUDA graphs are captured again when all is awake, which takes seconds.
+        On a GPU the first time takes as long as capturing the CUDA graphs, some seconds; the graphs
+        are kept from then on.
 
         Args:
             tags: what is to wake up, "weights" or "kv_cache" or a list of them; None: both. So a
@@ -152,15 +149,18 @@ class Trainable(LLMEngine):
             return
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):
             if "weights" in parts and state.weights is not Place.DEVICE:
-                runner.call("apply", restore_weights, state.weights)
+                from_host = state.weights is Place.HOST
+                runner.call("apply", on_rank, "restore_weights", from_host)
                 state.weights = Place.DEVICE
             if "kv_cache" in parts and not state.has_cache:
-                runner.call("allocate_cache")
+                runner.call("apply", on_rank, "restore_cache")
                 state.has_cache = True
-            if state.is_awake:
+            if state.is_awake and not state.is_prepared:
                 state.has_cache = False  # if this fails
-                runner.call("apply", prepare_steps)
+                runner.call("apply", on_rank, "prepare_steps")
                 state.has_cache = True
+                state.is_prepared = True
+            runner.call("apply", meet)
 
     def is_sleeping(self) -> bool:
         """Whether some part of the engine sleeps, so that it takes no requests."""
