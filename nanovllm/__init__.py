@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -9,4 +10,12 @@ from nanovllm.sampling_params import SamplingParams
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 
-__all__ = ["DEMO_MODEL", "LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "DEMO_MODEL",
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+]

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a directory or on the hub: its configuration, files and tensors.
+"""What a checkpoint is, in a directory: its configuration, files and tensors.
 
 A directory may hold more: shards of an older version, an adapter, the same weights in another
 format. None of it may be taken for the model's weights. Where `transformers` has a rule it is
@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from nanovllm.wrappers import TEXT_MODELS, WRAPPERS, is_wrapper, text_name
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which shard holds which tensor
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
-# Files of the hub that are read, if a model has them, besides its weights.
-SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
-SECOND_COPIES = ["consolidated*"]  # of a hub model's weights, in Mistral's own format
-# Any of these makes a tokenizer.
-TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 PROCESSOR_TEMPLATE = "chat_template.json"
 OTHER_FORMATS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 NO_LAYER = "adapter_"  # beginning of names of files with changes to weights (LoRA)
@@ -36,96 +29,6 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # may be one tensor with EMBEDDING (tied)
 Stored = tuple[Path, str]  # a file and the name of a tensor in it
 GIT_LFS = b"version https://git-lfs"  # beginning of the text that stands for a file not yet fetched
-
-
-# --- where the files are ------------------------------------------------------------------------
-
-
-def resolve_model(model: str | Path, needs_weights: bool) -> str:
-    """The local directory of `model`: itself, or that of a hub id, downloaded if need be. Raises a
-    TypeError if it is neither a path nor an id, a ValueError if it cannot be found.
-    """
-    if not isinstance(model, (str, Path)):
-        raise TypeError(f"model must be a path or a hub id, not {model!r}")
-    path = os.path.expanduser(model)
-    if os.path.isdir(path):
-        return str(path)
-    if os.path.exists(path):
-        raise ValueError(
-            f"model {str(model)!r} is a file; pass the path of a checkpoint in Hugging Face "
-            "format, which is a directory with config.json and *.safetensors"
-        )
-    if HUB_ID.fullmatch(str(model)):
-        return fetch(str(model), needs_weights)
-    missing = Path(path)
-    while not os.path.isdir(missing.parent):
-        missing = missing.parent
-    raise ValueError(
-        f"model {str(model)!r} is neither a directory here nor a hub id: there is no directory "
-        f"{missing.name!r} in {missing.parent.absolute()}; pass the path of a checkpoint in "
-        "Hugging Face format"
-    )
-
-
-def fetch(hub_id: str, needs_weights: bool) -> str:
-    """The directory of a model of the hub, in the hub's cache; what the cache lacks is fetched."""
-    from huggingface_hub import snapshot_download  # here, because most runs never need it
-
-    patterns = [*SMALL_FILES, *(["*.safetensors"] if needs_weights else [])]
-    download = partial(
-        snapshot_download,
-        repo_id=hub_id,
-        allow_patterns=patterns,
-        ignore_patterns=SECOND_COPIES,
-    )
-    cached: Path | None = None
-    with suppress(OSError, ValueError):  # the cache holds nothing of this id, or not all of it
-        cached = Path(download(local_files_only=True))
-        if is_whole(cached, needs_weights):
-            return str(cached)
-    try:
-        path = Path(download())
-    except (OSError, ValueError) as error:  # the hub's own exceptions are of these
-        if cached is None or not can_run(cached, needs_weights):
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"model {hub_id!r} is neither a directory here nor a hub id that could be fetched "
-                f"({reason}); pass the path of a checkpoint in Hugging Face format"
-            ) from error
-        path = cached
-    if needs_weights and not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"{hub_id!r} has no *.safetensors files, on the hub or in its cache; weights in other "
-            "formats (pytorch_model.bin, GGUF) are not read"
-        )
-    return str(path)
-
-
-def is_whole(path: Path, needs_weights: bool) -> bool:
-    """Whether a directory of the hub's cache holds all that a model usually has.
-
-    An interrupted download leaves a part, and so do programs that need only a part. A model that
-    has less is looked up on the hub each time, which does no harm.
-    """
-    tokenizer_config = path / "tokenizer_config.json"
-    if not (path / "generation_config.json").is_file() or not tokenizer_config.is_file():
-        return False
-    has_template = "chat_template" in tokenizer_config.read_text(encoding="utf-8")
-    others = (path / "chat_template.jinja", path / PROCESSOR_TEMPLATE)
-    if not has_template and not any(file.is_file() for file in others):
-        return False
-    has_tokenizer = any(all((path / name).is_file() for name in names) for names in TOKENIZERS)
-    return has_tokenizer and can_run(path, needs_weights)
-
-
-def can_run(path: Path, needs_weights: bool) -> bool:
-    """Whether a directory holds what is needed at least, with prompts of token ids."""
-    if not (path / "config.json").is_file():
-        return False
-    try:
-        return not needs_weights or bool(weight_files(path))
-    except ValueError:
-        return False
 
 
 # --- what its configuration says -----------------------------------------------------------------

@@ -13,12 +13,13 @@ from transformers import PretrainedConfig
 from nanovllm.checkpoint import (
     check_architecture,
     read_hf_config,
-    resolve_model,
     stored_dtype,
     unwrap,
 )
 from nanovllm.hf_overrides import override_config
+from nanovllm.hub import HubSource, resolve_model, resolve_tokenizer
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
+from nanovllm.vllm_options import our_options
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as PyTorch and vLLM call them, too
@@ -48,6 +49,14 @@ class Config:
     kvcache_block_size: Annotated[int, Range(1)] = 256  # token slots of a block of the KV cache
     # Blocks of the KV cache. -1: as many as fit beside the weights; on a CPU, up to 2 GiB of them.
     num_kvcache_blocks: Annotated[int, Range(-1)] = -1
+    # Bytes of the KV cache on each rank. None: as `num_kvcache_blocks` says, which counts before.
+    kv_cache_memory_bytes: Annotated[int | None, Range(1)] = None
+    # Directory or hub id of a tokenizer; afterwards the directory. None: the model's own.
+    tokenizer: str = None  # type: ignore[assignment]
+    skip_tokenizer_init: bool = False  # whether there is none: prompts are token ids, texts empty
+    revision: str | None = None  # of a model of the hub: a branch, tag or commit. None: the newest
+    tokenizer_revision: str | None = None  # the same of the tokenizer. None: the model's, or newest
+    download_dir: str | None = None  # where files of the hub are kept. None: in the hub's own cache
     hf_config: PretrainedConfig = None  # type: ignore[assignment]  # None: read from `model`
     # Laid over the configuration before anything else reads it; a dict in it replaces a whole one.
     hf_overrides: dict[str, Any] | None = None
@@ -61,6 +70,8 @@ class Config:
     attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
     # "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no weight files.
     load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
+    # Most log-probabilities that a request may ask for at each token. -1: as many as it likes.
+    max_logprobs: Annotated[int, Range(-1)] = 20
     enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks
     # Of which logits: the model's own, or those that tokens are drawn by, after bias, penalties,
     # filters and temperature (for greedy requests, 1).
@@ -74,6 +85,7 @@ class Config:
         cls, model: str, options: dict[str, Any], architectures: Collection[str] = ()
     ) -> "Config":
         """Build a Config; an unknown option is a TypeError that names the nearest field."""
+        options = our_options(options)
         names = [field.name for field in fields(cls) if field.name != "model"]
         for name in options:
             if name not in names:
@@ -118,8 +130,15 @@ class Config:
     def _find_model(self, architectures: Collection[str]) -> None:
         """Settle `model` and `hf_config`; fetch from the hub only what will be read."""
         needs_weights = self.load_format != "dummy"
+        tokenizer = self.model if self.tokenizer is None else self.tokenizer
         if self.hf_config is None or needs_weights:
-            self.model = resolve_model(self.model, needs_weights)
+            source = HubSource(self.revision, self.download_dir)
+            self.model = resolve_model(self.model, needs_weights, source)
+        if self.tokenizer is None and self.tokenizer_revision is None:
+            self.tokenizer = self.model
+        elif not self.skip_tokenizer_init:
+            source = HubSource(self.tokenizer_revision, self.download_dir)
+            self.tokenizer = resolve_tokenizer(tokenizer, source)
         if self.hf_config is None:
             is_named = "architectures" in (self.hf_overrides or {})  # then the file's do not count
             self.hf_config = read_hf_config(Path(self.model), () if is_named else architectures)

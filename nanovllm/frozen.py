@@ -24,8 +24,8 @@ class FrozenDict(dict[Any, Any]):
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError(
-            "options that have been checked cannot be changed; dataclasses.replace makes a changed "
-            "copy of a SamplingParams"
+            "options that have been checked cannot be changed one by one; assign a whole new dict, "
+            "or let dataclasses.replace make a changed copy of a SamplingParams"
         )
 
     __setitem__ = __delitem__ = __ior__ = _refuse

@@ -5,17 +5,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.engine.requests import Params, Prompts, Request
+from nanovllm.absent import ABSENT_IN_CHAT, without_absent
+from nanovllm.engine.requests import Params, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
+from nanovllm.inputs import Prompts
 from nanovllm.results import RequestOutput, StreamPart
-from nanovllm.text.chat import Conversation, apply_chat_template
+from nanovllm.text.chat import Conversation, chat_prompts
 from nanovllm.text.stream import StreamedCompletion
 from nanovllm.training.trainable import Trainable
 from nanovllm.utils.interrupts import uninterrupted
+from nanovllm.vllm_names import VllmNames
 
 
-class LLM(Trainable):
+class LLM(Trainable, VllmNames):
     """An offline inference engine for one model.
 
     >>> llm = LLM("/path/to/Qwen3-0.6B")
@@ -32,15 +35,17 @@ class LLM(Trainable):
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
-        Options (`enable_thinking=False`, say, or in `chat_template_kwargs`) go to the tokenizer's
-        chat template; one that it does not know is a TypeError. Content is a string or a list of
-        text parts. Returns and raises what `generate` does, and a ValueError without a template,
-        or for messages that it refuses.
+        Options (`chat_template`, `add_generation_prompt`, `continue_final_message`, `tools`, and
+        the template's own, as `enable_thinking`, or in `chat_template_kwargs`) go to the
+        tokenizer's chat template; one that it does not know is a TypeError. Content is a string or
+        a list of text parts. Returns and raises what `generate` does, and a ValueError without a
+        template, or for messages that it refuses.
         """
         options = {**(chat_template_kwargs or {}), **template_options}
+        options = without_absent("LLM.chat", options, ABSENT_IN_CHAT).kept
         inputs = self._inputs
         with inputs.lock:
-            prompts = apply_chat_template(inputs.tokenizer, messages, options, self.config.model)
+            prompts = chat_prompts(inputs.tokenizer, messages, options, self.config.model)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:

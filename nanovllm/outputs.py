@@ -60,11 +60,11 @@ def completion_items(
 
 
 def completion_text(seq: Sequence, decoder: TextDecoder | None) -> str:
-    """Return the text of a completion that has ended; "" without a tokenizer.
+    """Return the text of a completion that has ended; "" where none is wanted or none can be made.
 
     If the tokenizer fails, the completion ends with an "error", and the others go on.
     """
-    if decoder is None:
+    if decoder is None or not seq.params.detokenize:
         return ""
     if seq.detokenizer is not None:  # it has followed the completion, and cut it at a stop string
         return seq.detokenizer.text

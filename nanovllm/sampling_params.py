@@ -4,6 +4,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
+from nanovllm.absent import ABSENT_PARAMS
+from nanovllm.assignable import Assignable, checked_assignment
 from nanovllm.frozen import FrozenDict, FrozenList
 from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
 
@@ -22,11 +24,13 @@ class SamplerNumbers(NamedTuple):
     frequency_penalty: float = 0
 
 
+@checked_assignment(ABSENT_PARAMS)
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Assignable):
     """Options of one request; a wrong one is a TypeError or ValueError that names the value.
 
-    What is kept is a copy that cannot be changed: lists and dicts of the caller's can be used anew.
+    Fields can be assigned, which checks them the same way. A request keeps the values that it was
+    queued with. Of lists and dicts copies are kept that cannot be changed.
     None for an option whose default is a number means that number, except for `max_tokens`.
     """
 
@@ -62,10 +66,14 @@ class SamplingParams:
     # Token ids that end the completion, besides the model's end-of-sequence ids. Kept the same way.
     stop_token_ids: SequenceOf[int] | None = None
     include_stop_str_in_output: bool = False  # whether the text keeps the stop string (or token)
-    # Return log-probabilities: of each sampled token and of this many likeliest ones. None: none.
-    # True and False count as 1 and None.
-    logprobs: Annotated[int | None, Range(0, 20)] = None
+    # Return log-probabilities: of each sampled token and of this many likeliest ones, -1: of all;
+    # at most the engine's `max_logprobs`. None: none. True and False count as 1 and None.
+    logprobs: Annotated[int | None, Range(-1)] = None
     skip_special_tokens: bool = True  # whether special tokens are left out of the text
+    detokenize: bool = True  # whether there is a text; without, token ids are all that is returned
+    # Take only so many tokens at the end of the prompt. -1: as many as fit into `max_model_len`
+    # beside one new one. None: all.
+    truncate_prompt_tokens: Annotated[int | None, Range(-1)] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.logprobs, bool):
@@ -81,12 +89,17 @@ class SamplingParams:
                 f"not {self.n}"
             )
         self._set("stop", checked_stop(self.stop))
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop must be None where detokenize is False, as it is searched in the text, not "
+                f"{self.stop!r}"
+            )
         self._set("stop_token_ids", checked_stop_token_ids(self.stop_token_ids))
         if self.logit_bias is not None:
             self._set("logit_bias", checked_logit_bias(self.logit_bias))
 
     def _set(self, name: str, value: object) -> None:
-        """Set a field. The dataclass is frozen, so that nobody changes one past the checks."""
+        """Set a field to what the checks have made of it."""
         object.__setattr__(self, name, value)
 
     @property

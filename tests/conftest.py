@@ -24,6 +24,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.copy_on_write import SharedTails
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -280,16 +281,22 @@ def record_hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[i
     """A function that returns, and forgets, the cached tokens of each admission, in order."""
     hits: list[int] = []
     allocate = BlockManager.allocate
+    fork = SharedTails.fork
 
     def recording(self: BlockManager, seq: Sequence) -> None:
         allocate(self, seq)
         hits.append(seq.num_cached_tokens)
+
+    def recording_fork(self: SharedTails, parent: Sequence, child: Sequence) -> None:
+        fork(self, parent, child)
+        hits.append(child.num_cached_tokens)
 
     def take() -> list[int]:
         taken, hits[:] = list(hits), []
         return taken
 
     monkeypatch.setattr(BlockManager, "allocate", recording)
+    monkeypatch.setattr(SharedTails, "fork", recording_fork)
     yield take
 
 

@@ -142,7 +142,7 @@ def test_a_soft_cap_holds_huge_scores(decode):
 )
 def test_a_window_has_no_more_splits_than_tiles(monkeypatch, window, splits):
     monkeypatch.setattr(
-        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024)
+        "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     gpu = torch.device("cuda")
     assert decode_config(1, 1, 256, torch.bfloat16, gpu, 256, window).num_splits == splits

@@ -65,7 +65,7 @@ def still_works(request: pytest.FixtureRequest) -> Iterator[None]:
         ("enforce_eagr", "enforce_eager"),
         ("tensor_parallel", "tensor_parallel_size"),
         ("max_num_batch_tokens", "max_num_batched_tokens"),
-        ("block_size", "kvcache_block_size"),
+        ("kvcache_blocksize", "kvcache_block_size"),
         ("gpu_memory_utilisation", "gpu_memory_utilization"),
     ],
 )
@@ -320,8 +320,7 @@ def test_a_tokenizer_that_cannot_be_read(copy: Path) -> None:
         ("stop_token_ids", 3, TypeError),
         ("include_stop_str_in_output", 1, TypeError),
         ("skip_special_tokens", None, TypeError),
-        ("logprobs", -1, ValueError),
-        ("logprobs", 21, ValueError),
+        ("logprobs", -2, ValueError),
         ("logprobs", 1.0, TypeError),
     ],
 )
@@ -338,8 +337,14 @@ def test_an_unknown_sampling_parameter() -> None:
 
 
 def test_sampling_parameters_cannot_be_changed_past_the_checks() -> None:
+    params = SamplingParams()
+    with pytest.raises(ValueError, match="max_tokens must be at least 1 or None, not -1"):
+        params.max_tokens = -1  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="no field 'max_token'"):
+        params.max_token = 3  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
-        SamplingParams().max_tokens = -1  # type: ignore[misc]
+        del params.max_tokens
+    assert params == SamplingParams()
 
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -358,7 +363,13 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (None, TypeError, "list of token ids"),
     (3, TypeError, "list of one list"),
     (b"abc", TypeError, "list of token ids"),
-    ({"prompt": "x"}, TypeError, "list of token ids"),
+    ({"prompt": "x"}, ValueError, "no tokenizer"),
+    ({}, TypeError, "list of token ids"),
+    ({"prompt": None}, TypeError, "list of token ids"),
+    ({"prompt": 3}, TypeError, "a string as its 'prompt', not 3"),
+    ({"prompt_token_ids": "x"}, TypeError, "list of token ids"),
+    ({"prompt_token_ids": [127]}, ValueError, "token id 127"),
+    ({"prompt_token_ids": [3], "multi_modal_data": {}}, TypeError, "has 'multi_modal_data'"),
     ("text", ValueError, "no tokenizer"),
 ]
 

@@ -420,7 +420,7 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
 )
 def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages, registers):
     monkeypatch.setattr(
-        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024)
+        "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
     assert config == DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
@@ -431,7 +431,7 @@ def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages,
 )
 def test_decode_tiles_lie_in_one_block_where_they_can(monkeypatch, block_size, block_n):
     monkeypatch.setattr(
-        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, 227 * 1024)
+        "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     assert (
         decode_config(64, 8, 128, torch.bfloat16, torch.device("cuda"), block_size).block_n
@@ -528,7 +528,7 @@ def test_a_sequence_of_nan_does_not_harm_its_neighbours_in_prefill(prefill, dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tiles_fit_the_shared_memory(monkeypatch, head_dim, shared_memory, dtype):
     monkeypatch.setattr(
-        "nanovllm.kernels.paged_decode.device_limits", lambda device: (132, shared_memory)
+        "nanovllm.kernels.decode_config.device_limits", lambda device: (132, shared_memory)
     )
     monkeypatch.setattr(
         "nanovllm.kernels.prefill_config.device_limits", lambda device: (132, shared_memory)

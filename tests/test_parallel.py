@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +179,13 @@ def awkward(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     )
 
 
+def completions(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
+) -> list[list[list[int]]]:
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[completion["token_ids"] for completion in out["completions"]] for out in outputs]
+
+
 def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     lengths = [3, 20, 33, 16, 50, 7, 40]
     prompts = prompts_of(0, lengths)
@@ -185,6 +193,8 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     params = [seeded if i % 3 == 2 else greedy(16) for i in range(len(prompts))]
     single = make_llm(awkward.path)
     expected = generate_ids(single, prompts, params)
+    shared = [replace(seeded, n=n) for n in (4, 2, 3)]  # completions, which share blocks
+    expected_shared = completions(single, prompts[1:4], shared)
     single.exit()
     assert [expected[i] for i in (0, 1, 3)] == awkward.complete([prompts[i] for i in (0, 1, 3)], 16)
 
@@ -205,6 +215,7 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     assert generate_ids(llm, prompts, params) == expected
     assert llm.scheduler.counters["preemptions"] > 0
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
+    assert completions(llm, prompts[1:4], shared) == expected_shared
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm._max_pending = (
         1  # as on GPUs: each rank has the tokens that its next step needs, the host does not
@@ -212,6 +223,7 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     num_preemptions = llm.scheduler.counters["preemptions"]
     assert generate_ids(llm, prompts, params) == expected
     assert llm.scheduler.counters["preemptions"] > num_preemptions
+    assert completions(llm, prompts[1:4], shared) == expected_shared
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm.exit()
     assert not any(process.is_alive() for process in workers)

@@ -177,6 +177,24 @@ def test_more_sequences_than_a_graph_takes_run_eagerly(checkpoint: Checkpoint) -
         llm.exit()
 
 
+def test_equal_prompts_share_in_a_graph(checkpoint: Checkpoint) -> None:
+    """Sequences without new tokens take their logits from the last row of the one before them."""
+    prompts = random_prompts(9, [1, 20, 16, 33])
+    expected = checkpoint.complete(prompts, 8)
+    llm = make_llm(checkpoint.path, 1)
+    replays = add_graphs(llm, TORCH_TILED)
+    try:
+        assert generate_ids(llm, prompts * 3, greedy(8)) == expected * 3
+        assert llm.stats()["prefix_hit_tokens"] == 2 * sum(map(len, prompts))
+        assert sum(replay.count for replay in replays) == 1
+        # The graph of 16 tokens has room for 16 sequences.
+        for number, num_replays in ((16, 2), (17, 2)):
+            assert generate_ids(llm, prompts[:1] * number, greedy(8)) == expected[:1] * number
+            assert sum(replay.count for replay in replays) == num_replays
+    finally:
+        llm.exit()
+
+
 OPTIONS = [
     SamplingParams(temperature=0.8, seed=3, max_tokens=6),
     SamplingParams(temperature=0.8, seed=4, top_k=5, max_tokens=6, logprobs=2),

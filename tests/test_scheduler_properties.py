@@ -35,6 +35,7 @@ class Request:
     prompt: list[int]
     max_tokens: int
     ignore_eos: bool
+    is_sibling: bool = False  # whether it is one more completion of the request before it
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ def loads(draw: st.DrawFn) -> Load:
         prompt = r.choice(beginnings)[: r.randint(0, longest_prompt)] + tokens(r.choice([0, 1, 5]))
         prompt = prompt[:longest_prompt] or tokens(1)
         max_tokens = r.randint(1, max_model_len - len(prompt))
-        requests.append(Request(r.randint(0, last_arrival), prompt, max_tokens, r.random() < 0.5))
+        arrival = r.randint(0, last_arrival)
+        requests.append(Request(arrival, prompt, max_tokens, r.random() < 0.5))
+        for _ in range(r.choice([0, 0, 0, 1, 4]) if len(requests) < 20 else 0):
+            max_tokens = r.randint(1, max_model_len - len(prompt))
+            is_sibling = r.random() < 0.7
+            requests.append(Request(arrival, prompt, max_tokens, r.random() < 0.5, is_sibling))
     return Load(
         block_size=block_size,
         num_blocks=smallest + draw(st.one_of(st.integers(0, 3), st.integers(0, 4 * smallest))),
@@ -125,6 +131,7 @@ class Simulation:
             enable_prefix_caching=load.enable_prefix_caching,
         )
         self.live: list[Sequence] = []  # in order of arrival
+        self.queued: Sequence | None = None  # the last that was added
         self.index: dict[int, int] = {}  # sequence id -> its request's place in the load
         self.tokens: dict[int, list[int]] = {}  # sequence id -> the tokens it has and would get
         self.admitted: list[int] = []  # ids, in order of the first admission
@@ -138,7 +145,8 @@ class Simulation:
         ] = {}  # sequence id -> prefix that ends at each position
         self.store: dict[int, int] = {}  # slot -> prefix whose K and V it holds
         self.newest: dict[int, int] = {}  # row -> the token that was drawn for it last
-        self.num_hits = self.num_dropped = self.num_waits = 0
+        self.followers: set[int] = set()  # ids of those that were admitted without computing
+        self.num_hits = self.num_dropped = self.num_waits = self.num_copies = 0
 
     def run(self) -> None:
         load = self.load
@@ -171,6 +179,9 @@ class Simulation:
     def add(self, index: int) -> None:
         request = self.load.requests[index]
         seq = make_sequence(request.prompt, request.max_tokens, request.ignore_eos)
+        if request.is_sibling and self.queued is not None:
+            seq.request_id = self.queued.request_id
+        self.queued = seq
         self.live.append(seq)
         self.index[seq.seq_id], self.tokens[seq.seq_id] = index, self.load.tokens(index)
         self.scheduler.add(seq)
@@ -182,6 +193,8 @@ class Simulation:
         computed = {seq.seq_id: seq.num_computed_tokens for seq in self.live}
         totals = {seq.seq_id: seq.num_tokens for seq in self.live}
         num_preemptions = scheduler.counters["preemptions"]
+        # In the tables already, by an attempt that came to no step, and not yet written.
+        not_copied = {target for _, target, _ in scheduler.block_manager.tails._copies}
         step = scheduler.schedule()
         self.check_blocks()
         if self.pending:  # which sequence could start again is not known before the tokens are
@@ -194,20 +207,26 @@ class Simulation:
             return False
         self.check_limits(step, totals)
         for seq in step.seqs:
-            if seq.seq_id not in held:
+            if seq.seq_id not in held and seq.num_scheduled_tokens > 0:
                 self.num_hits += (
                     seq.num_computed_tokens - seq.num_scheduled_tokens
                 ) // self.load.block_size
+        # In a step, those that compute nothing come right after the one with the same tokens.
+        for seq in sorted(step.seqs, key=self.live.index):
             if seq.seq_id not in self.admitted:
                 self.admitted.append(seq.seq_id)
         # Slots that a sequence has computed (or found) in an earlier step, and will still read.
+        block_size = self.load.block_size
         kept = {
             self.slot(held[seq.seq_id], position)
             for seq in self.live
-            if seq.seq_id in held and seq.block_table[: len(held[seq.seq_id])] == held[seq.seq_id]
+            if seq.seq_id in held and seq.block_table
             for position in range(computed[seq.seq_id])
+            if seq.block_table[position // block_size] == held[seq.seq_id][position // block_size]
+            and seq.block_table[position // block_size] not in not_copied
         }
         self.check_inputs(step)
+        self.copy(step, kept)
         self.write(step.seqs, kept)
         self.check_reads(step.seqs)
         # The token after the last computed one; after a chunk, one that must be ignored.
@@ -243,6 +262,17 @@ class Simulation:
                 assert seq.scheduled_token_ids in ([], tokens)
                 assert self.lag > 0 or seq.scheduled_token_ids
 
+    def copy(self, step: Step, kept: set[int]) -> None:
+        """What the device does before the step: copy the beginnings of blocks, one by one."""
+        block_size = self.load.block_size
+        for source, target, num_tokens in step.copies:
+            assert 0 < num_tokens < block_size and source != target
+            for offset in range(num_tokens):
+                slot = target * block_size + offset
+                assert slot not in kept, f"slot {slot}, which somebody reads, is copied over"
+                self.store[slot] = self.store[source * block_size + offset]
+        self.num_copies += len(step.copies)
+
     def write(self, seqs: list[Sequence], kept: set[int]) -> None:
         """What every layer does first: store the K and V of all scheduled tokens."""
         written: dict[int, int] = {}
@@ -270,7 +300,7 @@ class Simulation:
         assert seqs and len(set(map(id, seqs))) == len(seqs) == len(step.yields)
         for seq, yields in zip(seqs, step.yields, strict=True):
             total = totals[seq.seq_id]
-            assert seq.num_scheduled_tokens >= 1 and not seq.is_finished
+            assert not seq.is_finished
             assert seq.num_computed_tokens <= total
             assert yields == (
                 seq.num_computed_tokens == total
@@ -284,13 +314,33 @@ class Simulation:
             )  # all of the prompt, chunked or not
             if not step.is_prefill:
                 assert seq.num_scheduled_tokens == 1 and yields
+        self.check_followers(step)
         assert step.num_tokens == sum(seq.num_scheduled_tokens for seq in seqs)
         if step.is_prefill:
             assert step.num_tokens <= load.budget
             assert all(step.yields[:-1])  # one chunk at most, and it comes last
         assert len(scheduler.running) <= load.max_num_seqs and len(seqs) <= load.max_num_seqs
         if not load.enable_prefix_caching:
-            assert all(seq.num_cached_tokens == 0 for seq in seqs)
+            assert all(seq.num_cached_tokens == 0 or seq.seq_id in self.followers for seq in seqs)
+
+    def check_followers(self, step: Step) -> None:
+        """At least one token of each sequence is computed, if not by itself then by the one that it
+        follows, which has the same tokens and all of them after this step.
+        """
+        leader: Sequence | None = None
+        for seq, yields in zip(step.seqs, step.yields, strict=True):
+            if seq.num_scheduled_tokens > 0:
+                leader = seq
+                if step.is_prefill:
+                    self.followers.discard(seq.seq_id)
+                continue
+            assert step.is_prefill and yields and leader is not None
+            assert leader.token_ids == seq.token_ids
+            assert leader.num_computed_tokens == seq.num_computed_tokens == len(seq.token_ids)
+            assert leader.block_table == seq.block_table
+            if not self.load.enable_prefix_caching:
+                assert leader.request_id == seq.request_id
+            self.followers.add(seq.seq_id)
 
     def check_blocks(self) -> None:
         manager = self.scheduler.block_manager
@@ -406,12 +456,15 @@ def test_the_loads_reach_what_they_are_meant_to_reach() -> None:
             )
             seen["dropped", lag] += simulation.num_dropped > 0
             seen["waits", lag] += simulation.num_waits > 2
+            seen["followers", lag] += len(simulation.followers) > 2
+            seen["copies", lag] += (
+                simulation.num_copies > 2 and simulation.scheduler.counters["preemptions"] > 2
+            )
 
     explore()
     for lag in range(MAX_LAG + 1):
-        events = ["preemptions", "hits", "chunks", "eos", "shared"] + ["dropped", "waits"] * (
-            lag > 0
-        )
+        events = ["preemptions", "hits", "chunks", "eos", "shared", "followers", "copies"]
+        events += ["dropped", "waits"] * (lag > 0)
         assert all(seen[event, lag] >= 10 for event in events), seen
     assert seen["dropped", 0] == seen["waits", 0] == 0
 

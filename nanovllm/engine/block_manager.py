@@ -7,6 +7,7 @@ from itertools import count
 
 import xxhash
 
+from nanovllm.copy_on_write import SharedTails
 from nanovllm.engine.sequence import Sequence
 
 NO_PREFIX = 0  # prefix_id of the empty prefix, and of a block that is not full (yet)
@@ -55,6 +56,7 @@ class BlockManager:
         # queue, which an OrderedDict does in constant time.
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[int, Block] = {}  # hash -> a full block, held or free
+        self.tails = SharedTails(self)  # partial blocks with several holders
         # Never used again, so that a block whose parent was evicted matches nothing.
         self._prefix_ids = count(NO_PREFIX + 1)
 
@@ -72,10 +74,13 @@ class BlockManager:
         return -(-seq.num_tokens // self.block_size) - len(seq.block_table)
 
     def can_allocate(self, seq: Sequence) -> bool:
-        """Whether there are blocks for all tokens of a waiting sequence, cached ones included."""
+        """Whether there are blocks for all tokens of a waiting sequence, cached ones included,
+        beside those that running ones will need for copies.
+        """
         hits = self._find_cached_prefix(seq)
         num_held = sum(block.ref_count > 0 for block in hits)  # the other hits are free blocks
-        return self.num_missing(seq) - num_held <= len(self.free_block_ids)
+        num_left = len(self.free_block_ids) - self.tails.num_due()
+        return self.num_missing(seq) - num_held <= num_left
 
     def allocate(self, seq: Sequence) -> None:
         """Give a waiting sequence shared blocks for its cached prefix and new ones for the rest."""
@@ -88,7 +93,7 @@ class BlockManager:
         seq.num_registered_blocks = num_hits
         seq.num_cached_tokens = num_hits * self.block_size
         seq.num_computed_tokens = seq.num_cached_tokens
-        seq.block_table += [self._take_free_block() for _ in range(self.num_missing(seq))]
+        seq.block_table += [self.take_free_block() for _ in range(self.num_missing(seq))]
 
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
         """The cached blocks that `seq` begins with; a token is left to compute, for its logits."""
@@ -110,14 +115,28 @@ class BlockManager:
         # Equal hashes are no proof. Equal tokens after an equal prefix are.
         return block if block.token_ids == self._block_tokens(seq, index) else None
 
+    def content_key(self, seq: Sequence) -> tuple[int | None, ...]:
+        """What equals that of a sequence with the same tokens (and of others only by collision)."""
+        if not self.enable_prefix_caching:  # then only the n completions of a request share
+            return (seq.request_id, seq.num_tokens)
+        num_full = seq.num_tokens // self.block_size
+        last_hash = self._block_hash(seq, num_full - 1) if num_full > 0 else None
+        return (last_hash, *seq.token_ids[num_full * self.block_size :])
+
     def can_append(self, seq: Sequence) -> bool:
         """Whether the last token of a running sequence has a slot, or can be given one."""
-        return bool(self.free_block_ids) or self.num_missing(seq) <= 0
+        if self.free_block_ids:
+            return True
+        return self.num_missing(seq) <= 0 and not self.tails.needs_copy(seq)
 
     def may_append(self, seq: Sequence) -> None:
-        """Give a running sequence a new block if its last token is the first of one."""
+        """Give a running sequence a new block if its last token is the first of one, or a copy of
+        its last block if others hold that.
+        """
         if self.num_missing(seq) > 0:
-            seq.block_table.append(self._take_free_block())
+            seq.block_table.append(self.take_free_block())
+        elif self.tails.block_ids:
+            self.tails.prepare_write(seq)
 
     def register(self, seq: Sequence) -> None:
         """Make shareable those full blocks of `seq` whose tokens are known and computed.
@@ -159,9 +178,10 @@ class BlockManager:
         """Let no sequence find what is cached. Those that hold blocks keep them."""
         self.cached_blocks.clear()
 
-    def _take_free_block(self) -> int:
+    def take_free_block(self) -> int:
         """The first free block, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
+        self.tails.block_ids.discard(block_id)
         block = self.blocks[block_id]
         if block.hash is not None and self._is_cached(block):
             del self.cached_blocks[block.hash]

@@ -48,6 +48,8 @@ def allocate_kv_cache(
 
 def num_blocks_that_fit(config: Config, block_bytes: int, device: torch.device) -> int:
     """Work out how many blocks of the cache the memory has room for."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes // block_bytes
     blocks_per_seq = -(-config.max_model_len // config.kvcache_block_size)
     most_in_use = config.max_num_seqs * blocks_per_seq
     if device.type == "cpu":

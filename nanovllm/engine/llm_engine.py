@@ -18,15 +18,17 @@ from weakref import finalize
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.absent import ABSENT_IN_GENERATE, refuse_others
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
 from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
-from nanovllm.engine.requests import InputProcessor, Params, Prompt, Prompts, Request
+from nanovllm.engine.requests import InputProcessor, Params, Request
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.inputs import Prompt, Prompts
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
@@ -128,14 +130,19 @@ class LLMEngine:
         return self._inputs.default_params()
 
     def generate(
-        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        **absent: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the cache allows, and return a dict for each, in order.
 
         Args:
-            prompts: one string, or a list of strings and of token-id lists.
+            prompts: one string, or a list of strings and token-id lists (dicts: see `inputs`).
             sampling_params: one for all, one for each, or None for `get_default_sampling_params`.
             use_tqdm: whether to show a progress bar.
+            absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
             For each prompt a dict with `text`, `token_ids`, `finish_reason`, `stop_reason`,
@@ -149,6 +156,7 @@ class LLMEngine:
                 do, that is their `finish_reason`, and their `stop_reason` says what went wrong. A
                 `generate` of another thread is waited for.
         """
+        refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
         return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
+from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.graphs import (
     SIZES_TO_COMPILE,
     StepGraphs,
@@ -226,6 +227,8 @@ class ModelRunner:
             return self._launch(step)
 
     def _launch(self, step: Step) -> PendingTokens:
+        if step.copies:
+            self.call("copy_blocks", step.copies)
         if step.is_prefill:
             return PendingTokens(self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
@@ -233,6 +236,11 @@ class ModelRunner:
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
         last_blocks = np.array([seq.block_table[-1] for seq in step.seqs], dtype=np.int32)
         return PendingTokens(self.call("launch_decode", table_rows, context_lens, last_blocks))
+
+    def copy_blocks(self, copies: list[BlockCopy]) -> None:
+        """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
+        for source, target, num_tokens in copies:
+            self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
     def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
         """Compute the scheduled tokens of all sequences, and sample each one's next token."""
@@ -245,7 +253,9 @@ class ModelRunner:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        if size in self.prefill_graphs and len(seqs) <= self.padded_prefill.max_seqs:
+        # Sequences that compute nothing may make them more than there are tokens.
+        has_room = len(seqs) <= min(size, self.padded_prefill.max_seqs)
+        if has_room and size in self.prefill_graphs:
             self.padded_prefill.upload(batch, size)
             output = self.prefill_graphs.replay(size)
             return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)

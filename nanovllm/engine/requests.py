@@ -4,21 +4,21 @@ import random
 import threading
 from array import array
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
+from nanovllm.inputs import PromptParts, Prompts, split_prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.encoder import encode, find_bos
 
-Prompt = str | list[int]
-Prompts = str | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
 
 # These may hold integers, but no token ids: bytes are text, and sets and dicts have no order.
@@ -43,7 +43,9 @@ class InputProcessor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.vocab_size: int = config.hf_config.vocab_size
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(config.tokenizer)
         # A call of a tokenizer may change it: with truncation, other threads' prompts would be cut.
         self.lock = threading.RLock()
         self.bos_ids: list[int] = []  # what the tokenizer puts before every text
@@ -86,7 +88,7 @@ class InputProcessor:
 
         Raises a TypeError or ValueError that names the first wrong prompt by its index.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, (str, dict)):
             prompts = [prompts]
         if not isinstance(prompts, (list, tuple)):
             raise TypeError(f"prompts must be a string or a list of prompts, not {prompts!r}")
@@ -98,24 +100,55 @@ class InputProcessor:
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one each"
             )
-        return [self._check_one(i, prompt, sampling_params[i]) for i, prompt in enumerate(prompts)]
+        snapshots: dict[int, SamplingParams] = {}  # id of what was passed -> what is kept of it
+        requests = []
+        for index, prompt in enumerate(prompts):
+            params = sampling_params[index]
+            if id(params) not in snapshots:
+                snapshots[id(params)] = self._snapshot(index, params)
+            parts = split_prompt(index, prompt)
+            requests.append(self._check_one(index, parts, snapshots[id(params)]))
+        return requests
 
-    def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _snapshot(self, index: int, params: SamplingParams) -> SamplingParams:
+        """Copy the parameters of prompt number `index`, whose fields may be assigned later."""
         if not isinstance(params, SamplingParams):
             raise TypeError(
                 f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
             )
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            what = "is text" if isinstance(prompt, str) else "has stop strings"
-            raise ValueError(
-                f"prompt {index} {what}, and {self.config.model} has no tokenizer; "
-                "pass ids (stop_token_ids)"
-            )
-        token_ids = self._token_ids_of(index, prompt)
-        self._check_token_ids(index, token_ids, params)
-        return Request(token_ids.tolist(), params, prompt if isinstance(prompt, str) else None)
+        if params.logprobs == -1:
+            snapshot = replace(params, logprobs=self.vocab_size)
+        else:
+            snapshot = params.clone()
+        self._check_num_logprobs(f"logprobs of prompt {index}", snapshot.logprobs)
+        return snapshot
 
-    def _token_ids_of(self, index: int, prompt: Prompt) -> "array[int]":
+    def _check_num_logprobs(self, name: str, number: int | None) -> None:
+        """Raise a ValueError if more log-probabilities a token are asked for than may be."""
+        limit = self.config.max_logprobs
+        if number is not None and limit != -1 and number > limit:
+            raise ValueError(
+                f"{name} must be at most max_logprobs {limit}, not {number}; "
+                f"raise it by LLM(..., max_logprobs={number}), where -1 is no limit"
+            )
+
+    def _check_one(self, index: int, prompt: PromptParts, params: SamplingParams) -> Request:
+        is_text = isinstance(prompt.content, str)
+        if self.tokenizer is None and (is_text or params.stop):
+            what = "is text" if is_text else "has stop strings"
+            lacks = f"{self.config.model} has no tokenizer"
+            if self.config.skip_tokenizer_init:
+                lacks = "skip_tokenizer_init leaves no tokenizer"
+            raise ValueError(f"prompt {index} {what}, and {lacks}; pass ids (stop_token_ids)")
+        token_ids = self._token_ids_of(index, prompt.content)
+        room = params.truncate_prompt_tokens
+        if room is not None:
+            room = self.config.max_model_len - 1 if room == -1 else room
+            token_ids = token_ids[max(len(token_ids) - room, 0) :]
+        self._check_token_ids(index, token_ids, params)
+        return Request(token_ids.tolist(), params, prompt.text)
+
+    def _token_ids_of(self, index: int, prompt: Any) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
         if isinstance(prompt, str):
             assert self.tokenizer is not None  # `_check_one` has seen to it
@@ -177,6 +210,6 @@ class InputProcessor:
             seq.request_id = seqs[0].seq_id
             seq.prompt = request.prompt
             seq.max_tokens = max_tokens
-            if needs_text and self.tokenizer is not None:
+            if needs_text and params.detokenize and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs

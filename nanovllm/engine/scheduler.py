@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
@@ -28,6 +29,7 @@ class Step:
     yields: list[bool]  # for each: whether its last token is computed and so the next one sampled
     num_tokens: int  # that are computed, of all sequences together
     is_prefill: bool  # else it is a decode step
+    copies: list[BlockCopy]  # to be made before it, one after the other
 
 
 class Scheduler:
@@ -94,44 +96,77 @@ class Scheduler:
         return step
 
     def _schedule_prefill(self) -> Step | None:
-        """Waiting sequences, oldest first, while rows, blocks and the budget of tokens last."""
-        seqs: list[Sequence] = []
-        yields: list[bool] = []
+        """Waiting sequences, oldest first, while rows, blocks and the budget of tokens last.
+
+        One with the same tokens as another of this step computes nothing. It follows that one in
+        `Step.seqs`, has its blocks, and draws its own token from the same logits.
+        """
+        groups: list[list[Sequence]] = []  # each: one that computes, and those that follow it
+        group_of: dict[tuple[int | None, ...], list[Sequence]] = {}  # by `content_key`
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        is_complete = True
+        while self.waiting and is_complete and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
-            if not seq.block_table and not self._admit(seq):  # with blocks, it was admitted before
-                break
+            key = self.block_manager.content_key(seq)
+            group = group_of.get(key)
+            if group is not None and group[0].token_ids == seq.token_ids:
+                if not self._admit_follower(seq, group[0]):
+                    break
+                group.append(seq)
+            else:
+                if budget == 0 or not (seq.block_table or self._admit(seq)):
+                    break  # with blocks, it was admitted before
+                groups.append([seq])
+                group_of[key] = groups[-1]
             # Only now is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
             seq.sampling_options = seq.make_sampling_options()
+            # Else the budget is spent; the rest of this prompt comes first in the next step.
             is_complete = seq.schedule(num_new)
-            seqs.append(seq)
-            yields.append(is_complete)
             # Its full blocks can be shared from now on, even by sequences of this step: each layer
             # stores the K and V of all of them before it reads any.
             self.block_manager.register(seq)
-            if not is_complete:
-                break  # the budget is spent; the rest of this prompt comes first in the next step
-            seq.status = SequenceStatus.RUNNING
-            del self.waiting[seq]
-            self.running.append(seq)
-        if not seqs:
+            if is_complete:
+                seq.status = SequenceStatus.RUNNING
+                del self.waiting[seq]
+                self.running.append(seq)
+        if not groups:
             return None
-        num_tokens = self.max_num_batched_tokens - budget
-        return Step(seqs=seqs, yields=yields, num_tokens=num_tokens, is_prefill=True)
+        seqs = [seq for group in groups for seq in group]
+        return Step(
+            seqs=seqs,
+            yields=[True] * (len(seqs) - 1) + [is_complete],  # a chunk comes last
+            num_tokens=self.max_num_batched_tokens - budget,
+            is_prefill=True,
+            copies=self.block_manager.tails.take_copies(),
+        )
 
     def _admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence its blocks and a row; False if there are not enough blocks."""
         if not self.block_manager.can_allocate(seq):
             return False
         self.block_manager.allocate(seq)
+        self._seat(seq)
+        return True
+
+    def _admit_follower(self, seq: Sequence, leader: Sequence) -> bool:
+        """Give a waiting sequence the blocks of one with the same tokens, which this step computes;
+        False if there would be no block for its copy of the last one.
+        """
+        tails = self.block_manager.tails
+        if tails.num_due() >= len(self.block_manager.free_block_ids):
+            return False
+        tails.fork(leader, seq)
+        self._seat(seq)
+        return True
+
+    def _seat(self, seq: Sequence) -> None:
+        """Give a sequence that now has its blocks a row, and note what it need not compute."""
         seq.row = self.free_rows.pop()
         self.counters["prefix_hit_tokens"] += seq.num_cached_tokens
         if seq.num_cached_prompt_tokens is None:  # else it was preempted
             seq.num_cached_prompt_tokens = seq.num_cached_tokens
-        return True
 
     def _schedule_decode(self) -> Step | None:
         """All running sequences; None also if one needs a block that only a pending step frees."""
@@ -160,7 +195,13 @@ class Scheduler:
         # Attention works through the sequences in this order. Long ones come first, because a long
         # one among the last would leave most of the GPU idle at the end.
         seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
-        return Step(seqs=seqs, yields=[True] * len(seqs), num_tokens=len(seqs), is_prefill=False)
+        return Step(
+            seqs=seqs,
+            yields=[True] * len(seqs),
+            num_tokens=len(seqs),
+            is_prefill=False,
+            copies=block_manager.tails.take_copies(),
+        )
 
     def _make_room(self, seq: Sequence) -> bool:
         """Preempt the newest sequences until `seq` can have a block; False if it was one of them.

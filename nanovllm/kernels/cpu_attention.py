@@ -204,6 +204,9 @@ class CpuStep:
         groups = []
         index = 0
         while index < len(num_seen):
+            if self.num_queries[index] == 0:  # another sequence computes its tokens
+                index += 1
+                continue
             end = self._group_end(index, num_seen)
             queries = slice(query_starts[index], query_starts[end])
             if self.block_tables is None:
@@ -237,7 +240,7 @@ class CpuStep:
             padding += longest - num_seen[index]
             is_longer = num_seen[index] > longest  # the scheduler puts the longest first
             is_full = (index + 1 - start) * longest > MAX_GROUP_TOKENS
-            if is_longer or is_full or padding > MAX_PADDING or self.num_queries[index] > 1:
+            if is_longer or is_full or padding > MAX_PADDING or self.num_queries[index] != 1:
                 return index
         return len(num_seen)
 

@@ -18,6 +18,8 @@ from jinja2 import Environment, TemplateError, meta
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.inputs import TokensPrompt
+
 Message = dict[str, Any]
 Conversation = list[Message]
 
@@ -28,10 +30,29 @@ FORCED = {"tokenize": True, "return_dict": False, "return_tensors": None, "paddi
 GENERATION_TAG = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 
 
+# Options that say how transformers makes tokens of a text: what they do is left to it.
+OF_TOKENIZING = {
+    "max_length",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+    "tokenizer_kwargs",
+    "truncation",
+}
+
+
 def apply_chat_template(
     tokenizer: PreTrainedTokenizerBase | None, messages: Any, options: dict[str, Any], model: str
 ) -> list[list[int]]:
-    """Return the token ids of one conversation, or of each of a list of them.
+    """Return the token ids of one conversation, or of each of a list of them: `chat_prompts`."""
+    prompts = chat_prompts(tokenizer, messages, options, model)
+    return [prompt["prompt_token_ids"] for prompt in prompts]
+
+
+def chat_prompts(
+    tokenizer: PreTrainedTokenizerBase | None, messages: Any, options: dict[str, Any], model: str
+) -> list[TokensPrompt]:
+    """Return the prompt of one conversation, or of each of a list of them, with its text if it is
+    known.
 
     Raises:
         TypeError: for messages that are no conversation, and for an option that neither
@@ -51,13 +72,29 @@ def apply_chat_template(
         checked = check_conversation(index, conversation)
         chosen.append(choose_form(tokenizer, checked, conversation, options))
     try:
-        prompts: Any = tokenizer.apply_chat_template(chosen, **options)
+        return encode_conversations(tokenizer, chosen, options)
     except Exception as error:  # jinja's own, or whatever a template's expression raises
         raise ValueError(
             f"the chat template of {model} cannot be applied to these messages: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return prompts
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation], options: dict[str, Any]
+) -> list[TokensPrompt]:
+    """Apply the template; raises whatever it or the tokenizer does."""
+    is_usual = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    if not is_usual or not OF_TOKENIZING.isdisjoint(options):
+        prompts: Any = tokenizer.apply_chat_template(conversations, **options)
+        return [{"prompt_token_ids": token_ids} for token_ids in prompts]
+    # The same in two steps, between which there is the text.
+    texts: Any = tokenizer.apply_chat_template(conversations, **{**options, "tokenize": False})
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+    return [
+        {"prompt_token_ids": token_ids, "prompt": text}
+        for token_ids, text in zip(encoded, texts, strict=True)
+    ]
 
 
 # --- the form that a template reads ---------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""How decode attention divides its work over the GPU."""
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.kernels._triton import device_limits, next_power_of_2
+
+MAX_SPLITS = 32
+
+
+class DecodeConfig(NamedTuple):
+    """How `paged_decode` divides the work; the result does not depend on it."""
+
+    block_n: int  # tokens in a tile
+    num_splits: int  # programs that share one sequence and KV head, at most MAX_SPLITS
+    num_warps: int = 4
+    num_stages: int = 3  # tiles in shared memory: the one that is computed, and those on their way
+    # Of a thread; with fewer, more programs share a multiprocessor. None: as many as it wants.
+    max_registers: int | None = None
+
+
+def decode_config(
+    num_seqs: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+    window: int | None = None,
+) -> DecodeConfig:
+    """Return the configuration that was measured to be fastest, within the GPU's shared memory.
+
+    It does not depend on the context lengths, because a CUDA graph that was recorded with it is
+    replayed with others.
+    """
+    num_multiprocessors, shared_memory = device_limits(device)
+    programs = max(1, num_seqs * kv_heads)
+    splits = 1
+    stages = 3
+    if programs < 3 * num_multiprocessors // 2:
+        # Up to four programs a multiprocessor, by a power of two. More do not help; with fewer the
+        # longest sequence would be computed alone while the others have ended.
+        largest = 4 * num_multiprocessors // programs
+        splits = min(MAX_SPLITS, 1 << (largest.bit_length() - 1))
+    elif programs <= 2 * num_multiprocessors:
+        stages = 5  # so few programs use the memory's bandwidth only with more tiles on their way
+    block_n = 64
+    token_bytes = next_power_of_2(head_dim) * dtype.itemsize
+    if block_size % 16 == 0:
+        # The largest power of two that divides block_size: a tile in one block is found faster.
+        block_n = min(block_n, block_size & -block_size)
+    # A stage holds a tile of K and one of V.
+    stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
+    while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
+        block_n //= 2
+    if window is not None:
+        # More splits than the window has tiles would find no work. Where it begins inside a tile,
+        # it has one tile more.
+        splits = min(splits, 1 + -(-(window - 1) // block_n))
+    # Many programs, maybe with short contexts, gain when three of them are on a multiprocessor; few
+    # gain by having as many registers as they want.
+    max_registers = 168 if programs > 6 * num_multiprocessors and token_bytes == 256 else None
+    return DecodeConfig(block_n, splits, num_stages=stages, max_registers=max_registers)
