@@ -64,6 +64,12 @@ def check_reproducibility(text: str) -> None:
     assert "Requests with one seed agree: True" in text
 
 
+def check_weight_update(text: str) -> None:
+    assert "Tokens have changed: True" in text
+    assert "Tokens are kept by a sleep: True" in text
+    assert "Tokens are back: True" in text
+
+
 # What each of them must print. A new script takes a new function here.
 CHECKS: dict[str, Callable[[str], None]] = {
     "basic": check_basic,
@@ -71,6 +77,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "chat": check_chat,
     "prefix_caching": check_prefix_caching,
     "reproducibility": check_reproducibility,
+    "weight_update": check_weight_update,
 }
 
 
