@@ -1,10 +1,11 @@
-"""Throughput of the engine on nine offline workloads.
+"""Throughput of the engine on ten offline workloads.
 
     python bench.py                           # GPU: Qwen3-0.6B's shape; CPU: the demo checkpoint
     python bench.py --workload all --repeats 3 --json results.json
     python bench.py --compare transformers    # the same load through transformers' own generate
 
-Throughput is output tokens (for `prefill`, input tokens) over the wall time of one `generate` call.
+Throughput is output tokens (for `prefill` and `embed`, input tokens) over the wall time of one
+`generate` call (for `embed`, one `embed` call).
 Random weights cost as much time as trained ones, so nothing has to be downloaded to measure.
 """
 
@@ -130,13 +131,16 @@ def run_engine(
         sampling: parameters of all requests.
         traces: None, or a list that is to hold the trace of this run and no other.
     """
-    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
-    if traces is None:
-        outputs = llm.generate(load.prompts, params, use_tqdm=False)
-    else:
+    if traces is not None:
         with llm.trace() as trace:
-            outputs = llm.generate(load.prompts, params, use_tqdm=False)
+            run_engine(llm, load, sampling)
         traces[:] = [trace]
+        return
+    if load.embeds:
+        llm.embed(load.prompts, use_tqdm=False)
+        return
+    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
+    outputs = llm.generate(load.prompts, params, use_tqdm=False)
     made = sum(len(output["token_ids"]) for output in outputs)
     wanted = sum(load.output_lens)
     if made != wanted:
@@ -148,7 +152,8 @@ def measure(engine: Engine, workload: Workload, repeats: int) -> Result:
     count = "1 sequence" if workload.sequences == 1 else f"{workload.sequences} sequences"
     print(f"\n{workload.name} on {engine.name}: {count}, {workload.about}", flush=True)
     warmup = make_load(workload, WARMUP_REPEAT, engine.vocab_size)
-    engine.run(Load(warmup.prompts, [min(n, WARMUP_TOKENS) for n in warmup.output_lens]))
+    output_lens = [min(n, WARMUP_TOKENS) for n in warmup.output_lens]
+    engine.run(replace(warmup, output_lens=output_lens))
     runs = []
     for repeat in range(repeats):
         load = make_load(workload, repeat, engine.vocab_size)
@@ -244,7 +249,8 @@ def compare_transformers(
     )
     run = partial(run_transformers, theirs, batch_size=batch_size)
     engine = Engine("transformers", config.hf_config.vocab_size, run)
-    return [measure(engine, workload, args.repeats) for workload in workloads]
+    generating = [workload for workload in workloads if not workload.embeds]
+    return [measure(engine, workload, args.repeats) for workload in generating]
 
 
 # --- what is printed and written ----------------------------------------------------------------

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
+from nanovllm.pooling.params import PoolingParams
+from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutput
 from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -14,8 +16,11 @@ __all__ = [
     "DEMO_MODEL",
     "LLM",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
     "TextPrompt",
     "TokensPrompt",
 ]

@@ -69,6 +69,8 @@ class SamplingParams(Assignable):
     # Return log-probabilities: of each sampled token and of this many likeliest ones, -1: of all;
     # at most the engine's `max_logprobs`. None: none. True and False count as 1 and None.
     logprobs: Annotated[int | None, Range(-1)] = None
+    # The same of each token of the prompt but the first: 0 asks for that token's own only.
+    prompt_logprobs: Annotated[int | None, Range(-1)] = None
     skip_special_tokens: bool = True  # whether special tokens are left out of the text
     detokenize: bool = True  # whether there is a text; without, token ids are all that is returned
     # Take only so many tokens at the end of the prompt. -1: as many as fit into `max_model_len`
@@ -76,8 +78,9 @@ class SamplingParams(Assignable):
     truncate_prompt_tokens: Annotated[int | None, Range(-1)] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.logprobs, bool):
-            self._set("logprobs", 1 if self.logprobs else None)
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(getattr(self, name), bool):
+                self._set(name, 1 if getattr(self, name) else None)
         check_fields(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

@@ -16,9 +16,11 @@ ORDER = (
     "jobs",
     "llm",
     "training",
+    "pooling",
     "engine",
     "parallel",
     "models",
+    "readout",
     "layers",
     "sampling",
     "quantization",
@@ -34,6 +36,7 @@ LEAVES = (
     "copy_on_write",
     "exclusive",
     "frozen",
+    "headless",
     "hf_overrides",
     "progress",
     "results",
@@ -51,6 +54,7 @@ WITHOUT_TORCH = (
     "engine.scheduler",
     "engine.block_manager",
     "engine.sequence",
+    "readout.readout",
     "text.detokenizer",
 )
 TORCH = ("torch", "triton")

@@ -274,7 +274,7 @@ def test_not_while_requests_run(llm: LLM, other: Checkpoint) -> None:
     before = copies(llm)
     llm.add_request(PROMPTS[0], greedy(3))
     for call in (lambda: llm.load_weights(other.path), llm.sleep):
-        with pytest.raises(RuntimeError, match="requests are unfinished"):
+        with pytest.raises(RuntimeError, match="are unfinished"):
             call()
     assert changed_names(llm, before) == [] and not llm.is_sleeping()
     llm.reset()
@@ -335,6 +335,7 @@ def test_level_2_wants_all_weights_back(llm: LLM, other: Checkpoint) -> None:
         lambda: llm.generate(PROMPTS),
         lambda: llm.add_request(PROMPTS[0]),
         lambda: next(llm.stream(PROMPTS)),
+        lambda: llm.embed(PROMPTS),
     ):
         with pytest.raises(RuntimeError, match=r"sleeps \(weights, kv_cache\); call wake_up"):
             ask()

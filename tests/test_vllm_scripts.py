@@ -70,6 +70,13 @@ def check_weight_update(text: str) -> None:
     assert "Tokens are back: True" in text
 
 
+def check_embed(text: str) -> None:
+    assert text.count("Prompt: '") == text.count("Embedding: [") == 4
+    assert "Nearest to 'introduce yourself': 'introduce yourself' (1.000)" in text
+    assert "Nearest to 'The sky is blue': '" in text
+    assert "Cut to 32, length 1.000" in text
+
+
 # What each of them must print. A new script takes a new function here.
 CHECKS: dict[str, Callable[[str], None]] = {
     "basic": check_basic,
@@ -78,6 +85,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "prefix_caching": check_prefix_caching,
     "reproducibility": check_reproducibility,
     "weight_update": check_weight_update,
+    "embed": check_embed,
 }
 
 

@@ -28,6 +28,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
@@ -162,11 +163,7 @@ class LLMEngine:
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        self._settle()
-        if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or stream are unfinished; step() to their end, or reset()"
-            )
+        self._check_idle()
         try:
             request_ids = [self._queue(request)[0].request_id for request in requests]
             results = self._run_to_the_end(len(requests), use_tqdm)
@@ -180,6 +177,14 @@ class LLMEngine:
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
+
+    def _check_idle(self) -> None:
+        """Raise a RuntimeError if there are other requests, whose results would be nobody's."""
+        self._settle()
+        if not self.is_finished():
+            raise RuntimeError(
+                "requests of add_request or stream are unfinished; step() to their end, or reset()"
+            )
 
     def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, RequestOutput]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
@@ -256,6 +261,7 @@ class LLMEngine:
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()
+        check_head(self.config.hf_config)
         return self._inputs.check(prompts, sampling_params)
 
     def _queue(self, request: Request, is_streamed: bool = False) -> list[Sequence]:
@@ -304,6 +310,8 @@ class LLMEngine:
             token_ids, logprobs = tokens.wait()
             if self._channel is not None:
                 self._channel.check_workers()  # if a rank has died, the tokens are garbage
+            if tokens.readings is not None:  # before a sequence ends, whose result they are part of
+                tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)

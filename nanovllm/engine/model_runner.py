@@ -22,7 +22,7 @@ from nanovllm.engine.graphs import (
 from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
-from nanovllm.engine.prefill_batch import PrefillBatch
+from nanovllm.engine.prefill_batch import PrefillBatch, dummy_prefill
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
@@ -33,9 +33,10 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
+from nanovllm.readout.step_reader import Readings, StepReader
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
 from nanovllm.sampling.table import SamplingTable
-from nanovllm.utils.context import StepInputs, reset_context, set_context
+from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 
@@ -84,7 +85,9 @@ class ModelRunner:
         self._allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
-            self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
+            tables = np.zeros((1, 2), dtype=np.int32)
+            inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
+            self._forward(inputs)
         if self.is_cuda and not self.config.enforce_eager:
             self._capture_graphs()
 
@@ -147,7 +150,7 @@ class ModelRunner:
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
         lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = self._make_dummy_prefill(lengths, lengths, block_tables=None)
+        inputs = dummy_prefill(self.backend, self._to_device, lengths, lengths)
         # Options that make float32 copies of all logits.
         zero = self._to_device([0], np.int64)
         bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
@@ -158,26 +161,6 @@ class ModelRunner:
             logits = self._forward(inputs)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
-
-    def _make_dummy_prefill(
-        self, num_new: list[int], num_total: list[int], block_tables: np.ndarray | None
-    ) -> StepInputs:
-        """Make inputs that compute so many tokens of each sequence and store nothing."""
-        zeros = self._to_device([0] * sum(num_new), np.int64)
-        ones = self._to_device([1] * len(num_new), np.int64)
-        nowhere = self._to_device([-1] * sum(num_new), np.int32)
-        plan = self.backend.plan_prefill(num_new, num_total, block_tables, self._to_device)
-        return StepInputs(
-            is_prefill=True,
-            input_ids=zeros,
-            positions=zeros,
-            slot_mapping=None if block_tables is None else nowhere,
-            attention=plan,
-            last_token_rows=plan.cu_seqlens_q[1:] - 1,
-            temperatures=ones.float(),
-            seeds=ones,
-            last_positions=ones,
-        )
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method on every rank; the result is this rank's."""
@@ -230,7 +213,7 @@ class ModelRunner:
         if step.copies:
             self.call("copy_blocks", step.copies)
         if step.is_prefill:
-            return PendingTokens(self.call("launch_prefill", step.seqs))
+            return PendingTokens(*self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
         table_rows = np.array([seq.row for seq in step.seqs])
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
@@ -242,8 +225,8 @@ class ModelRunner:
         for source, target, num_tokens in copies:
             self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
-    def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
-        """Compute the scheduled tokens of all sequences, and sample each one's next token."""
+    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled, Readings | None]:
+        """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
         self.block_tables[: len(batch.block_tables), rows] = batch.block_tables
@@ -252,16 +235,27 @@ class ModelRunner:
         for seq in seqs:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
+        reader = StepReader.of(seqs)
+        padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
         # Sequences that compute nothing may make them more than there are tokens.
-        has_room = len(seqs) <= min(size, self.padded_prefill.max_seqs)
-        if has_room and size in self.prefill_graphs:
-            self.padded_prefill.upload(batch, size)
+        has_room = len(seqs) <= min(size, padded.max_seqs)
+        if reader is None and has_room and size in self.prefill_graphs:
+            padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
-            return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
+            return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None
         inputs = self._prefill_inputs(batch)
         with self._threads(len(batch.input_ids)):
-            return self._sample(self._forward(inputs), inputs, extras)
+            if reader is not None:
+                return reader.run(
+                    inputs,
+                    self.model,
+                    self.sampler,
+                    sample=partial(self._sample, inputs=inputs, extras=extras),
+                    to_device=self._to_device,
+                    max_rows=self.config.max_num_seqs,
+                )
+            return self._sample(self._forward(inputs), inputs, extras), None
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
@@ -387,16 +381,12 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Run model and LM head: logits `[n, vocab / tp]` of each sequence's last token."""
-        assert inputs.positions is not None
         input_ids = inputs.input_ids
         if input_ids is None:
             input_ids = self.last_tokens[inputs.table_rows]
-        set_context(inputs)
-        try:
+        with running(inputs):
             hidden = self.model(input_ids, inputs.positions)
             return self.model.compute_logits(hidden)
-        finally:
-            reset_context()
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:

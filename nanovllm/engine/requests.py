@@ -14,6 +14,7 @@ from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs import PromptParts, Prompts, split_prompt
+from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
@@ -116,11 +117,13 @@ class InputProcessor:
             raise TypeError(
                 f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
             )
-        if params.logprobs == -1:
-            snapshot = replace(params, logprobs=self.vocab_size)
-        else:
-            snapshot = params.clone()
-        self._check_num_logprobs(f"logprobs of prompt {index}", snapshot.logprobs)
+        names = ("logprobs", "prompt_logprobs")
+        all_tokens: dict[str, Any] = {
+            name: self.vocab_size for name in names if getattr(params, name) == -1
+        }
+        snapshot = replace(params, **all_tokens) if all_tokens else params.clone()
+        for name in names:
+            self._check_num_logprobs(f"{name} of prompt {index}", getattr(snapshot, name))
         return snapshot
 
     def _check_num_logprobs(self, name: str, number: int | None) -> None:
@@ -206,6 +209,8 @@ class InputProcessor:
             others = random.Random(seeds[0])
             seeds += [others.getrandbits(63) for _ in range(params.n - 1)]
         seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
+        if params.prompt_logprobs is not None:
+            seqs[0].readout = PromptLogprobs(params.prompt_logprobs)  # once, however many there are
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.prompt = request.prompt

@@ -11,6 +11,8 @@ from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.readout.reading import Reading
+    from nanovllm.readout.readout import Readout
     from nanovllm.results import TokenLogprobs
     from nanovllm.text.detokenizer import Detokenizer
 
@@ -67,6 +69,10 @@ class Sequence:
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
 
+        # What it reads of its prompt's last hidden states, besides the next token: see readout/.
+        self.readout: Readout | None = None
+        self.reading: Reading | None = None  # of that, what the last scheduled prefill reads
+
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
         self.logprobs: list[TokenLogprobs] | None = None  # one for each token, if asked for
@@ -101,6 +107,11 @@ class Sequence:
         """The tokens that the last scheduled step computes, as far as they are known."""
         start = self.num_computed_tokens - self.num_scheduled_tokens - self._offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it has to compute its prompt itself, all of it, because it reads on the way."""
+        return self.readout is not None and self.readout.needs_whole_prompt
 
     def schedule(self, num_tokens: int) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
@@ -179,6 +190,7 @@ class Sequence:
         "temperature",
         "seed",
         "sampling_options",
+        "reading",
     )
 
     def __getstate__(self) -> tuple[object, ...]:

@@ -64,8 +64,7 @@ class Sampler(nn.Module):
         if extras is None:
             return Sampled(self._draw(logits, temperatures, seeds, positions), None)
 
-        if self.tp.size > 1:
-            logits = self._gather_vocabulary(logits)
+        logits = self.gather_vocabulary(logits)
         changed = bias_and_penalize(logits, extras)
         thresholds = find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
@@ -90,8 +89,10 @@ class Sampler(nn.Module):
         best_rank = all_scores.argmax(dim=0, keepdim=True)
         return all_ids.gather(0, best_rank).squeeze(0).long()
 
-    def _gather_vocabulary(self, logits: Tensor) -> Tensor:
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """Exchange the logits `[n, vocab / tp]` of all ranks: `[n, vocab]` on every rank."""
+        if self.tp.size == 1:
+            return logits
         rows = -(-self.vocab_size // self.tp.size)  # the last ranks may have fewer
         padded = F.pad(logits, (0, rows - logits.shape[1]))
         parts = self.tp.all_gather(padded)  # [tp, n, rows]

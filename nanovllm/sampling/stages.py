@@ -71,14 +71,24 @@ def find_logprobs(
     if request.is_processed:
         wanted = processed_logits(request.rows, draw)
     else:
-        wanted = logits[request.rows].float()
-    drawn = token_ids[request.rows].unsqueeze(1)
-    num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
-    ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
+        wanted = logits[request.rows]
+    return rank_tokens(wanted, token_ids[request.rows], request.num_top)
+
+
+def rank_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """Compute the log-probabilities of tokens, and of as many likeliest ones.
+
+    logits: `[r, vocab]`, as the model gave them.
+    token_ids: `[r]` int64, one for each row.
+    """
+    logits = logits.float()
+    given = token_ids.unsqueeze(1)
+    num_top = min(num_top, logits.shape[1])  # a tiny vocabulary may have fewer
+    ids = torch.cat((given, logits.topk(num_top, dim=1).indices), dim=1)
     return Logprobs(
         token_ids=ids,
-        values=wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True),
-        ranks=(wanted > wanted.gather(1, drawn)).sum(dim=1) + 1,
+        values=logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True),
+        ranks=(logits > logits.gather(1, given)).sum(dim=1) + 1,
     )
 
 

@@ -58,7 +58,7 @@ class Trainable(LLMEngine):
                 been loaded then of a dict, a list or a directory; of a generator what came before.
             RuntimeError: while requests are unfinished, and while the weights sleep.
         """
-        runner = self._check_idle()
+        runner = self._idle_runner()
         if self._sleep.weights is not Place.DEVICE:
             raise RuntimeError("the weights sleep; call wake_up(tags=['weights']) first")
         names = names_of(runner)
@@ -108,7 +108,7 @@ class Trainable(LLMEngine):
             RuntimeError: while requests are unfinished.
         """
         check_level(level)
-        runner = self._check_idle()
+        runner = self._idle_runner()
         state = self._sleep
         self.scheduler.block_manager.forget_prefixes()
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):
@@ -143,7 +143,7 @@ class Trainable(LLMEngine):
                 has one rank; of several, it has ended.
         """
         parts = checked_tags(tags)
-        runner = self._check_idle()
+        runner = self._idle_runner()
         state = self._sleep
         if state.is_awake:
             return
@@ -170,11 +170,14 @@ class Trainable(LLMEngine):
         self._sleep.check_awake()
         return super()._queue(request, is_streamed)
 
-    def _check_idle(self) -> ModelRunner:
+    def _check_idle(self) -> None:
+        super()._check_idle()
+        self._sleep.check_awake()
+
+    def _idle_runner(self) -> ModelRunner:
+        """Rank 0's runner; a RuntimeError while requests are unfinished. It may be asleep."""
         runner = self._check_alive()
-        self._settle()
-        if self._has_work():
-            raise RuntimeError("requests are unfinished; step() to their end, or reset()")
+        super()._check_idle()
         return runner
 
     @contextmanager
