@@ -8,6 +8,7 @@ from nanovllm.pooling.params import PoolingParams
 from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutput
 from nanovllm.results import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured import StructuredOutputsParams
 
 #: Directory of the built-in demonstration checkpoint; the card inside says what it is and is not.
 DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
@@ -21,6 +22,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoringRequestOutput",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]

@@ -173,7 +173,7 @@ def test_only_job_and_long_have_engines_of_their_own() -> None:
     groups = bench.group_by_limits(bench.choose_workloads(bench.parse_args(ALL), small=False))
     assert list(groups) == [Limits(512, 4096), Limits(256, 4096), Limits(512, 32_768)]
     shared, job, long = ([workload.name for workload in group] for group in groups.values())
-    assert shared == ["mixed", "single", "prefill", "prefix", "queue", "small", "medium"]
+    assert shared == ["mixed", "single", "prefill", "embed", "prefix", "queue", "small", "medium"]
     assert (job, long) == (["job"], ["long"])
 
 

@@ -40,6 +40,8 @@ LEAVES = (
     "hf_overrides",
     "progress",
     "results",
+    "param_checks",
+    "structured",
     "absent",
     "assignable",
     "inputs",
@@ -48,6 +50,7 @@ LEAVES = (
     "vllm_names",
     "text",
     "trace_views",
+    "warm_up",
     "wrappers",
 )
 WITHOUT_TORCH = (

@@ -341,6 +341,22 @@ def test_a_language_model_is_asked_yes_or_no(speaking: Checkpoint) -> None:
     llm.exit()
 
 
+def test_the_answers_that_the_files_name(speaking: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(speaking.path, path)
+    write_modules(path, "LogitScore")
+    (path / "1_LogitScore").mkdir()
+    file = path / "1_LogitScore" / "config.json"
+    file.write_text(json.dumps({"true_token_id": 77, "false_token_id": 5}))
+    llm = make_llm(str(path), max_model_len=512)
+    (output,) = llm.score(TEXTS[1], TEXTS[0], use_tqdm=False)
+    logits = speaking.logits(output["prompt_token_ids"])[-1, [77, 5]]
+    assert output["score"] == pytest.approx(logits.softmax(dim=-1)[0].item(), abs=1e-5)
+    file.write_text(json.dumps({"true_token_id": 77}))
+    with pytest.raises(ValueError, match="false_token_id"):
+        make_llm(str(path)).score("a", "b")
+
+
 def test_two_ranks(speaking: Checkpoint) -> None:
     alone = make_llm(speaking.path)
     both = make_llm(speaking.path, tensor_parallel_size=2, max_num_batched_tokens=50)

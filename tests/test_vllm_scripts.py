@@ -1,8 +1,11 @@
 """Scripts as people write them for vLLM, of which only the import and the model are others."""
 
 import ast
+import json
+import re
 import runpy
 import sys
+from ast import literal_eval
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +73,17 @@ def check_weight_update(text: str) -> None:
     assert "Tokens are back: True" in text
 
 
+def check_structured_outputs(text: str) -> None:
+    lines = re.findall(r"^(\w+): (.*) \(stop\)$", text, re.MULTILINE)
+    answers = {name: literal_eval(answer) for name, answer in lines}
+    assert answers["choice"] in ("positive", "negative")
+    assert re.fullmatch(r"[a-z]{2,8}@[a-z]{2,8}\.com", answers["regex"])
+    review = json.loads(answers["json"])
+    assert list(review) == ["title", "stars", "mood"] and 1 <= review["stars"] <= 5
+    assert re.fullmatch(r"[0-9()+-]+", answers["grammar"])
+    assert isinstance(eval(answers["grammar"]), int)  # the brackets match
+
+
 def check_embed(text: str) -> None:
     assert text.count("Prompt: '") == text.count("Embedding: [") == 4
     assert "Nearest to 'introduce yourself': 'introduce yourself' (1.000)" in text
@@ -85,6 +99,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "prefix_caching": check_prefix_caching,
     "reproducibility": check_reproducibility,
     "weight_update": check_weight_update,
+    "structured_outputs": check_structured_outputs,
     "embed": check_embed,
 }
 

@@ -5,7 +5,6 @@ largest step, which a warm-up prefill shows. On a CPU the size is a stated defau
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,13 +16,8 @@ from nanovllm.layers.attention import Attention
 CPU_KVCACHE_BYTES = 2 << 30  # without a GPU; the system commits pages as they are first used
 
 
-def allocate_kv_cache(
-    config: Config,
-    layers: list[Attention],
-    device: torch.device,
-    zeros: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Allocate the cache, by a function such as `torch.zeros`, and give each layer its part.
+def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.device) -> Tensor:
+    """Allocate the cache, and give each layer its part.
 
     Returns `[2, layers, num_blocks, block_size, kv_heads / tp, head_dim]`, keys then values, and
     sets `config.num_kvcache_blocks` if it was to be worked out. Raises a ValueError if the cache
@@ -36,10 +30,9 @@ def allocate_kv_cache(
     config.check_kvcache(config.num_kvcache_blocks)
 
     shape = (2, len(layers), config.num_kvcache_blocks, *block_shape)
-    if zeros is None:
-        # On a GPU they keep the cache finite for flash-attn-4; a CPU would commit every page.
-        zeros = torch.zeros if device.type == "cuda" else torch.empty
-    kv_cache = zeros(shape, dtype=config.dtype, device=device)
+    # On a GPU zeros keep the cache finite for flash-attn-4; on a CPU they would commit every page.
+    allocate = torch.zeros if device.type == "cuda" else torch.empty
+    kv_cache = allocate(shape, dtype=config.dtype, device=device)
     for index, layer in enumerate(layers):
         layer.k_cache = kv_cache[0, index]
         layer.v_cache = kv_cache[1, index]

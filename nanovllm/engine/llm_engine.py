@@ -34,6 +34,7 @@ from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
+from nanovllm.sampling.masks import StepMasks, launch_sampling, wait_for_masks
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -81,7 +82,8 @@ class LLMEngine:
 
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.config, self._counters)
-        # Steps that were launched and whose tokens have not been read back, oldest first.
+        # Steps that were launched and whose tokens have not been read back, oldest first. The last
+        # one may wait for masks, and has no tokens then.
         self._pending: deque[tuple[Step, PendingTokens]] = deque()
         # Requests that `step` is to report at their end: their ids -> the sequences of each.
         self._requests: dict[int, list[Sequence]] = {}
@@ -313,6 +315,7 @@ class LLMEngine:
             if tokens.readings is not None:  # before a sequence ends, whose result they are part of
                 tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
+            launch_sampling(self._pending, self._launch)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
         except BaseException as error:
@@ -323,18 +326,21 @@ class LLMEngine:
 
     def _launch_ahead(self) -> None:
         """Launch steps until `_max_pending` of them are queued behind the oldest."""
-        model_runner = self._check_alive()
-        while len(self._pending) <= self._max_pending:
+        while len(self._pending) <= self._max_pending and not wait_for_masks(self._pending):
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
             if self._trace is not None:
                 self._trace.scheduled(step, self.scheduler)
-            # Ctrl-C would stop this rank half-way and none of the others, and they would wait for
-            # it in a collective for ever. So it waits until the launch is done.
-            with nullcontext() if self._channel is None else uninterrupted():
-                tokens = model_runner.launch(step)
-            self._pending.append((step, tokens))
+            self._pending.append((step, self._launch(step)))
+            launch_sampling(self._pending, self._launch)
+
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        model_runner = self._check_alive()
+        # Ctrl-C would stop this rank half-way and none of the others, and they would wait for it in
+        # a collective for ever. So it waits until the launch is done.
+        with nullcontext() if self._channel is None else uninterrupted():
+            return model_runner.launch(step)
 
     def _post_results(self, finished: list[Sequence]) -> None:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""

@@ -22,7 +22,7 @@ from nanovllm.engine.graphs import (
 from nanovllm.engine.kv_cache import allocate_kv_cache
 from nanovllm.engine.padded_prefill import PaddedPrefill
 from nanovllm.engine.pending_tokens import PendingTokens
-from nanovllm.engine.prefill_batch import PrefillBatch, dummy_prefill
+from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
@@ -34,10 +34,12 @@ from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
 from nanovllm.readout.step_reader import Readings, StepReader
-from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.extras import Extras, copying_extras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
+from nanovllm.warm_up import dummy_prefill, largest_prefill
 
 
 class ModelRunner:
@@ -64,41 +66,20 @@ class ModelRunner:
             self.stream = torch.cuda.current_stream(self.device)  # of all steps
         self.decode_graphs = StepGraphs()
         self.prefill_graphs = StepGraphs()
-        self.sleep_memory: Any = None  # of training/memory.py, once the engine has slept
         if group is not None:
             group.clear_graphs = partial(clear_all, self.decode_graphs, self.prefill_graphs)
         self._load_model()
         if self.is_cuda:
             self._warm_up()
-        self.allocate_cache()
-        self.prepare_steps()
-
-    def allocate_cache(self, zeros: Callable[..., Tensor] | None = None) -> None:
-        """Allocate the KV cache, by a function such as `torch.zeros`."""
-        layers = self.attention_layers
-        self.kv_cache = allocate_kv_cache(self.config, layers, self.device, zeros)
-
-    def prepare_steps(self) -> None:
-        """Make what steps work with, for the KV cache and the weights where they lie now: tables,
-        buffers, and CUDA graphs.
-        """
-        self._allocate_tables()
+        self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
+        self.allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             tables = np.zeros((1, 2), dtype=np.int32)
             inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
             self._forward(inputs)
-        if self.is_cuda and not self.config.enforce_eager:
-            self._capture_graphs()
-
-    def free_cache(self) -> None:
-        """Free the KV cache, and the CUDA graphs, which read it where it was."""
-        clear_all(self.decode_graphs, self.prefill_graphs)
-        for layer in self.attention_layers:
-            layer.k_cache = torch.empty(0)
-            layer.v_cache = torch.empty(0)
-        self.kv_cache = torch.empty(0)
-        self.sampling.counts = None  # large, where penalties were asked for
+        if self.is_cuda and not config.enforce_eager:
+            self.capture_graphs()
 
     def _load_model(self) -> None:
         config = self.config
@@ -125,7 +106,8 @@ class ModelRunner:
             layer.backend = self.backend
         self.attention_layers[-1].only_last_tokens = True
 
-    def _allocate_tables(self) -> None:
+    def allocate_tables(self) -> None:
+        """Make what belongs to the sequences' rows, and the buffers of steps."""
         max_num_seqs = self.config.max_num_seqs
         blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
         num_rows = max_num_seqs + 1  # the last row is for the padding of steps
@@ -136,9 +118,7 @@ class ModelRunner:
         self.block_tables = np.full((blocks_per_seq, num_rows), -1, dtype=np.int32)
         self.temperatures = np.zeros(num_rows, dtype=np.float32)
         self.seeds = np.zeros(num_rows, dtype=np.int64)
-        vocab_size = self.config.hf_config.vocab_size
-        mode = self.config.logprobs_mode
-        self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device, mode)
+        self.sampling = SamplingTable(num_rows, self.config, self.device, self._to_device)
         self.buffers = make_decode_buffers(max_num_seqs, blocks_per_seq, self.device)
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device
@@ -146,36 +126,25 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be: it shows the peak of what activations take."""
-        config = self.config
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
-        lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = dummy_prefill(self.backend, self._to_device, lengths, lengths)
-        # Options that make float32 copies of all logits.
-        zero = self._to_device([0], np.int64)
-        bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
-        all_seqs = torch.arange(num_seqs, device=self.device)
-        extras = SamplingExtras(bias=bias, logprobs=LogprobRequest(all_seqs, num_top=1))
+        inputs = largest_prefill(self.config, self.backend, self._to_device)
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             logits = self._forward(inputs)
+            extras = copying_extras(len(logits), self.device)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method on every rank; the result is this rank's."""
+    def call(self, method: str | Callable[..., Any], *args: Any) -> Any:
+        """Call a method on every rank, or a module's function of a runner; returns this rank's."""
         if self.channel is not None and self.rank == 0:
             self.channel.send(method, args)
-        return getattr(self, method)(*args)
-
-    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a module's function with this rank's runner: what is rarely done has no method."""
-        return function(self, *args)
+        function = getattr(self, method) if isinstance(method, str) else partial(method, self)
+        return function(*args)
 
     def loop(self) -> None:
         """Workers: execute rank 0's commands until it says exit."""
         assert self.channel is not None
-        method = ""
+        method: str | Callable[..., Any] = ""
         while method != "exit":
             method, args = self.channel.receive(self.rank)
             self.call(method, *args)
@@ -184,8 +153,11 @@ class ModelRunner:
         """Release the memory, for the next engine to use, and leave the process group."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-        self.free_cache()
-        del self.model, self.sampler, self.attention_layers, self.sampling, self.sleep_memory
+        clear_all(self.decode_graphs, self.prefill_graphs)
+        for layer in self.attention_layers:
+            layer.k_cache = torch.empty(0)
+            layer.v_cache = torch.empty(0)
+        del self.kv_cache, self.model, self.sampler, self.attention_layers, self.sampling
         gc.collect()  # parameters and their layers refer to each other, by `weight_loader`
         if self.group is not None:
             self.group.leave()
@@ -193,8 +165,8 @@ class ModelRunner:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def launch(self, step: Step) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence.
+    def launch(self, step: Step | StepMasks) -> PendingTokens:
+        """Rank 0: queue a step on every device; or the sampling of the last one, with its masks.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -209,7 +181,9 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(step)
 
-    def _launch(self, step: Step) -> PendingTokens:
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        if isinstance(step, StepMasks):
+            return PendingTokens(self.call("sample_masked", step))
         if step.copies:
             self.call("copy_blocks", step.copies)
         if step.is_prefill:
@@ -225,7 +199,13 @@ class ModelRunner:
         for source, target, num_tokens in copies:
             self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
-    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled, Readings | None]:
+    def sample_masked(self, masks: StepMasks) -> Sampled | None:
+        """Draw the tokens of the last step, which waits for these masks."""
+        logits, inputs, extras = self._held
+        del self._held  # else the logits would take memory until the next step of this kind
+        return self._sample(logits, inputs, self.sampling.add_masks(extras, masks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled | None, Readings | None]:
         """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
@@ -287,7 +267,7 @@ class ModelRunner:
 
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
-    ) -> Sampled:
+    ) -> Sampled | None:
         """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
         sequences' rows, their lengths, and the blocks of their newest tokens.
         """
@@ -336,10 +316,10 @@ class ModelRunner:
             last_positions=rows["positions"],
         )
 
-    def _capture_graphs(self) -> None:
-        # Compiling runs steps of all sizes on the same buffers. That is safe because they still
-        # hold nothing but padding. What a real step has left there would name rows, in its tiles,
-        # that a smaller step does not have.
+    def capture_graphs(self) -> None:
+        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
+        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
+        """
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
@@ -358,7 +338,9 @@ class ModelRunner:
 
     def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
-        return StepOutput(self._sample(logits, inputs, None).token_ids, logits)
+        sampled = self._sample(logits, inputs, None)
+        assert sampled is not None  # it waits for no masks
+        return StepOutput(sampled.token_ids, logits)
 
     def _graph_samples(
         self,
@@ -366,8 +348,8 @@ class ModelRunner:
         make_inputs: Callable[[int], StepInputs],
         size: int,
         num_seqs: int,
-        extras: SamplingExtras | None,
-    ) -> Sampled:
+        extras: Extras,
+    ) -> Sampled | None:
         """The samples of a step that a graph has run, without padding."""
         if extras is None:
             return Sampled(output.token_ids[:num_seqs], None)
@@ -389,8 +371,11 @@ class ModelRunner:
             return self.model.compute_logits(hidden)
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
-        """Draw the next tokens, and keep them on the device for the next step."""
+    def _sample(self, logits: Tensor, inputs: StepInputs, extras: Extras) -> Sampled | None:
+        """Draw the next tokens, and keep them on the device for the next step. None: they wait."""
+        if extras is not None and extras.waits_for_masks:
+            self._held = (logits, inputs, extras)
+            return None
         assert inputs.table_rows is not None and inputs.temperatures is not None
         assert inputs.seeds is not None and inputs.last_positions is not None
         num_seqs = len(logits)  # a graph's inputs may have padding behind them

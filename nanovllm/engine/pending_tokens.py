@@ -14,13 +14,16 @@ from nanovllm.sampling.extras import Logprobs
 class PendingTokens:
     """What a step sampled: copied to the host behind the step, and read when somebody waits."""
 
-    def __init__(self, sampled: Sampled, readings: Readings | None = None) -> None:
+    def __init__(self, sampled: Sampled | None, readings: Readings | None = None) -> None:
         """Queue the copies. On a CPU the step has run by now, and copying is all there is."""
+        self.readings = None if readings is None else readings.move(to_host)
+        self.waits_for_masks = sampled is None  # if so, there is nothing else to copy yet
+        if sampled is None:
+            return
         self.token_ids = to_host(sampled.token_ids)
         self.logprobs: Logprobs | None = None
         if sampled.logprobs is not None:
             self.logprobs = Logprobs(*map(to_host, sampled.logprobs))
-        self.readings = None if readings is None else readings.move(to_host)
         self.copied: torch.cuda.Event | None = None  # the copies are done; None on a CPU
         self.launched_at = time.perf_counter()  # s
         if sampled.token_ids.is_cuda:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.attention_backend import AttentionBackend
-from nanovllm.utils.context import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +53,3 @@ class PrefillBatch:
             positions=positions,
             slots=blocks.astype(np.int64) * block_size + positions % block_size,
         )
-
-
-def dummy_prefill(
-    backend: AttentionBackend,
-    to_device: Callable[..., Tensor],
-    num_new: list[int],
-    num_total: list[int],
-    block_tables: np.ndarray | None = None,
-) -> StepInputs:
-    """Make inputs that compute so many tokens of each sequence and store nothing."""
-    zeros = to_device([0] * sum(num_new), np.int64)
-    ones = to_device([1] * len(num_new), np.int64)
-    nowhere = to_device([-1] * sum(num_new), np.int32)
-    plan = backend.plan_prefill(num_new, num_total, block_tables, to_device)
-    return StepInputs(
-        is_prefill=True,
-        input_ids=zeros,
-        positions=zeros,
-        slot_mapping=None if block_tables is None else nowhere,
-        attention=plan,
-        last_token_rows=plan.cu_seqlens_q[1:] - 1,
-        temperatures=ones.float(),
-        seeds=ones,
-        last_positions=ones,
-    )

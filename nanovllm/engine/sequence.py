@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nanovllm.readout.reading import Reading
     from nanovllm.readout.readout import Readout
     from nanovllm.results import TokenLogprobs
+    from nanovllm.sampling.token_rules import CompletionRules
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -68,6 +69,7 @@ class Sequence:
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+        self.rules: CompletionRules | None = None  # which tokens may be drawn, if not all
 
         # What it reads of its prompt's last hidden states, besides the next token: see readout/.
         self.readout: Readout | None = None
@@ -178,6 +180,8 @@ class Sequence:
 
     def fail(self, reason: str) -> None:
         """End it with what went wrong; the other sequences go on."""
+        if self.rules is not None and self.rules.problem:
+            reason = self.rules.problem
         self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get

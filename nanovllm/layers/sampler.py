@@ -1,6 +1,6 @@
 """From logits to the next token of each sequence, in named stages.
 
-    logits -> bias -> penalties -> filters -> draw
+    logits -> bias -> penalties -> mask -> filters -> draw
 
 Most requests ask for a temperature only, and most steps consist of the last stage; the others are
 in `sampling/stages.py`. A request's log-probabilities are those of the model: of the logits as they
@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
+from nanovllm.sampling import stages
 from nanovllm.sampling.extras import Logprobs, SamplingExtras
-from nanovllm.sampling.stages import (
-    Draw,
-    bias_and_penalize,
-    count_drawn,
-    find_logprobs,
-    find_thresholds,
-)
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
@@ -65,15 +59,17 @@ class Sampler(nn.Module):
             return Sampled(self._draw(logits, temperatures, seeds, positions), None)
 
         logits = self.gather_vocabulary(logits)
-        changed = bias_and_penalize(logits, extras)
-        thresholds = find_thresholds(changed, temperatures, extras)
+        changed = stages.bias_and_penalize(logits, extras)
+        changed = stages.mask(logits, changed, extras)
+        thresholds = stages.find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
 
         indices = token_ids.clamp(min=0)
-        count_drawn(indices, extras)
-        draw_from = Draw(changed, thresholds, temperatures)
-        return Sampled(token_ids, find_logprobs(extras.logprobs, logits, indices, draw_from))
+        stages.count_drawn(indices, extras)
+        draw_from = stages.Draw(changed, thresholds, temperatures)
+        logprobs = stages.find_logprobs(extras.logprobs, logits, indices, draw_from)
+        return Sampled(token_ids, logprobs)
 
     def _draw(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor

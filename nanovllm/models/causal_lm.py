@@ -68,7 +68,9 @@ class CausalLM(nn.Module):
     # called with the positions and the stream, in which it updates the hidden states.
     layer_class: ClassVar[type[nn.Module]]
     model_class: ClassVar[type[DecoderModel]] = DecoderModel
-    tensor_names: Any = None  # what training/weights.py keeps of it, once it is asked to
+    # What training/ keeps of it, once a trainer uses the engine.
+    tensor_names: Any = None
+    memory: Any = None
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()

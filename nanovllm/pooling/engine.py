@@ -214,6 +214,9 @@ class PoolingEngine(LLMEngine):
 
     def _answer_ids(self) -> tuple[int, ...]:
         """The token ids of the two answers."""
+        named = self._embedding_files.answer_ids
+        if named is not None:
+            return named
         tokenizer = self._inputs.tokenizer
         assert tokenizer is not None  # `_make_questions` has seen to it
         with self._inputs.lock:

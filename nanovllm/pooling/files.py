@@ -1,8 +1,10 @@
-"""How a checkpoint makes embeddings, as its files for the sentence-transformers library say.
+"""How a checkpoint makes embeddings or scores, as its files for the sentence-transformers library
+say.
 
 `modules.json` lists what a text goes through: the model, a pooling of its hidden states with a
-configuration of its own, perhaps a normalisation. `config_sentence_transformers.json` has named
-prompts, texts that are put before what is embedded, such as an instruction before queries.
+configuration of its own, perhaps a normalisation; or, for scores, the logits of two tokens.
+`config_sentence_transformers.json` has named prompts, texts that are put before what is embedded,
+such as an instruction before queries.
 """
 
 import json
@@ -14,6 +16,7 @@ from nanovllm.checkpoint import read_json
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
+KNOWN = ("Transformer", "Pooling", "Normalize", "LogitScore")  # classes of modules
 # What the library calls the ways of pooling: in a file of today, and as a key of older ones.
 POOLINGS = {
     "lasttoken": "last",
@@ -32,21 +35,25 @@ class EmbeddingFiles:
     normalizes: bool = True
     prompts: dict[str, str] = field(default_factory=dict)  # by name, what is put before a text
     default_prompt: str | None = None  # the name of the one that counts if none is asked for
+    # For scores: the tokens that say yes and no. None: those of the words.
+    answer_ids: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, path: Path) -> "EmbeddingFiles":
         """Read them; a ValueError that names what the checkpoint does and this code does not."""
         modules = read_modules(path / MODULES)
         folders = {str(entry["type"]).rpartition(".")[2]: entry.get("path") for entry in modules}
-        unknown = folders.keys() - {"Transformer", "Pooling", "Normalize"}
+        unknown = sorted(folders.keys() - KNOWN)
         if unknown:
             raise ValueError(
-                f"{path / MODULES} names {sorted(unknown)[0]}, which is not supported; supported: "
-                "Transformer, Pooling, Normalize"
+                f"{path / MODULES} names {unknown[0]}, which is not supported; supported: "
+                f"{', '.join(KNOWN)}"
             )
         texts = read_json(path / PROMPTS)
         prompts = texts.get("prompts") or {}
         default_prompt = texts.get("default_prompt_name")
+        if "LogitScore" in folders:
+            return cls(answer_ids=read_answers(path / str(folders["LogitScore"]) / "config.json"))
         if "Pooling" not in folders:
             return cls(prompts=prompts, default_prompt=default_prompt)
         return cls(
@@ -104,3 +111,15 @@ def read_pooling(file: Path) -> str:
             "supported; supported: lasttoken, mean"
         )
     return POOLINGS[named[0]]
+
+
+def read_answers(file: Path) -> tuple[int, int]:
+    """Read the token ids of yes and no; a ValueError if there are not both."""
+    config = read_json(file)
+    yes = config.get("true_token_id")
+    no = config.get("false_token_id")
+    if type(yes) is not int or type(no) is not int:
+        raise ValueError(
+            f"{file} must name a true_token_id and a false_token_id, which are {yes!r} and {no!r}"
+        )
+    return yes, no

@@ -14,12 +14,13 @@ from nanovllm.readout.reading import (
     LogprobReading,
     Reading,
 )
+from nanovllm.results import Logprob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nanovllm.engine.sequence import Sequence
-    from nanovllm.results import TokenLogprobs
+    from nanovllm.sampling.extras import Logprobs
 
 
 class Readout(ABC):
@@ -40,8 +41,8 @@ class Readout(ABC):
 
     @abstractmethod
     def collect(self, values: Any) -> None:
-        """Take what a step has read: of a `LogprobReading` a list with the `TokenLogprobs` of each
-        token, of the other readings a vector, a float32 array.
+        """Take what a step has read: of a `LogprobReading` the `Logprobs` of its tokens, on the
+        host; of the other readings a vector, a float32 array.
         """
 
     def result_items(self, decode: Callable[[int], str] | None) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class PromptLogprobs(Readout):
         self.needs_whole_prompt = True
         self.num_top = num_top
         self.num_planned = 0  # of the tokens that follow another
-        self.entries: list[TokenLogprobs] = []  # of those that are known
+        self.parts: list[Logprobs] = []  # of one chunk each
 
     def plan(self, seq: Sequence) -> LogprobReading | None:
         """Read the log-probabilities of the tokens that follow those which the step computes."""
@@ -75,18 +76,29 @@ class PromptLogprobs(Readout):
         self.num_planned = end
         return LogprobReading(seq.token_ids[start + 1 : end + 1], self.num_top)
 
-    def collect(self, values: list[TokenLogprobs]) -> None:
+    def collect(self, values: Logprobs) -> None:
         """Take those of a chunk."""
-        self.entries += values
+        self.parts.append(values)
 
     def result_items(self, decode: Callable[[int], str] | None) -> dict[str, Any]:
         """For each token of the prompt None or a dict of log-probabilities, its own first.
 
         They are fewer than the prompt's tokens if the request has ended before all were computed.
         """
+        entries: list[dict[int, Logprob] | None] = [None]
         num_kept = 1 + self.num_top  # a neighbour may have asked for more
-        dicts = [entry.first(num_kept).as_dict(decode) for entry in self.entries]
-        return {"prompt_logprobs": [None, *dicts]}
+        for part in self.parts:
+            all_ids = part.token_ids[:, :num_kept].tolist()
+            all_values = part.values[:, :num_kept].tolist()
+            # All in one comprehension: there are as many entries as tokens in all prompts.
+            entries += [
+                {
+                    token_id: Logprob(value, place or rank, token_id, decode)
+                    for place, (token_id, value) in enumerate(zip(ids, values, strict=True))
+                }
+                for ids, values, rank in zip(all_ids, all_values, part.ranks.tolist(), strict=True)
+            ]
+        return {"prompt_logprobs": entries}
 
 
 class LastHidden(Readout):

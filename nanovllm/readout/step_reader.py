@@ -19,7 +19,6 @@ from nanovllm.readout.reading import (
     LogprobReading,
     Reading,
 )
-from nanovllm.results import TokenLogprobs
 from nanovllm.sampling.extras import Logprobs
 from nanovllm.sampling.stages import rank_tokens
 from nanovllm.utils.context import StepInputs, running
@@ -68,10 +67,10 @@ class StepReader:
         model: CausalLM,
         sampler: Sampler,
         *,
-        sample: Callable[[Tensor], Sampled],
+        sample: Callable[[Tensor], Sampled | None],
         to_device: Callable[[np.ndarray], Tensor],
         max_rows: int,
-    ) -> tuple[Sampled, Readings]:
+    ) -> tuple[Sampled | None, Readings]:
         """Run a step, read from its hidden states, and sample if that is wanted.
 
         inputs: of a prefill. sample: draws the next tokens from this rank's logits.
@@ -170,8 +169,7 @@ class Readings:
             if isinstance(reading, LogprobReading):
                 assert self.ranked is not None
                 end = start + len(reading.next_token_ids)
-                columns = [column[start:end].tolist() for column in self.ranked]
-                values = [TokenLogprobs(*row) for row in zip(*columns, strict=True)]
+                values = Logprobs(*(column[start:end] for column in self.ranked))
                 start = end
             else:
                 assert self.vectors is not None

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from nanovllm.kernels.penalties import Penalties, set_counts
 from nanovllm.kernels.threshold import Filters
+from nanovllm.kernels.token_mask import TokenMasks
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.config import Config
     from nanovllm.engine.sequence import Sequence
 
 NEUTRAL = SamplerNumbers()  # numbers that change nothing
@@ -34,15 +37,14 @@ class SamplingTable:
     def __init__(
         self,
         num_rows: int,
-        vocab_size: int,
+        config: Config,
         device: torch.device,
         to_device: Callable[..., Tensor],
-        logprobs_mode: str = "raw_logprobs",
     ) -> None:
-        self.shape = (num_rows, vocab_size)  # of `counts`
+        self.shape = (num_rows, config.hf_config.vocab_size)  # of `counts`
         self.device = device
         self.to_device = to_device  # copies a list or an array, as a tensor of a NumPy type
-        self.is_processed = logprobs_mode == "processed_logprobs"
+        self.is_processed = config.logprobs_mode == "processed_logprobs"
         self.options: list[SamplingOptions] = [PLAIN] * num_rows
         # Two columns of `options` as arrays, for one look at a whole step. A min_length of 0 means
         # that the row is plain: any other is at least the prompt's length.
@@ -54,6 +56,12 @@ class SamplingTable:
         # sequences, in which order; which of them still have to reach their `min_tokens`.
         self._last_extras: SamplingExtras | None = None
         self._last_key: tuple[bytes, bytes] | None = None
+
+    def free_counts(self) -> None:
+        """Free what is large; no sequence may be under way."""
+        self.counts = None
+        self._last_extras = None
+        self._last_key = None
 
     def fill(self, seq: Sequence) -> None:
         """Take in the options of a sequence whose prefill is about to be launched."""
@@ -89,20 +97,33 @@ class SamplingTable:
         numbers = self.numbers[table_rows]
         is_changed = SamplerNumbers(*(numbers != np.array(NEUTRAL)).any(axis=0))
         has_filters = is_changed.top_k or is_changed.top_p or is_changed.min_p
-        has_penalties = any(self.options[row].params.has_penalties for row in table_rows.tolist())
-        if bias is None and logprobs is None and not has_filters and not has_penalties:
+        all_params = [self.options[row].params for row in table_rows.tolist()]
+        has_penalties = any(params.has_penalties for params in all_params)
+        has_rules = any(params.has_token_rules for params in all_params)
+        is_changed_otherwise = has_filters or has_penalties or has_rules
+        if bias is None and logprobs is None and not is_changed_otherwise:
             return None  # `min_tokens` alone, and they are there
 
         top_k, top_p, min_p, repetition, presence, frequency = self.to_device(numbers.T.copy())
         filters = None
         if has_filters:
             filters = Filters(top_k.int(), top_p, min_p)
-        extras = SamplingExtras(filters=filters, bias=bias, logprobs=logprobs)
+        extras = SamplingExtras(
+            filters=filters, bias=bias, logprobs=logprobs, waits_for_masks=has_rules
+        )
         if not has_penalties:
             return extras
         penalties = Penalties(repetition, presence, frequency)
         count_rows = self.to_device(table_rows, np.int64)
         return replace(extras, penalties=penalties, counts=self.counts, count_rows=count_rows)
+
+    def add_masks(self, extras: SamplingExtras, masks: StepMasks) -> SamplingExtras:
+        """The extras of a step with the masks that they wait for."""
+        on_device = None
+        if len(masks.rows) > 0:
+            words = self.to_device(masks.words.view(np.int32))
+            on_device = TokenMasks(self.to_device(masks.rows), words)
+        return replace(extras, masks=on_device, waits_for_masks=False)
 
     def _make_bias(self, table_rows: np.ndarray, too_short: np.ndarray) -> LogitBias | None:
         """The requests' own biases, and minus infinity for ends that would come too early."""

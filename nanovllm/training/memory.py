@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def on_rank(runner: ModelRunner, method: str, *args: Any) -> None:
-    """Call a method of a rank's memory; what `ModelRunner.apply` sends to every rank."""
-    if runner.sleep_memory is None:
-        runner.sleep_memory = CudaMemory() if runner.is_cuda else CpuMemory()
-    getattr(runner.sleep_memory, method)(runner, *args)
+    """Call a method of a rank's memory; it is sent to every rank."""
+    if runner.model.memory is None:
+        runner.model.memory = CudaMemory(runner) if runner.is_cuda else CpuMemory(runner)
+    getattr(runner.model.memory, method)(runner, *args)
 
 
 def meet(runner: ModelRunner) -> None:
@@ -48,13 +48,32 @@ def drop_values(runner: ModelRunner) -> None:
         param.data = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
 
 
+def attach(runner: ModelRunner, kv_cache: Tensor) -> None:
+    """Give a runner, and each of its layers, a KV cache."""
+    runner.kv_cache = kv_cache
+    for index, layer in enumerate(runner.attention_layers):
+        layer.k_cache = kv_cache[0, index]
+        layer.v_cache = kv_cache[1, index]
+
+
+def detach(runner: ModelRunner) -> None:
+    """Let a runner know nothing of its KV cache any more."""
+    runner.kv_cache = torch.empty(0)
+    for layer in runner.attention_layers:
+        layer.k_cache = torch.empty(0)
+        layer.v_cache = torch.empty(0)
+
+
 class CpuMemory:
     """On a CPU: the system takes what is freed, and nothing holds addresses."""
 
+    def __init__(self, runner: ModelRunner) -> None:
+        self.cache_shape = runner.kv_cache.shape
+
     def free_cache(self, runner: ModelRunner) -> None:
         """Free the KV cache."""
-        runner.free_cache()
-        gc.collect()
+        detach(runner)
+        runner.sampling.free_counts()
 
     def weights_to_host(self, runner: ModelRunner) -> None:
         """They are there."""
@@ -73,21 +92,17 @@ class CpuMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again."""
-        runner.allocate_cache()
+        attach(runner, torch.empty(self.cache_shape, dtype=runner.config.dtype))
 
     def prepare_steps(self, runner: ModelRunner) -> None:
-        """Make the tables of steps again. If that fails, the cache is free again."""
-        try:
-            runner.prepare_steps()
-        except BaseException:
-            self.free_cache(runner)
-            raise
+        """All that steps work with is there."""
 
 
 class CudaMemory:
     """On a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
+        self.cache_shape = runner.kv_cache.shape
         # None until the first time that they wake up.
         self.cache: VirtualMemory | None = None
         self.weights: VirtualMemory | None = None
@@ -97,8 +112,10 @@ class CudaMemory:
 
     def free_cache(self, runner: ModelRunner) -> None:
         """Free the KV cache, and the graphs if it will move."""
+        runner.sampling.free_counts()
         if self.cache is None:
-            runner.free_cache()
+            clear_all(runner.decode_graphs, runner.prefill_graphs)
+            detach(runner)
             give_back(runner)
         else:
             self.cache.unmap()
@@ -142,22 +159,24 @@ class CudaMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again, of zeros, as at start-up."""
-        if self.cache is not None:
-            self.cache.map()
-            runner.kv_cache.zero_()
+        dtype = runner.config.dtype
+        if self.cache is None:
+            cache = VirtualMemory(math.prod(self.cache_shape) * dtype.itemsize, runner.device)
+            cache.map()
+            attach(runner, cache.tensor(self.cache_shape, dtype))
+            self.cache = cache
         else:
-            runner.allocate_cache(self._zeros)
-
-    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        cache = VirtualMemory(math.prod(shape) * dtype.itemsize, device)
-        cache.map()
-        self.cache = cache
-        return cache.tensor(shape, dtype).zero_()
+            self.cache.map()
+        runner.kv_cache.zero_()
 
     def prepare_steps(self, runner: ModelRunner) -> None:
         """Capture the graphs again. If that fails, the cache is free again."""
+        if runner.config.enforce_eager:
+            return
         try:
-            runner.prepare_steps()
+            # A graph is captured on buffers that hold nothing but padding: see `capture_graphs`.
+            runner.allocate_tables()
+            runner.capture_graphs()
         except BaseException:
             clear_all(runner.decode_graphs, runner.prefill_graphs)
             gc.collect()

@@ -114,17 +114,17 @@ class Trainable(LLMEngine):
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):
             if state.has_cache:
                 state.has_cache = False
-                runner.call("apply", on_rank, "free_cache")
+                runner.call(on_rank, "free_cache")
             is_on_device = state.weights is Place.DEVICE
             if level == 1 and is_on_device:
-                runner.call("apply", on_rank, "weights_to_host")
+                runner.call(on_rank, "weights_to_host")
                 state.weights = Place.HOST
             elif level == 2 and state.weights is not Place.NOWHERE:
-                runner.call("apply", on_rank, "drop_weights", is_on_device)
+                runner.call(on_rank, "drop_weights", is_on_device)
                 state.weights = Place.NOWHERE
                 state.loaded = set()
                 state.missing = names_of(runner).missing(state.loaded)
-            runner.call("apply", meet)
+            runner.call(meet)
 
     @exclusive
     def wake_up(self, tags: str | list[str] | None = None) -> None:
@@ -150,17 +150,17 @@ class Trainable(LLMEngine):
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):
             if "weights" in parts and state.weights is not Place.DEVICE:
                 from_host = state.weights is Place.HOST
-                runner.call("apply", on_rank, "restore_weights", from_host)
+                runner.call(on_rank, "restore_weights", from_host)
                 state.weights = Place.DEVICE
             if "kv_cache" in parts and not state.has_cache:
-                runner.call("apply", on_rank, "restore_cache")
+                runner.call(on_rank, "restore_cache")
                 state.has_cache = True
             if state.is_awake and not state.is_prepared:
                 state.has_cache = False  # if this fails
-                runner.call("apply", on_rank, "prepare_steps")
+                runner.call(on_rank, "prepare_steps")
                 state.has_cache = True
                 state.is_prepared = True
-            runner.call("apply", meet)
+            runner.call(meet)
 
     def is_sleeping(self) -> bool:
         """Whether some part of the engine sleeps, so that it takes no requests."""

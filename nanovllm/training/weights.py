@@ -174,7 +174,7 @@ def load_on_all_ranks(runner: ModelRunner, name: str, tensor: Tensor) -> None:
     """Rank 0: copy a tensor into the parameters of every rank, of which each takes its part."""
     tensor = tensor.detach()
     if runner.channel is not None:
-        runner.channel.send("apply", (receive, name, tensor.shape, tensor.dtype))
+        runner.channel.send(receive, (name, tensor.shape, tensor.dtype))
         tensor = tensor.to(runner.device)
         broadcast(tensor.contiguous())
     load(runner, name, tensor)

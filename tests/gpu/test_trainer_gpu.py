@@ -113,8 +113,12 @@ def test_sleep_frees_memory(tmp_path: Path, level: int) -> None:
     assert torch.cuda.mem_get_info()[0] > asleep
 
 
-def test_it_sleeps_on_where_the_memory_is_taken(old: Checkpoint) -> None:
+def test_it_sleeps_on_where_the_memory_is_taken(
+    old: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = make_llm(old.path, **OPTIONS, num_kvcache_blocks=32_000)
+    assert llm.model_runner is not None
+    num_bytes = llm.model_runner.kv_cache.nbytes
     expected = generate_ids(llm, PROMPTS, greedy(24))
     llm.sleep()
     free, _ = torch.cuda.mem_get_info()
@@ -124,6 +128,12 @@ def test_it_sleeps_on_where_the_memory_is_taken(old: Checkpoint) -> None:
     assert llm.is_sleeping()
     del taken
     torch.cuda.empty_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model_runner, "capture_graphs", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.wake_up()
+    assert llm.is_sleeping()
+    assert abs(torch.cuda.mem_get_info()[0] - free) < 0.1 * num_bytes  # the weights are awake
     for _ in range(2):
         llm.wake_up()
         assert generate_ids(llm, PROMPTS, greedy(24)) == expected
