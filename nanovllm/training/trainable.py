@@ -75,6 +75,8 @@ class Trainable(LLMEngine):
                     with self._on_all_ranks():
                         load_on_all_ranks(runner, ours, tensor)
                     loaded.add(ours)
+            with self._on_all_ranks():
+                runner.call(meet)
         finally:
             self.scheduler.block_manager.forget_prefixes()
             self._note_loaded(names, loaded)
@@ -182,14 +184,15 @@ class Trainable(LLMEngine):
 
     @contextmanager
     def _on_all_ranks(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
-        """Around what all ranks do alike. As in a step, Ctrl-C must not stop one of them half-way,
-        a rank that fails ends the engine, and the modes of the user's thread are not ours.
+        """Around what all ranks do alike. Ctrl-C must not stop one of them half-way, nor come between
+        what is done and what is remembered of it; as in a step, a rank that fails ends the engine,
+        and the modes of the user's thread are not ours.
 
         stream: of CUDA, on which it is done; None: the current one.
         """
         try:
             with (
-                nullcontext() if self._channel is None else uninterrupted(),
+                uninterrupted(),
                 torch.inference_mode(False),
                 torch.no_grad(),
                 torch.autocast(self.config.device, enabled=False),
@@ -197,6 +200,8 @@ class Trainable(LLMEngine):
                 nullcontext() if stream is None else torch.cuda.stream(stream),
             ):
                 yield
+            if self._channel is not None:
+                self._channel.check_workers()
         except BaseException as error:
             if self._channel is not None:
                 self._fail(error)
