@@ -184,9 +184,9 @@ class Trainable(LLMEngine):
 
     @contextmanager
     def _on_all_ranks(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
-        """Around what all ranks do alike. Ctrl-C must not stop one of them half-way, nor come between
-        what is done and what is remembered of it; as in a step, a rank that fails ends the engine,
-        and the modes of the user's thread are not ours.
+        """Around what all ranks do alike. Ctrl-C must not stop one of them half-way, nor come
+        between what is done and what is remembered of it. As in a step, a rank that fails ends the
+        engine, and the modes of the user's thread are not ours.
 
         stream: of CUDA, on which it is done; None: the current one.
         """
