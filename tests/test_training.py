@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_families import FAMILIES, QWEN3_MOE
 from torch import Tensor
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 
 Fresh = tuple[dict[str, Tensor], list[list[int]]]
 PROMPTS = random_prompts(7, [40, 3, 33])
@@ -350,6 +350,7 @@ def test_level_2_wants_all_weights_back(llm: LLM, other: Checkpoint, fresh: Fres
         lambda: llm.add_request(PROMPTS[0]),
         lambda: next(llm.stream(PROMPTS)),
         lambda: llm.embed(PROMPTS),
+        lambda: llm.beam_search(PROMPTS, BeamSearchParams(beam_width=2, max_tokens=2)),
     ):
         with pytest.raises(RuntimeError, match=r"sleeps \(weights, kv_cache\); call wake_up"):
             ask()
