@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "jobs",
     "llm",
+    "training",
     "beam_search",
     "pooling",
     "engine",

@@ -88,11 +88,7 @@ class BeamSearchEngine(LLMEngine):
     def _beam_search(
         self, searches: list[PromptSearch], params: BeamSearchParams, use_tqdm: bool
     ) -> list[BeamSearchOutput]:
-        self._settle()
-        if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or stream are unfinished; step() to their end, or reset()"
-            )
+        self._check_idle()
         try:
             with progress_bar(
                 total=len(searches), desc="Searching", disable=not use_tqdm
