@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanovllm.beam_params import BeamSearchParams
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.pooling.params import PoolingParams
@@ -16,6 +17,7 @@ DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 __all__ = [
     "DEMO_MODEL",
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "PoolingParams",

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.absent import ABSENT_IN_CHAT, without_absent
+from nanovllm.beam_search.engine import BeamSearchEngine
 from nanovllm.engine.requests import Params, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
@@ -18,7 +19,7 @@ from nanovllm.utils.interrupts import uninterrupted
 from nanovllm.vllm_names import VllmNames
 
 
-class LLM(PoolingEngine, VllmNames):
+class LLM(BeamSearchEngine, PoolingEngine, VllmNames):
     """An offline inference engine for one model.
 
     >>> llm = LLM("/path/to/Qwen3-0.6B")

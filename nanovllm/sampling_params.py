@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 
 from nanovllm.absent import ABSENT_PARAMS
 from nanovllm.assignable import Assignable, checked_assignment
+from nanovllm.beam_params import BeamSearchParams as BeamSearchParams  # as in vLLM
 from nanovllm.param_checks import (
     TOKEN_RULES,
     check_token_rules,

@@ -85,12 +85,18 @@ def check_embed(text: str) -> None:
     assert "Cut to 32, length 1.000" in text
 
 
+def check_beam_search(text: str) -> None:
+    assert text.count("Prompt: '") == 2 and text.count(" tokens: '") == 6
+    assert text.count(" tokens: 'introduce yourself") == 3
+
+
 # What each of them must print. A new script takes a new function here.
 CHECKS: dict[str, Callable[[str], None]] = {
     "basic": check_basic,
     "generate": check_generate,
     "chat": check_chat,
     "prefix_caching": check_prefix_caching,
+    "beam_search": check_beam_search,
     "reproducibility": check_reproducibility,
     "structured_outputs": check_structured_outputs,
     "embed": check_embed,

@@ -30,6 +30,7 @@ from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
 from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
+from nanovllm.job_order import job_order
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
@@ -167,7 +168,11 @@ class LLMEngine:
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         self._check_idle()
         try:
-            request_ids = [self._queue(request)[0].request_id for request in requests]
+            # They are made, and seeds drawn for them, in the order in which the user has put them.
+            made = [self._inputs.make_sequences(request, is_streamed=False) for request in requests]
+            for seqs in job_order(made, self.config):
+                self._queue_sequences(seqs)
+            request_ids = [seqs[0].request_id for seqs in made]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
@@ -269,11 +274,14 @@ class LLMEngine:
     def _queue(self, request: Request, is_streamed: bool = False) -> list[Sequence]:
         """Queue a request. `step` reports it at its end, unless a stream reads the sequences."""
         seqs = self._inputs.make_sequences(request, is_streamed)
+        self._queue_sequences(seqs, is_streamed)
+        return seqs
+
+    def _queue_sequences(self, seqs: list[Sequence], is_streamed: bool = False) -> None:
         for seq in seqs:
             self.scheduler.add(seq)
         if not is_streamed:
             self._requests[seqs[0].request_id] = seqs
-        return seqs
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running, and no result waits for `step` to report it."""

@@ -224,7 +224,8 @@ class Scheduler:
         return True
 
     def _release(self, seq: Sequence) -> None:
-        self.block_manager.deallocate(seq)
+        if not seq.keeps_blocks:
+            self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 
     def postprocess(

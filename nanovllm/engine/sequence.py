@@ -56,6 +56,7 @@ class Sequence:
         self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
         self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
+        self.keeps_blocks = False  # whether it has them after its end, for who continues it
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
