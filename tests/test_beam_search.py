@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,18 +234,3 @@ def test_logits_that_are_no_numbers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"no search could be completed: .*NaN"):
         llm.beam_search(PROMPTS[:1], BeamSearchParams(2, 3, ignore_eos=True))
     assert_idle(llm)
-
-
-def test_two_ranks(tmp_path: Path) -> None:
-    saved = make_checkpoint(tmp_path, num_key_value_heads=1, std=0.12, seed=1)
-    params = BeamSearchParams(3, 6, ignore_eos=True)
-    single = make_llm(saved.path)
-    expected = [
-        [(beam.token_ids, beam.score) for beam in output.sequences]
-        for output in single.beam_search(PROMPTS, params)
-    ]
-    single.exit()
-    llm = make_llm(saved.path, 1, tensor_parallel_size=2, kvcache_block_size=4, max_model_len=64)
-    check(llm.beam_search(PROMPTS, params), expected, 1.0)
-    assert_idle(llm)
-    llm.exit()
