@@ -2,7 +2,8 @@
 
 In each step a beam is a sequence of its own, with all tokens so far. It computes one of them, and
 ends with the next one's log-probabilities. Its blocks outlive it: the beams that continue it are
-forked from it (see copy_on_write.py), so that beams share all blocks up to where they part.
+forked from it (see copy_on_write.py), so that beams share all blocks up to where they part. In a
+trace each of these sequences is a request.
 """
 
 from collections import deque
