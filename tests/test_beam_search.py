@@ -189,6 +189,11 @@ def test_wrong_calls(llm: LLM) -> None:
         llm.beam_search(PROMPTS, SamplingParams())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         llm.beam_search([[1], []], BeamSearchParams(2, 5))
+    with pytest.raises(TypeError, match="no option lora_request='x'; merge"):
+        llm.beam_search(PROMPTS, BeamSearchParams(2, 5), lora_request="x")
+    with pytest.raises(TypeError, match="LLM.beam_search has no option 'beams'"):
+        llm.beam_search(PROMPTS, BeamSearchParams(2, 5), beams=3)
+    assert llm.beam_search([], BeamSearchParams(2, 5), lora_request=None, concurrency_limit=4) == []
     request_id = llm.add_request([1, 2], greedy(2))
     with pytest.raises(RuntimeError, match="requests of add_request or stream are unfinished"):
         llm.beam_search(PROMPTS, BeamSearchParams(2, 5))
