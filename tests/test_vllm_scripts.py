@@ -60,6 +60,7 @@ def check_chat(text: str) -> None:
 def check_prefix_caching(text: str) -> None:
     assert "All hit: True" in text and "Generated answers are the same: True" in text
     assert text.count("Cached: 0 of") == 3
+    assert "Cached after a reset: 0" in text
 
 
 def check_reproducibility(text: str) -> None:

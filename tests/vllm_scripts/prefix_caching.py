@@ -33,6 +33,9 @@ def main() -> None:
     outputs = prefix_cached_llm.generate(prompts, sampling_params)
     print(f"All hit: {all(output.num_cached_tokens > 0 for output in outputs)}")
     print(f"Generated answers are the same: {regular == texts(outputs)}")
+    prefix_cached_llm.reset_prefix_cache()
+    again = prefix_cached_llm.generate(prompts[0], sampling_params)[0]
+    print(f"Cached after a reset: {again.num_cached_tokens}")
 
 
 if __name__ == "__main__":
