@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "jobs",
     "llm",
+    "training",
     "beam_search",
     "pooling",
     "engine",
@@ -48,6 +49,7 @@ LEAVES = (
     "absent",
     "assignable",
     "inputs",
+    "snapshots",
     "hub",
     "vllm_options",
     "vllm_names",

@@ -169,6 +169,10 @@ class BlockManager:
         seq.num_computed_tokens = 0
         seq.num_registered_blocks = 0
 
+    def forget_prefixes(self) -> None:
+        """Let no sequence find what is cached. Those that hold blocks keep them."""
+        self.cached_blocks.clear()
+
     def take_free_block(self) -> int:
         """The first free block, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
