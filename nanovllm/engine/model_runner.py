@@ -27,7 +27,7 @@ from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
-from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch
+from nanovllm.kernels.copy_blocks import copy_blocks
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
@@ -198,8 +198,7 @@ class ModelRunner:
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
-        copy = copy_blocks if self.is_cuda else copy_blocks_torch
-        copy(self.kv_cache, copies, self._to_device)
+        copy_blocks(self.kv_cache, copies, self._to_device)
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
