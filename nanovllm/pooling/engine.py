@@ -1,7 +1,8 @@
 """`embed` and `score`: prompts of which no completion is wanted, but a vector or a number.
 
-Each prompt is a sequence that ends with its prefill. That step runs no LM head and samples nothing;
-what it reads instead is a `Readout`, see readout/. Its blocks are free when it ends.
+Each prompt is a sequence that ends with its prefill. What that step reads is a `Readout`, see
+readout/. It samples nothing, and for embeddings it runs no LM head either, unless it is so small
+that a CUDA graph runs it, which does both in any case. The blocks are free when it has ended.
 """
 
 from collections.abc import Callable
