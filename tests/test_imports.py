@@ -34,6 +34,7 @@ LEAVES = (
     "outputs",
     "beam_params",
     "checkpoint",
+    "collector",
     "copy_on_write",
     "exclusive",
     "frozen",

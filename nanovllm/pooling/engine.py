@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.collector import collector_slowed
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
@@ -246,9 +247,8 @@ class PoolingEngine(LLMEngine):
         try:
             for seq in seqs:
                 self.scheduler.add(seq)
-            with progress_bar(
-                total=len(seqs), desc=what, disable=not use_tqdm, dynamic_ncols=True
-            ) as update:
+            options = dict(total=len(seqs), desc=what, disable=not use_tqdm, dynamic_ncols=True)
+            with collector_slowed(), progress_bar(**options) as update:
                 while not self.is_finished():
                     step = self._advance()
                     self._launch_behind()  # for the device to run while results are made
