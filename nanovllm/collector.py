@@ -13,7 +13,7 @@ def collector_slowed() -> Iterator[None]:
 
     The results of a job are many small objects that all stay, such as a dict for each token whose
     log-probabilities are asked for. The collector goes through all of them again each time their
-    number has grown by a quarter, and through the new ones several times more: that took more than
+    number has grown by a quarter, and through the new ones several times more: that took about
     half of the time in which a million entries were made.
     """
     thresholds = gc.get_threshold()

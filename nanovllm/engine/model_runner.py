@@ -27,6 +27,7 @@ from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
+from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
@@ -73,14 +74,14 @@ class ModelRunner:
         if self.is_cuda:
             self._warm_up()
         self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
-        self._allocate_tables()
+        self.allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             tables = np.zeros((1, 2), dtype=np.int32)
             inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
             self._forward(inputs)
         if self.is_cuda and not config.enforce_eager:
-            self._capture_graphs()
+            self.capture_graphs()
 
     def _load_model(self) -> None:
         config = self.config
@@ -107,7 +108,8 @@ class ModelRunner:
             layer.backend = self.backend
         self.attention_layers[-1].only_last_tokens = True
 
-    def _allocate_tables(self) -> None:
+    def allocate_tables(self) -> None:
+        """Make what belongs to the sequences' rows, and the buffers of steps."""
         max_num_seqs = self.config.max_num_seqs
         blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
         num_rows = max_num_seqs + 1  # the last row is for the padding of steps
@@ -118,8 +120,7 @@ class ModelRunner:
         self.block_tables = np.full((blocks_per_seq, num_rows), -1, dtype=np.int32)
         self.temperatures = np.zeros(num_rows, dtype=np.float32)
         self.seeds = np.zeros(num_rows, dtype=np.int64)
-        vocab_size = self.config.hf_config.vocab_size
-        self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device)
+        self.sampling = SamplingTable(num_rows, self.config, self.device, self._to_device)
         self.buffers = make_decode_buffers(max_num_seqs, blocks_per_seq, self.device)
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device
@@ -135,16 +136,17 @@ class ModelRunner:
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method on every rank; the result is this rank's."""
+    def call(self, method: str | Callable[..., Any], *args: Any) -> Any:
+        """Call a method on every rank, or a module's function of a runner; returns this rank's."""
         if self.channel is not None and self.rank == 0:
             self.channel.send(method, args)
-        return getattr(self, method)(*args)
+        function = getattr(self, method) if isinstance(method, str) else partial(method, self)
+        return function(*args)
 
     def loop(self) -> None:
         """Workers: execute rank 0's commands until it says exit."""
         assert self.channel is not None
-        method = ""
+        method: str | Callable[..., Any] = ""
         while method != "exit":
             method, args = self.channel.receive(self.rank)
             self.call(method, *args)
@@ -196,8 +198,8 @@ class ModelRunner:
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
-        for source, target, num_tokens in copies:
-            self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
+        copy = copy_blocks if self.is_cuda else copy_blocks_torch
+        copy(self.kv_cache, copies, self._to_device)
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
@@ -315,10 +317,10 @@ class ModelRunner:
             last_positions=rows["positions"],
         )
 
-    def _capture_graphs(self) -> None:
-        # Compiling runs steps of all sizes on the same buffers. That is safe because they still
-        # hold nothing but padding. What a real step has left there would name rows, in its tiles,
-        # that a smaller step does not have.
+    def capture_graphs(self) -> None:
+        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
+        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
+        """
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes

@@ -14,7 +14,7 @@ from nanovllm.readout.reading import (
     LogprobReading,
     Reading,
 )
-from nanovllm.results import Logprob
+from nanovllm.results import LogprobDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ class PromptLogprobs(Readout):
 
         They are fewer than the prompt's tokens if the request has ended before all were computed.
         """
-        entries: list[dict[int, Logprob] | None] = [None]
+        entries: list[LogprobDict | None] = [None]
         num_kept = 1 + self.num_top  # a neighbour may have asked for more
         for part in self.parts:
             # Column by column: of a matrix there would be a list for each row.
@@ -97,13 +97,7 @@ class PromptLogprobs(Readout):
                 part.ranks.tolist(),
                 strict=True,
             )
-            entries += [
-                {
-                    token_id: Logprob(value, place or rank, token_id, decode)
-                    for place, (token_id, value) in enumerate(zip(ids, values, strict=True))
-                }
-                for ids, values, rank in rows
-            ]
+            entries += [LogprobDict(ids, values, rank, decode) for ids, values, rank in rows]
         return {"prompt_logprobs": entries}
 
 
