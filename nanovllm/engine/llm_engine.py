@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.absent import ABSENT_IN_GENERATE, refuse_others
+from nanovllm.collector import collector_slowed
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
@@ -198,7 +199,7 @@ class LLMEngine:
         results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with progress_bar(total=num_requests, **options) as update:
+        with collector_slowed(), progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
