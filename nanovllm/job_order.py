@@ -55,7 +55,7 @@ def prefix_order(prompts: list[list[int]], block_size: int) -> list[int]:
     """
     order: list[int] = []
     # Groups of prompts that agree in all tokens before `start`; the one to go on with comes last.
-    groups = [Group(list(range(len(prompts))), start=0)]
+    groups = [_Group(list(range(len(prompts))), start=0)]
     while groups:
         group = groups.pop()
         # Where no member is longer, they are equal.
@@ -67,7 +67,7 @@ def prefix_order(prompts: list[list[int]], block_size: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class Group:
+class _Group:
     """Some of a job's prompts, by their indices."""
 
     members: list[int]
@@ -75,7 +75,7 @@ class Group:
     is_done: bool = False  # the members have no more in common, and are in order
 
 
-def split(prompts: list[list[int]], group: Group, end: int) -> list[Group]:
+def split(prompts: list[list[int]], group: _Group, end: int) -> list[_Group]:
     """Part the members by their tokens from `start` to `end`; all stay in order."""
     start = group.start
     # A look at some tokens tells most of those that agree with nobody. They get no lists of their
@@ -83,17 +83,17 @@ def split(prompts: list[list[int]], group: Group, end: int) -> list[Group]:
     some_tokens = slice(start, end, max((end - start) // 8, 1))
     probes = [hash(tuple(prompts[index][some_tokens])) for index in group.members]
     counts = Counter(probes)
-    groups: list[Group] = []
-    group_of: dict[tuple[int, ...], Group] = {}
+    groups: list[_Group] = []
+    group_of: dict[tuple[int, ...], _Group] = {}
     for index, probe in zip(group.members, probes, strict=True):
         if counts[probe] == 1:
             if not groups or not groups[-1].is_done:
-                groups.append(Group([], end, is_done=True))
+                groups.append(_Group([], end, is_done=True))
             groups[-1].members.append(index)
             continue
         tokens = tuple(prompts[index][start:end])
         if tokens not in group_of:
-            group_of[tokens] = Group([], end)
+            group_of[tokens] = _Group([], end)
             groups.append(group_of[tokens])
         group_of[tokens].members.append(index)
     return groups
