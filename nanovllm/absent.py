@@ -83,6 +83,11 @@ ABSENT_IN_GENERATE = {
     "priority": Absent("requests run in the order of arrival"),
     "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
 }
+# Of LLM.beam_search.
+ABSENT_IN_BEAM_SEARCH = {
+    "lora_request": ABSENT_IN_GENERATE["lora_request"],
+    "concurrency_limit": Absent("as many searches run together as the cache can hold", None),
+}
 # Of LLM.chat.
 ABSENT_IN_CHAT = {
     **ABSENT_IN_GENERATE,
