@@ -317,9 +317,8 @@ class ModelRunner:
         )
 
     def capture_graphs(self) -> None:
-        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
-        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
-        """
+        """Capture all graphs, on buffers that hold nothing but padding."""
+        # Compiling runs all sizes on them; the tiles of a real step name rows that others lack.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
