@@ -29,6 +29,7 @@ from nanovllm.kernels import (
     paged_decode,
     penalties,
     prefill_all_reduce,
+    prefill_parts,
     prefill_tiles,
     projection_norm,
     rms_norm,
@@ -85,6 +86,8 @@ def compile_attention_options() -> None:
             inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
             varlen_prefill.varlen_prefill(*inputs, **options)
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
+        options["arrivals"] = prefill_parts.make_arrivals(HEADS, q.device)
+        prefill_tiles.tiled_prefill(q, *caches, ints(9, 8), ints(16, 2).t(), 1.0, **options)
 
 
 def main() -> None:

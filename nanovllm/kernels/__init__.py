@@ -8,10 +8,11 @@
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `prefill_tiles`: the latter from a list of tiles, so that a CUDA graph can record it;
-  `decode_config`, `prefill_config`: how large their tiles are
+  `prefill_parts`: tiles whose keys several programs share
+- `decode_config`, `prefill_config`: how large the tiles of attention are
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
-- `torch_attention`: what the references of both share, and a CPU's step
+- `torch_attention`: the reference of `varlen_prefill`, and what it shares with the others
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`, `token_mask`: sampling

@@ -27,7 +27,8 @@ from nanovllm.kernels.flash_attention import (
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
 from nanovllm.kernels.prefill_tiles import tiled_prefill
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class PrefillPlan:
 class TiledPlan:
     """A prefill whose launches do not depend on the batch, for a CUDA graph. Tensors are int32."""
 
-    tiles: Tensor  # [max_tiles, 4]: the work list, see prefill_tiles.py
+    tiles: Tensor  # [max_tiles, 8]: the work list, see prefill_tiles.py and prefill_parts.py
+    arrivals: Tensor  # of tiles in parts, see prefill_parts.py
     context_lens: Tensor  # [max_seqs]: keys of each sequence, the new ones included; 0: padding
     block_tables: Tensor  # [max_seqs, max_blocks]
 
@@ -178,6 +180,7 @@ class AttentionBackend:
                 options.scale,
                 window=options.window,
                 softcap=options.softcap,
+                arrivals=plan.arrivals,
             )
         assert plan is not None
         return self.prefill(
