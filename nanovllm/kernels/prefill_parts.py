@@ -76,32 +76,38 @@ def cut_keys(tiles: np.ndarray, wanted: int) -> np.ndarray:
     num_keys = num_queries + tiles[:, 2]
     # No more than give the GPU work, and than there is memory for.
     most = min(MAX_PARTS, wanted // len(tiles), MAX_ROWS // int(num_queries.sum()))
-    num_parts = np.ones_like(num_keys)
-    keys_per_part = num_keys
     if most > 1:
         # With p parts, going through the keys takes 1/p of the time, and combining them p times as
         # long as one. So the best p is the root of the ratio. It is worth it if it saves a fifth.
         ratio = num_keys * KEY_US / (PART_US + num_queries * PART_QUERY_US)
-        parts = np.clip(np.sqrt(ratio), 1, most).astype(np.int64)
-        is_worth_it = ratio / parts + parts < 0.8 * ratio
-        best_keys = np.maximum(-(-num_keys // (parts * KEY_STEP)), 1) * KEY_STEP
-        keys_per_part = np.where(is_worth_it, best_keys, num_keys)
-        num_parts = np.where(is_worth_it, -(-num_keys // best_keys), 1)
-    is_cut = num_parts > 1
-    num_rows = np.where(is_cut, num_parts * num_queries, 0)
+        best = np.clip(np.sqrt(ratio), 1, most).astype(np.int64)
+        is_worth_it = ratio / best + best < 0.8 * ratio
+        if is_worth_it.any():
+            return _cut(tiles, num_keys, np.where(is_worth_it, best, 1))
+    whole = np.zeros((len(tiles), PART_FIELDS), np.int32)
+    whole[:, :4] = tiles
+    whole[:, 5] = 1
+    whole[:, 6] = num_keys
+    return whole
+
+
+def _cut(tiles: np.ndarray, num_keys: np.ndarray, wanted_parts: np.ndarray) -> np.ndarray:
+    """Cut each tile into so many parts, or fewer, as parts begin at multiples of KEY_STEP."""
+    steps_per_part = np.maximum(-(-num_keys // (wanted_parts * KEY_STEP)), 1)
+    keys_per_part = np.where(wanted_parts > 1, steps_per_part * KEY_STEP, num_keys)
+    num_parts = np.where(wanted_parts > 1, -(-num_keys // (steps_per_part * KEY_STEP)), 1)
+    num_rows = np.where(num_parts > 1, num_parts * tiles[:, 1], 0)
     tile = np.repeat(np.arange(len(tiles)), num_parts)
     parts_before = np.cumsum(num_parts) - num_parts
-    rows = np.empty((len(tile), PART_FIELDS), np.int32)
-    rows[:, :4] = tiles[tile]
-    rows[:, 4] = np.arange(len(tile)) - parts_before[tile]
-    rows[:, 5] = num_parts[tile]
-    rows[:, 6] = keys_per_part[tile]
-    rows[:, 7] = (np.cumsum(num_rows) - num_rows)[tile]
-    if not is_cut.any():
-        return rows
-    keys_left = num_keys[tile] - rows[:, 4] * rows[:, 6]
+    parts = np.empty((len(tile), PART_FIELDS), np.int32)
+    parts[:, :4] = tiles[tile]
+    parts[:, 4] = np.arange(len(tile)) - parts_before[tile]
+    parts[:, 5] = num_parts[tile]
+    parts[:, 6] = keys_per_part[tile]
+    parts[:, 7] = (np.cumsum(num_rows) - num_rows)[tile]
     # Programs that run longest should begin first.
-    return rows[np.argsort(-np.minimum(keys_left, rows[:, 6]), kind="stable")]
+    keys_left = num_keys[tile] - parts[:, 4] * parts[:, 6]
+    return parts[np.argsort(-np.minimum(keys_left, parts[:, 6]), kind="stable")]
 
 
 @triton.jit
