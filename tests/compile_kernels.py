@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.kernels import (
+    _gluon,
     all_reduce,
     copy_blocks,
     expert_gemv,
@@ -23,6 +24,7 @@ from nanovllm.kernels import (
     gemv,
     grouped_gemm,
     gumbel,
+    hopper_prefill,
     moe,
     moe_routing,
     norm_rope_store,
@@ -88,6 +90,16 @@ def compile_attention_options() -> None:
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
         options["arrivals"] = prefill_parts.make_arrivals(HEADS, q.device)
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 8), ints(16, 2).t(), 1.0, **options)
+
+
+def compile_gluon() -> None:
+    """The kernels for Hopper, where the installed Triton has Gluon."""
+    if not _gluon.HAS_GLUON:
+        print("no Gluon")
+        return
+    q, _, _ = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    slots = numbers(1024, KV_HEADS, DIM)
+    hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
 
 
 def main() -> None:
@@ -170,6 +182,7 @@ def main() -> None:
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
     prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
+    compile_gluon()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):
