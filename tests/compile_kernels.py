@@ -21,6 +21,7 @@ from nanovllm.kernels import (
     copy_blocks,
     expert_gemv,
     gate_mul,
+    gate_up_gemm,
     gemv,
     grouped_gemm,
     gumbel,
@@ -97,6 +98,7 @@ def compile_gluon() -> None:
     if not _gluon.HAS_GLUON:
         print("no Gluon")
         return
+    gate_up_gemm.gate_up_gemm(numbers(16, HIDDEN), numbers(512, HIDDEN))
     q, _, _ = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     slots = numbers(1024, KV_HEADS, DIM)
     hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from nanovllm.kernels import attention_backend
 from nanovllm.kernels.attention_backend import TORCH, AttentionOptions, HopperBackend, PrefillPlan
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.kernels.hopper_prefill import serves_hopper_prefill
 from nanovllm.kernels.prefill_tiles import tiled_prefill_torch
+from nanovllm.quantization.unquantized import UNQUANTIZED
 
 BACKEND = HopperBackend("torch", TORCH.norm_rope_store, TORCH.prefill, TORCH.decode)
 
@@ -102,3 +104,7 @@ def test_windows_and_caps_are_left_to_the_other_kernel(
 
 def test_other_devices_do_without() -> None:
     assert not serves_hopper_prefill(256, 128, torch.bfloat16)
+    x = torch.zeros(8192, 64, dtype=torch.bfloat16)
+    assert not can_fuse_gate(x, torch.zeros(512, 64), in_graph=False)
+    layer = torch.nn.Linear(64, 512)
+    assert not UNQUANTIZED.applies_activation(layer, x)

@@ -2,8 +2,8 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
 - `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
-- `hopper_prefill`: attention of large prefills on Hopper; `_gluon`: the level of Triton that it is
-  written in
+- `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
+  Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanovllm.kernels._gluon import TILE_ROWS, can_run_gluon
+from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate, gate_up_gemm
 from nanovllm.kernels.hopper_prefill import hopper_prefill
 from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill_torch
 
@@ -76,3 +79,25 @@ def test_hopper_prefill(
         out = hopper_prefill(q, keys, values, tiles.cuda(), block_tables, block_size, 0.1)
         assert relative_error(out[:num_tokens], expected[:num_tokens]) < 5e-3
         assert not out[num_tokens:].any()  # padding
+
+
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [("silu", torch.bfloat16), ("gelu_tanh", torch.float16)],
+    ids=["silu", "gelu_tanh"],
+)
+@pytest.mark.parametrize("num_tokens, inner, size", [(1024, 1024, 3072), (5000, 1000, 256)])
+def test_gate_up_gemm(
+    num_tokens: int, inner: int, size: int, activation: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, inner, device="cuda").to(dtype)
+    weight = (torch.randn(2 * size, inner, device="cuda") * 2 * inner**-0.5).to(dtype)
+    assert can_fuse_gate(x, weight, in_graph=True) == (num_tokens >= 2048)
+    expected = gate_mul_torch(F.linear(x.double(), weight.double()), activation)
+    out = gate_up_gemm(x, weight, activation)
+    assert out.shape == (num_tokens, size)
+    assert relative_error(out, expected) < (3e-3 if dtype == torch.bfloat16 else 1e-3)
+    large = x * 10  # gates of up to 100: the power overflows
+    expected = gate_mul_torch(F.linear(large.double(), weight.double()), activation)
+    assert relative_error(gate_up_gemm(large, weight, activation), expected) < 3e-3
