@@ -16,19 +16,23 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.kernels import (
+    _gluon,
     all_reduce,
     copy_blocks,
     expert_gemv,
     gate_mul,
+    gate_up_gemm,
     gemv,
     grouped_gemm,
     gumbel,
+    hopper_prefill,
     moe,
     moe_routing,
     norm_rope_store,
     paged_decode,
     penalties,
     prefill_all_reduce,
+    prefill_parts,
     prefill_tiles,
     projection_norm,
     rms_norm,
@@ -85,6 +89,19 @@ def compile_attention_options() -> None:
             inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
             varlen_prefill.varlen_prefill(*inputs, **options)
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
+        options["arrivals"] = prefill_parts.make_arrivals(HEADS, q.device)
+        prefill_tiles.tiled_prefill(q, *caches, ints(9, 8), ints(16, 2).t(), 1.0, **options)
+
+
+def compile_gluon() -> None:
+    """The kernels for Hopper, where the installed Triton has Gluon."""
+    if not _gluon.HAS_GLUON:
+        print("no Gluon")
+        return
+    gate_up_gemm.gate_up_gemm(numbers(16, HIDDEN), numbers(512, HIDDEN))
+    q, _, _ = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    slots = numbers(1024, KV_HEADS, DIM)
+    hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
 
 
 def main() -> None:
@@ -169,6 +186,7 @@ def main() -> None:
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
     prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
+    compile_gluon()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

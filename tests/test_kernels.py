@@ -28,7 +28,8 @@ from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.split_gemm import split_gemm
 from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
