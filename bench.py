@@ -1,10 +1,11 @@
-"""Throughput of the engine on nine offline workloads.
+"""Throughput of the engine on ten offline workloads.
 
     python bench.py                           # GPU: Qwen3-0.6B's shape; CPU: the demo checkpoint
     python bench.py --workload all --repeats 3 --json results.json
     python bench.py --compare transformers    # the same load through transformers' own generate
 
-Throughput is output tokens (for `prefill`, input tokens) over the wall time of one `generate` call.
+Throughput is output tokens (for `prefill` and `embed`, input tokens) over the wall time of one
+`generate` call (for `embed`, one `embed` call).
 Random weights cost as much time as trained ones, so nothing has to be downloaded to measure.
 """
 
@@ -24,14 +25,16 @@ from typing import Any
 
 import torch
 
-from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm import DEMO_MODEL, LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
 from nanovllm.engine.trace import Trace
 from scripts.bench_options import parse_args
+from scripts.structured_load import make_schema, write_tokenizer
 from scripts.transformers_engine import load_transformers, run_transformers
 from scripts.workloads import (
     SEQUENCES_CUT,
     SHAPE_KEYS,
+    SHAPES,
     TOKEN_IDS,
     WORKLOADS,
     Limits,
@@ -120,7 +123,11 @@ def group_by_limits(workloads: list[Workload]) -> dict[Limits, list[Workload]]:
 
 
 def run_engine(
-    llm: LLM, load: Load, sampling: dict[str, Any], traces: list[Trace] | None = None
+    llm: LLM,
+    load: Load,
+    sampling: dict[str, Any],
+    traces: list[Trace] | None = None,
+    structured: bool = False,
 ) -> None:
     """Generate exactly the tokens that `load` asks for.
 
@@ -129,14 +136,23 @@ def run_engine(
         load: the requests.
         sampling: parameters of all requests.
         traces: None, or a list that is to hold the trace of this run and no other.
+        structured: whether each request has a JSON schema of its own.
     """
-    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
-    if traces is None:
-        outputs = llm.generate(load.prompts, params, use_tqdm=False)
-    else:
+    if traces is not None:
         with llm.trace() as trace:
-            outputs = llm.generate(load.prompts, params, use_tqdm=False)
+            run_engine(llm, load, sampling, structured=structured)
         traces[:] = [trace]
+        return
+    if load.embeds:
+        llm.embed(load.prompts, use_tqdm=False)
+        return
+    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in load.output_lens]
+    if structured:
+        forms = [StructuredOutputsParams(json=make_schema(i)) for i in range(len(params))]
+        params = [
+            replace(each, structured_outputs=form) for each, form in zip(params, forms, strict=True)
+        ]
+    outputs = llm.generate(load.prompts, params, use_tqdm=False)
     made = sum(len(output["token_ids"]) for output in outputs)
     wanted = sum(load.output_lens)
     if made != wanted:
@@ -148,7 +164,8 @@ def measure(engine: Engine, workload: Workload, repeats: int) -> Result:
     count = "1 sequence" if workload.sequences == 1 else f"{workload.sequences} sequences"
     print(f"\n{workload.name} on {engine.name}: {count}, {workload.about}", flush=True)
     warmup = make_load(workload, WARMUP_REPEAT, engine.vocab_size)
-    engine.run(Load(warmup.prompts, [min(n, WARMUP_TOKENS) for n in warmup.output_lens]))
+    output_lens = [min(n, WARMUP_TOKENS) for n in warmup.output_lens]
+    engine.run(replace(warmup, output_lens=output_lens))
     runs = []
     for repeat in range(repeats):
         load = make_load(workload, repeat, engine.vocab_size)
@@ -191,6 +208,8 @@ def choose_model(args: argparse.Namespace, on_gpu: bool, scratch: str) -> Model:
         return Model(DEMO_MODEL, "demo checkpoint", has_random_weights=False)
     shape = args.shape or "qwen3-0.6b"
     path = write_shape(shape, scratch)
+    if args.structured:
+        write_tokenizer(path, SHAPES[shape]["vocab_size"])
     return Model(path, f"{shape} shape, random weights", has_random_weights=True)
 
 
@@ -230,6 +249,9 @@ def measure_ours(
             continue
         llm.reset()  # one workload must not find another's prompts in the prefix cache
         results.append(measure(engine, workload, args.repeats))
+        if args.structured:
+            with_schemas = replace(engine, name="structured", run=partial(run, structured=True))
+            results.append(measure(with_schemas, workload, args.repeats))
     return results
 
 
@@ -244,7 +266,8 @@ def compare_transformers(
     )
     run = partial(run_transformers, theirs, batch_size=batch_size)
     engine = Engine("transformers", config.hf_config.vocab_size, run)
-    return [measure(engine, workload, args.repeats) for workload in workloads]
+    generating = [workload for workload in workloads if not workload.embeds]
+    return [measure(engine, workload, args.repeats) for workload in generating]
 
 
 # --- what is printed and written ----------------------------------------------------------------

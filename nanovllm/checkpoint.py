@@ -17,6 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from nanovllm.headless import (
+    has_bare_names,
+    may_lack_head,
+    settle_missing_head,
+    whole_architectures,
+    whole_name,
+)
 from nanovllm.wrappers import TEXT_MODELS, WRAPPERS, is_wrapper, text_name
 
 WEIGHTS = "model.safetensors"
@@ -42,7 +49,8 @@ def read_hf_config(path: Path, architectures: Collection[str] = ()) -> Pretraine
         raise ValueError(f"{path} has no config.json; {other_formats(path) or advice}")
     # Before transformers reads the file, whose error for an unknown architecture would say less.
     supported = [*architectures, *WRAPPERS] if architectures else []
-    check_architecture(read_json(file).get("architectures"), str(file), supported)
+    names = whole_architectures(read_json(file).get("architectures"))
+    check_architecture(names, str(file), supported)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
@@ -55,6 +63,9 @@ def unwrap(hf_config: PretrainedConfig, path: Path | None) -> PretrainedConfig:
     """
     names = hf_config.architectures
     if not names or not is_wrapper(names):
+        if path is not None and may_lack_head(hf_config, path) and HEAD not in find_tensors(path):
+            settle_missing_head(hf_config)
+        hf_config.architectures = whole_architectures(names)
         return hf_config
     text: Any = getattr(hf_config, "text_config", None)  # a PretrainedConfig, if there is one
     text_type = getattr(text, "model_type", None)
@@ -250,6 +261,8 @@ def find_tensors(path: Path) -> dict[str, Stored]:
                     "file that is not of this checkpoint"
                 )
             found[name] = file, stored_name
+    if has_bare_names(found):
+        return {whole_name(name): stored for name, stored in found.items()}
     return found
 
 

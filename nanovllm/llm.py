@@ -6,11 +6,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.absent import ABSENT_IN_CHAT, without_absent
-from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.beam_search.engine import BeamSearchEngine
 from nanovllm.engine.requests import Params, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompts
+from nanovllm.pooling.engine import PoolingEngine
 from nanovllm.results import RequestOutput, StreamPart
 from nanovllm.text.chat import Conversation, chat_prompts
 from nanovllm.text.stream import StreamedCompletion
@@ -18,7 +19,7 @@ from nanovllm.utils.interrupts import uninterrupted
 from nanovllm.vllm_names import VllmNames
 
 
-class LLM(LLMEngine, VllmNames):
+class LLM(BeamSearchEngine, PoolingEngine, VllmNames):
     """An offline inference engine for one model.
 
     >>> llm = LLM("/path/to/Qwen3-0.6B")

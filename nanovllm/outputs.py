@@ -28,6 +28,8 @@ def build_result(seqs: list[Sequence], tokenizer: PreTrainedTokenizerBase | None
         prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
         num_cached_tokens=first.num_cached_prompt_tokens or 0,  # None: it was never admitted
     )
+    if first.readout is not None:
+        result.update(first.readout.result_items(None if decoder is None else decoder.token_text))
     result.prompt = first.prompt
     result.request_id = str(first.request_id)
     if len(seqs) > 1:

@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from nanovllm.absent import ABSENT_PARAMS
 from nanovllm.assignable import Assignable, checked_assignment
-from nanovllm.frozen import FrozenDict, FrozenList
-from nanovllm.utils.checks import ABOVE_0, Range, check_fields, check_value, plain_number
+from nanovllm.beam_params import BeamSearchParams as BeamSearchParams  # as in vLLM
+from nanovllm.param_checks import (
+    TOKEN_RULES,
+    check_token_rules,
+    checked_logit_bias,
+    checked_stop,
+    checked_stop_token_ids,
+)
+from nanovllm.structured import StructuredOutputsParams
+from nanovllm.utils.checks import ABOVE_0, Range, check_fields
 
 GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
-NOTHING = FrozenList()  # as `stop` and `stop_token_ids`
 
 
 class SamplerNumbers(NamedTuple):
@@ -57,6 +64,12 @@ class SamplingParams(Assignable):
     presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
     frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0  # the same for each time they occur
     logit_bias: dict[int, float] | None = None  # token id -> addend of its logit, -100 to 100
+    allowed_token_ids: SequenceOf[int] | None = None  # only these may be drawn; None: all
+    bad_words: SequenceOf[str] | None = None  # strings that are not to occur in the completion
+    # How many tokens may stand between "<think>" and "</think>", which then follows; None: any.
+    thinking_token_budget: Annotated[int | None, Range(0)] = None
+    # What the text must be: JSON of a schema, say. None: anything.
+    structured_outputs: StructuredOutputsParams | None = None
     # Until the completion has this many tokens, only `max_tokens` or `max_model_len` ends it, and
     # tokens that would end it, but for `ignore_eos`, are not drawn. 0: it may end at once.
     min_tokens: Annotated[int, Range(0)] = 0
@@ -69,6 +82,8 @@ class SamplingParams(Assignable):
     # Return log-probabilities: of each sampled token and of this many likeliest ones, -1: of all;
     # at most the engine's `max_logprobs`. None: none. True and False count as 1 and None.
     logprobs: Annotated[int | None, Range(-1)] = None
+    # The same of each token of the prompt but the first: 0 asks for that token's own only.
+    prompt_logprobs: Annotated[int | None, Range(-1)] = None
     skip_special_tokens: bool = True  # whether special tokens are left out of the text
     detokenize: bool = True  # whether there is a text; without, token ids are all that is returned
     # Take only so many tokens at the end of the prompt. -1: as many as fit into `max_model_len`
@@ -76,8 +91,9 @@ class SamplingParams(Assignable):
     truncate_prompt_tokens: Annotated[int | None, Range(-1)] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.logprobs, bool):
-            self._set("logprobs", 1 if self.logprobs else None)
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(getattr(self, name), bool):
+                self._set(name, 1 if getattr(self, name) else None)
         check_fields(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
@@ -97,6 +113,8 @@ class SamplingParams(Assignable):
         self._set("stop_token_ids", checked_stop_token_ids(self.stop_token_ids))
         if self.logit_bias is not None:
             self._set("logit_bias", checked_logit_bias(self.logit_bias))
+        if self.has_token_rules:
+            check_token_rules(self)
 
     def _set(self, name: str, value: object) -> None:
         """Set a field to what the checks have made of it."""
@@ -128,41 +146,13 @@ class SamplingParams(Assignable):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
+    def has_token_rules(self) -> bool:
+        """Whether some tokens are forbidden, always or depending on those before."""
+        return any(getattr(self, name) is not None for name in TOKEN_RULES)
+
+    @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the sampler has to know."""
         has_numbers = self.sampler_numbers != SamplerNumbers()
-        return not (has_numbers or self.logit_bias or self.min_tokens or self.logprobs is not None)
-
-
-def checked_stop(stop: Any) -> FrozenList:
-    """Turn None, a string or several into a list; raise for anything else and for empty strings."""
-    if stop is None:
-        return NOTHING
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) for each in strings):
-        raise TypeError(f"stop must be a string, a list of strings or None, not {stop!r}")
-    if "" in strings:
-        raise ValueError(f"stop must hold strings of at least one character, not {strings!r}")
-    return FrozenList(strings)
-
-
-def checked_stop_token_ids(token_ids: Any) -> FrozenList:
-    """Turn None, or a list or tuple of integers, into a list; a TypeError if it is none of them."""
-    if token_ids is None:
-        return NOTHING
-    ids = [plain_number(i) for i in token_ids] if isinstance(token_ids, (list, tuple)) else [None]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):  # True is an int, but no id
-        raise TypeError(f"stop_token_ids must be a list of integers or None, not {token_ids!r}")
-    return FrozenList(ids)
-
-
-def checked_logit_bias(logit_bias: Any) -> FrozenDict:
-    """Copy a dict of token ids (at least 0) and numbers from -100 to 100; raise if it is none."""
-    if not isinstance(logit_bias, dict):
-        raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {logit_bias!r}")
-    checked = {}
-    for token_id, bias in logit_bias.items():
-        token_id = check_value("a token id in logit_bias", token_id, int, Range(0))
-        name = f"logit_bias of token {token_id}"
-        checked[token_id] = check_value(name, bias, float, Range(-100, 100))
-    return FrozenDict(checked)
+        has_rules = self.has_token_rules or self.min_tokens > 0
+        return not (has_numbers or self.logit_bias or has_rules or self.logprobs is not None)

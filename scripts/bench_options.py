@@ -58,6 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="more SamplingParams: top_k=20 top_p=0.95",
     )
+    schemas = "also with a JSON schema of its own for each request (needs llguidance)"
+    add("--structured", action="store_true", help=schemas)
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
     backends = "auto, triton, flash_attn, flash_attn+triton, torch"
     add("--attention-backend", default="auto", help=backends)

@@ -1,4 +1,4 @@
-"""What bench.py measures: nine loads, and the shapes of real models.
+"""What bench.py measures: ten loads, and the shapes of real models.
 
 Prompts are random token ids, drawn in a fixed order, so that every engine and every run is asked
 for the same work. Weights may be random too: they cost as much time as trained ones.
@@ -37,6 +37,7 @@ class Workload:
     output_len: Range  # tokens to generate
     shared_len: int = 0  # tokens that all prompts begin with, before their own input_len
     counts_input: bool = False  # throughput is that of the input tokens
+    embeds: bool = False  # a vector of each prompt is wanted; it counts as one token out
     limits: Limits = Limits()  # workloads with the same ones share an engine
     lengths_cut: int = LENGTHS_CUT  # by this the small load divides each length
 
@@ -87,6 +88,15 @@ _ALL = (
         input_len=(2048, 2048),
         output_len=(1, 1),
         counts_input=True,
+    ),
+    Workload(
+        name="embed",
+        about="long prompts, a vector out",
+        sequences=64,
+        input_len=(2048, 2048),
+        output_len=(1, 1),
+        counts_input=True,
+        embeds=True,
     ),
     Workload(
         name="prefix",
@@ -144,6 +154,7 @@ class Load:
 
     prompts: list[list[int]]  # token ids in
     output_lens: list[int]  # number of tokens out, of each prompt
+    embeds: bool = False  # whether a vector is wanted instead
 
 
 def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
@@ -169,7 +180,7 @@ def make_load(workload: Workload, repeat: int, vocab_size: int) -> Load:
     for _ in range(workload.sequences):
         prompts.append(prefix + tokens(length(workload.input_len)))
     output_lens = [length(workload.output_len) for _ in prompts]
-    return Load(prompts, output_lens)
+    return Load(prompts, output_lens, workload.embeds)
 
 
 # The config.json of published models, as far as it matters with random weights.

@@ -32,6 +32,8 @@ from nanovllm.kernels import (
     rms_norm,
     split_gemm,
     threshold,
+    token_mask,
+    token_ranks,
     varlen_prefill,
 )
 
@@ -99,10 +101,12 @@ def main() -> None:
         rms_norm,
         gate_mul,
         split_gemm,
+        token_ranks,
         varlen_prefill,
     ):
         module.pdl_options = lambda: PDL
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
+    token_ranks.token_ranks(x, torch.zeros(16, dtype=torch.int64))
     rms_norm.rms_norm(x, norm, EPS)
     for activation in ("silu", "gelu_tanh"):
         gate_mul.gate_mul(x, activation)
@@ -167,6 +171,7 @@ def main() -> None:
     counts = numbers(16, 30000, dtype=torch.int16)
     penalties.penalize(logits, counts, positions, penalties.Penalties(floats, floats, floats))
     threshold.filter_thresholds(logits, floats, threshold.Filters(ints(16), floats, floats))
+    token_mask.mask_tokens(logits, token_mask.TokenMasks(positions, ints(16, 938)))
 
     summed = all_reduce.SmallAllReduce.__new__(all_reduce.SmallAllReduce)
     summed.addresses, summed.rounds = positions, ints(512)

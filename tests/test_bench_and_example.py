@@ -115,6 +115,7 @@ def test_prefix_draws_the_shared_part_first() -> None:
         ("mixed", 256, 100, 1024, range(100, 1025)),
         ("single", 1, 128, 128, [512]),
         ("prefill", 64, 2048, 2048, [1]),
+        ("embed", 64, 2048, 2048, [1]),
         ("prefix", 256, 2176, 2176, [64]),
         ("queue", 2048, 16, 128, [64]),
         ("small", 16, 128, 128, [256]),
@@ -134,7 +135,7 @@ def test_sizes_of_every_load(
     assert all(0 <= token <= 10_000 for prompt in load.prompts for token in prompt)
     longest = max(map(sum, zip(lengths, load.output_lens, strict=True)))
     assert longest <= bench.WORKLOADS[name].longest <= bench.WORKLOADS[name].limits.max_model_len
-    assert bench.WORKLOADS[name].counts_input == (name == "prefill")
+    assert bench.WORKLOADS[name].counts_input == (name in ("prefill", "embed"))
 
 
 def test_queue_draws_each_length_before_its_tokens() -> None:
@@ -172,7 +173,7 @@ def test_only_job_and_long_have_engines_of_their_own() -> None:
     groups = bench.group_by_limits(bench.choose_workloads(bench.parse_args(ALL), small=False))
     assert list(groups) == [Limits(512, 4096), Limits(256, 4096), Limits(512, 32_768)]
     shared, job, long = ([workload.name for workload in group] for group in groups.values())
-    assert shared == ["mixed", "single", "prefill", "prefix", "queue", "small", "medium"]
+    assert shared == ["mixed", "single", "prefill", "embed", "prefix", "queue", "small", "medium"]
     assert (job, long) == (["job"], ["long"])
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import assert_idle, make_llm
 
-from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm import DEMO_MODEL, LLM, SamplingParams, StructuredOutputsParams
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))
 CALLS = 25  # of each thread in a round
@@ -32,6 +32,9 @@ PARAMS = (
     SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=[" the", "qu"]),
     SamplingParams(seed=7, max_tokens=9, logprobs=2, top_k=20, top_p=0.9),
     SamplingParams(seed=8, max_tokens=16, repetition_penalty=1.3, min_tokens=3, n=2),
+    SamplingParams(
+        seed=9, max_tokens=14, structured_outputs=StructuredOutputsParams(regex="[a-z ]{5,20}")
+    ),
 )
 PROMPTS: tuple[Any, ...] = (*TEXTS, [1, 2, 3] * 15, [5])
 CONVERSATIONS = ([{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Who?"}] * 1)
@@ -44,6 +47,7 @@ WRONG_OPTIONS: tuple[dict[str, Any], ...] = (
     dict(stop=5),
     dict(logit_bias={-1: 0}),
     dict(no_such_option=1),
+    dict(allowed_token_ids=[]),
 )
 
 

@@ -27,6 +27,7 @@ from nanovllm.kernels.paged_decode import (
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
 from nanovllm.kernels.split_gemm import split_gemm
+from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
 from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,6 +256,26 @@ def test_gate_mul(activation, rows, size, dtype):
     x = randn(rows, 2 * size, dtype=dtype) * 3
     gate, up = x.double().chunk(2, dim=-1)
     assert_near(activation(x), gate / (1 + torch.exp(-gate)) * up, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows, vocab", [(1, 5), (3, 4096), (4, 10_001)])
+@both_dtypes
+def test_token_ranks(rows, vocab, dtype):
+    logits = randn(rows, vocab + 3, dtype=dtype)[:, :vocab] * 5
+    logits[0, vocab // 2] = float("-inf")
+    token_ids = torch.tensor([vocab // 2, 0, vocab - 1, 1][:rows])
+    ours = token_ranks(logits, token_ids)
+    for found in (ours, token_ranks_torch(logits, token_ids)):
+        exact = logits.double()
+        torch.testing.assert_close(
+            found.logsumexp, exact.logsumexp(1).float(), atol=2e-5, rtol=1e-6
+        )
+        given = exact.gather(1, token_ids[:, None])
+        assert torch.equal(found.ranks, 1 + (exact > given).sum(1))
+        assert torch.equal(exact.gather(1, found.likeliest[:, None])[:, 0], exact.amax(1))
+    first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    assert torch.equal(ours.likeliest, first)  # in float16 some are equally likely
 
 
 def rotated64(x, positions, cos, sin):

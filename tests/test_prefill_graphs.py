@@ -24,7 +24,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.graphs import PREFILL_SIZES, StepGraph, StepOutput
 from nanovllm.engine.step_buffers import StepBuffers
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.attention_backend import TORCH, TRITON, AttentionBackend
+from nanovllm.kernels.attention_backend import FLASH_PREFILL, TORCH, TRITON, AttentionBackend
 from nanovllm.kernels.prefill_tiles import tiled_prefill_torch
 
 TORCH_TILED = AttentionBackend(
@@ -161,6 +161,11 @@ def test_tokens_of_transformers_by_our_kernels(checkpoint: Checkpoint) -> None:
         assert sum(replay.count for replay in replays) == 3
     finally:
         llm.exit()
+
+
+def test_what_auto_chooses_on_a_gpu_has_prefill_graphs() -> None:
+    for backend in (TRITON, FLASH_PREFILL):
+        assert backend.tiled_prefill is TRITON.tiled_prefill is not None
 
 
 def test_more_sequences_than_a_graph_takes_run_eagerly(checkpoint: Checkpoint) -> None:

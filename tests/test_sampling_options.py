@@ -557,9 +557,9 @@ def test_gathering_takes_the_padding_out(num_ranks: int) -> None:
             {"size": num_ranks, "all_gather": lambda self, x: sent.append(x) or x[None]},
         )
         sampler.tp = exchange()
-        sampler._gather_vocabulary(parts[rank])
+        sampler.gather_vocabulary(parts[rank])
     exchange = type(
         "Exchange", (), {"size": num_ranks, "all_gather": lambda self, x: torch.stack(sent)}
     )
     sampler.tp = exchange()
-    assert torch.equal(sampler._gather_vocabulary(parts[-1]), logits)
+    assert torch.equal(sampler.gather_vocabulary(parts[-1]), logits)

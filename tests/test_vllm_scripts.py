@@ -1,8 +1,11 @@
 """Scripts as people write them for vLLM, of which only the import and the model are others."""
 
 import ast
+import json
+import re
 import runpy
 import sys
+from ast import literal_eval
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,13 +67,39 @@ def check_reproducibility(text: str) -> None:
     assert "Requests with one seed agree: True" in text
 
 
+def check_structured_outputs(text: str) -> None:
+    lines = re.findall(r"^(\w+): (.*) \(stop\)$", text, re.MULTILINE)
+    answers = {name: literal_eval(answer) for name, answer in lines}
+    assert answers["choice"] in ("positive", "negative")
+    assert re.fullmatch(r"[a-z]{2,8}@[a-z]{2,8}\.com", answers["regex"])
+    review = json.loads(answers["json"])
+    assert list(review) == ["title", "stars", "mood"] and 1 <= review["stars"] <= 5
+    assert re.fullmatch(r"[0-9()+-]+", answers["grammar"])
+    assert isinstance(eval(answers["grammar"]), int)  # the brackets match
+
+
+def check_embed(text: str) -> None:
+    assert text.count("Prompt: '") == text.count("Embedding: [") == 4
+    assert "Nearest to 'introduce yourself': 'introduce yourself' (1.000)" in text
+    assert "Nearest to 'The sky is blue': '" in text
+    assert "Cut to 32, length 1.000" in text
+
+
+def check_beam_search(text: str) -> None:
+    assert text.count("Prompt: '") == 2 and text.count(" tokens: '") == 6
+    assert text.count(" tokens: 'introduce yourself") == 3
+
+
 # What each of them must print. A new script takes a new function here.
 CHECKS: dict[str, Callable[[str], None]] = {
     "basic": check_basic,
     "generate": check_generate,
     "chat": check_chat,
     "prefix_caching": check_prefix_caching,
+    "beam_search": check_beam_search,
     "reproducibility": check_reproducibility,
+    "structured_outputs": check_structured_outputs,
+    "embed": check_embed,
 }
 
 

@@ -98,6 +98,8 @@ class BlockManager:
     def _find_cached_prefix(self, seq: Sequence) -> list[Block]:
         """The cached blocks that `seq` begins with; a token is left to compute, for its logits."""
         hits: list[Block] = []
+        if seq.needs_whole_prompt:
+            return hits
         parent_prefix_id = NO_PREFIX
         for index in range((seq.num_tokens - 1) // self.block_size):
             block = self._find_block(seq, index, parent_prefix_id)

@@ -28,11 +28,14 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
+from nanovllm.job_order import job_order
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
+from nanovllm.sampling.masks import StepMasks, launch_sampling, wait_for_masks
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -80,7 +83,8 @@ class LLMEngine:
 
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.config, self._counters)
-        # Steps that were launched and whose tokens have not been read back, oldest first.
+        # Steps that were launched and whose tokens have not been read back, oldest first. The last
+        # one may wait for masks, and has no tokens then.
         self._pending: deque[tuple[Step, PendingTokens]] = deque()
         # Requests that `step` is to report at their end: their ids -> the sequences of each.
         self._requests: dict[int, list[Sequence]] = {}
@@ -162,13 +166,13 @@ class LLMEngine:
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        self._settle()
-        if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or stream are unfinished; step() to their end, or reset()"
-            )
+        self._check_idle()
         try:
-            request_ids = [self._queue(request)[0].request_id for request in requests]
+            # They are made, and seeds drawn for them, in the order in which the user has put them.
+            made = [self._inputs.make_sequences(request, is_streamed=False) for request in requests]
+            for seqs in job_order(made, self.config):
+                self._queue_sequences(seqs)
+            request_ids = [seqs[0].request_id for seqs in made]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
@@ -180,6 +184,14 @@ class LLMEngine:
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
+
+    def _check_idle(self) -> None:
+        """Raise a RuntimeError if there are other requests, whose results would be nobody's."""
+        self._settle()
+        if not self.is_finished():
+            raise RuntimeError(
+                "requests of add_request or stream are unfinished; step() to their end, or reset()"
+            )
 
     def _run_to_the_end(self, num_requests: int, use_tqdm: bool) -> dict[int, RequestOutput]:
         """Step until nothing is left to do, behind a progress bar; returns request id -> result."""
@@ -256,16 +268,20 @@ class LLMEngine:
 
     def _check_requests(self, prompts: Prompts, sampling_params: Params) -> list[Request]:
         self._check_alive()
+        check_head(self.config.hf_config)
         return self._inputs.check(prompts, sampling_params)
 
     def _queue(self, request: Request, is_streamed: bool = False) -> list[Sequence]:
         """Queue a request. `step` reports it at its end, unless a stream reads the sequences."""
         seqs = self._inputs.make_sequences(request, is_streamed)
+        self._queue_sequences(seqs, is_streamed)
+        return seqs
+
+    def _queue_sequences(self, seqs: list[Sequence], is_streamed: bool = False) -> None:
         for seq in seqs:
             self.scheduler.add(seq)
         if not is_streamed:
             self._requests[seqs[0].request_id] = seqs
-        return seqs
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running, and no result waits for `step` to report it."""
@@ -304,7 +320,10 @@ class LLMEngine:
             token_ids, logprobs = tokens.wait()
             if self._channel is not None:
                 self._channel.check_workers()  # if a rank has died, the tokens are garbage
+            if tokens.readings is not None:  # before a sequence ends, whose result they are part of
+                tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
+            launch_sampling(self._pending, self._launch)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
             if len(self._pending) < self._max_pending:
@@ -319,18 +338,21 @@ class LLMEngine:
 
     def _launch_ahead(self) -> None:
         """Launch steps until `_max_pending` of them are queued behind the oldest."""
-        model_runner = self._check_alive()
-        while len(self._pending) <= self._max_pending:
+        while len(self._pending) <= self._max_pending and not wait_for_masks(self._pending):
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
             if self._trace is not None:
                 self._trace.scheduled(step, self.scheduler)
-            # Ctrl-C would stop this rank half-way and none of the others, and they would wait for
-            # it in a collective for ever. So it waits until the launch is done.
-            with nullcontext() if self._channel is None else uninterrupted():
-                tokens = model_runner.launch(step)
-            self._pending.append((step, tokens))
+            self._pending.append((step, self._launch(step)))
+            launch_sampling(self._pending, self._launch)
+
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        model_runner = self._check_alive()
+        # Ctrl-C would stop this rank half-way and none of the others, and they would wait for it in
+        # a collective for ever. So it waits until the launch is done.
+        with nullcontext() if self._channel is None else uninterrupted():
+            return model_runner.launch(step)
 
     def _post_results(self, finished: list[Sequence]) -> None:
         """Put the results of requests into the mailbox, if these sequences were their last ones."""

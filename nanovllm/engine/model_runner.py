@@ -33,10 +33,13 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
-from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.readout.step_reader import Readings, StepReader
+from nanovllm.sampling.extras import Extras, copying_extras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
-from nanovllm.utils.context import StepInputs, reset_context, set_context
+from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
+from nanovllm.warm_up import dummy_prefill, largest_prefill
 
 
 class ModelRunner:
@@ -72,7 +75,9 @@ class ModelRunner:
         self._allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
-            self._forward(self._make_dummy_prefill([1], [2], np.zeros((1, 2), dtype=np.int32)))
+            tables = np.zeros((1, 2), dtype=np.int32)
+            inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
+            self._forward(inputs)
         if self.is_cuda and not config.enforce_eager:
             self._capture_graphs()
 
@@ -121,41 +126,13 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be: it shows the peak of what activations take."""
-        config = self.config
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
-        lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
-        inputs = self._make_dummy_prefill(lengths, lengths, block_tables=None)
-        # Options that make float32 copies of all logits.
-        zero = self._to_device([0], np.int64)
-        bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
-        all_seqs = torch.arange(num_seqs, device=self.device)
-        extras = SamplingExtras(bias=bias, logprobs=LogprobRequest(all_seqs, num_top=1))
+        inputs = largest_prefill(self.config, self.backend, self._to_device)
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             logits = self._forward(inputs)
+            extras = copying_extras(len(logits), self.device)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
-
-    def _make_dummy_prefill(
-        self, num_new: list[int], num_total: list[int], block_tables: np.ndarray | None
-    ) -> StepInputs:
-        """Make inputs that compute so many tokens of each sequence and store nothing."""
-        zeros = self._to_device([0] * sum(num_new), np.int64)
-        ones = self._to_device([1] * len(num_new), np.int64)
-        nowhere = self._to_device([-1] * sum(num_new), np.int32)
-        plan = self.backend.plan_prefill(num_new, num_total, block_tables, self._to_device)
-        return StepInputs(
-            is_prefill=True,
-            input_ids=zeros,
-            positions=zeros,
-            slot_mapping=None if block_tables is None else nowhere,
-            attention=plan,
-            last_token_rows=plan.cu_seqlens_q[1:] - 1,
-            temperatures=ones.float(),
-            seeds=ones,
-            last_positions=ones,
-        )
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method on every rank; the result is this rank's."""
@@ -187,8 +164,8 @@ class ModelRunner:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def launch(self, step: Step) -> PendingTokens:
-        """Rank 0: queue a step on every device, which samples the next token of each sequence.
+    def launch(self, step: Step | StepMasks) -> PendingTokens:
+        """Rank 0: queue a step on every device; or the sampling of the last one, with its masks.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -203,11 +180,13 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(step)
 
-    def _launch(self, step: Step) -> PendingTokens:
+    def _launch(self, step: Step | StepMasks) -> PendingTokens:
+        if isinstance(step, StepMasks):
+            return PendingTokens(self.call("sample_masked", step))
         if step.copies:
             self.call("copy_blocks", step.copies)
         if step.is_prefill:
-            return PendingTokens(self.call("launch_prefill", step.seqs))
+            return PendingTokens(*self.call("launch_prefill", step.seqs))
         # This is all that the ranks are told, however long the contexts are.
         table_rows = np.array([seq.row for seq in step.seqs])
         context_lens = np.array([seq.num_computed_tokens for seq in step.seqs], dtype=np.int32)
@@ -219,8 +198,14 @@ class ModelRunner:
         for source, target, num_tokens in copies:
             self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
 
-    def launch_prefill(self, seqs: list[Sequence]) -> Sampled:
-        """Compute the scheduled tokens of all sequences, and sample each one's next token."""
+    def sample_masked(self, masks: StepMasks) -> Sampled | None:
+        """Draw the tokens of the last step, which waits for these masks."""
+        logits, inputs, extras = self._held
+        del self._held  # else the logits would take memory until the next step of this kind
+        return self._sample(logits, inputs, self.sampling.add_masks(extras, masks))
+
+    def launch_prefill(self, seqs: list[Sequence]) -> tuple[Sampled | None, Readings | None]:
+        """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
         self.block_tables[: len(batch.block_tables), rows] = batch.block_tables
@@ -229,16 +214,27 @@ class ModelRunner:
         for seq in seqs:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
+        reader = StepReader.of(seqs)
+        padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
         # Sequences that compute nothing may make them more than there are tokens.
-        has_room = len(seqs) <= min(size, self.padded_prefill.max_seqs)
-        if has_room and size in self.prefill_graphs:
-            self.padded_prefill.upload(batch, size)
+        has_room = len(seqs) <= min(size, padded.max_seqs)
+        if reader is None and has_room and size in self.prefill_graphs:
+            padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
-            return self._graph_samples(output, self.padded_prefill.inputs, size, len(seqs), extras)
+            return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None
         inputs = self._prefill_inputs(batch)
         with self._threads(len(batch.input_ids)):
-            return self._sample(self._forward(inputs), inputs, extras)
+            if reader is not None:
+                return reader.run(
+                    inputs,
+                    self.model,
+                    self.sampler,
+                    sample=partial(self._sample, inputs=inputs, extras=extras),
+                    to_device=self._to_device,
+                    max_rows=self.config.max_num_seqs,
+                )
+            return self._sample(self._forward(inputs), inputs, extras), None
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
@@ -270,7 +266,7 @@ class ModelRunner:
 
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
-    ) -> Sampled:
+    ) -> Sampled | None:
         """Compute the newest token of each sequence, and sample the next one. `[n]` each: the
         sequences' rows, their lengths, and the blocks of their newest tokens.
         """
@@ -341,7 +337,9 @@ class ModelRunner:
 
     def _run(self, inputs: StepInputs) -> StepOutput:
         logits = self._forward(inputs)
-        return StepOutput(self._sample(logits, inputs, None).token_ids, logits)
+        sampled = self._sample(logits, inputs, None)
+        assert sampled is not None  # it waits for no masks
+        return StepOutput(sampled.token_ids, logits)
 
     def _graph_samples(
         self,
@@ -349,8 +347,8 @@ class ModelRunner:
         make_inputs: Callable[[int], StepInputs],
         size: int,
         num_seqs: int,
-        extras: SamplingExtras | None,
-    ) -> Sampled:
+        extras: Extras,
+    ) -> Sampled | None:
         """The samples of a step that a graph has run, without padding."""
         if extras is None:
             return Sampled(output.token_ids[:num_seqs], None)
@@ -364,20 +362,19 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Run model and LM head: logits `[n, vocab / tp]` of each sequence's last token."""
-        assert inputs.positions is not None
         input_ids = inputs.input_ids
         if input_ids is None:
             input_ids = self.last_tokens[inputs.table_rows]
-        set_context(inputs)
-        try:
+        with running(inputs):
             hidden = self.model(input_ids, inputs.positions)
             return self.model.compute_logits(hidden)
-        finally:
-            reset_context()
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, inputs: StepInputs, extras: SamplingExtras | None) -> Sampled:
-        """Draw the next tokens, and keep them on the device for the next step."""
+    def _sample(self, logits: Tensor, inputs: StepInputs, extras: Extras) -> Sampled | None:
+        """Draw the next tokens, and keep them on the device for the next step. None: they wait."""
+        if extras is not None and extras.waits_for_masks:
+            self._held = (logits, inputs, extras)
+            return None
         assert inputs.table_rows is not None and inputs.temperatures is not None
         assert inputs.seeds is not None and inputs.last_positions is not None
         num_seqs = len(logits)  # a graph's inputs may have padding behind them

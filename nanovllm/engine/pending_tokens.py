@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.sampler import Sampled
+from nanovllm.readout.step_reader import Readings
 from nanovllm.results import TokenLogprobs
 from nanovllm.sampling.extras import Logprobs
 
@@ -13,8 +14,12 @@ from nanovllm.sampling.extras import Logprobs
 class PendingTokens:
     """What a step sampled: copied to the host behind the step, and read when somebody waits."""
 
-    def __init__(self, sampled: Sampled) -> None:
+    def __init__(self, sampled: Sampled | None, readings: Readings | None = None) -> None:
         """Queue the copies. On a CPU the step has run by now, and copying is all there is."""
+        self.readings = None if readings is None else readings.move(to_host)
+        self.waits_for_masks = sampled is None  # if so, there is nothing else to copy yet
+        if sampled is None:
+            return
         self.token_ids = to_host(sampled.token_ids)
         self.logprobs: Logprobs | None = None
         if sampled.logprobs is not None:

@@ -14,6 +14,8 @@ from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs import PromptParts, Prompts, split_prompt
+from nanovllm.readout.readout import PromptLogprobs
+from nanovllm.sampling.rule_maker import RequestRules, RuleMaker, compiled
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
@@ -35,6 +37,7 @@ class Request:
     token_ids: list[int]  # of the prompt
     params: SamplingParams
     prompt: str | None = None  # its text, if that was passed
+    rules: RequestRules | None = None  # which tokens may be drawn, if not all
 
 
 class InputProcessor:
@@ -52,6 +55,7 @@ class InputProcessor:
         if self.tokenizer is not None:
             decoder_of(self.tokenizer)  # fails now, if at all
             self.bos_ids = find_bos(self.tokenizer)
+        self.rule_maker = RuleMaker(config, self.tokenizer, self.lock)
         self.generation_config = read_json(Path(config.model) / "generation_config.json")
         self.seeds = random.Random(config.seed)  # for the requests that bring none
 
@@ -108,7 +112,7 @@ class InputProcessor:
                 snapshots[id(params)] = self._snapshot(index, params)
             parts = split_prompt(index, prompt)
             requests.append(self._check_one(index, parts, snapshots[id(params)]))
-        return requests
+        return compiled(requests)
 
     def _snapshot(self, index: int, params: SamplingParams) -> SamplingParams:
         """Copy the parameters of prompt number `index`, whose fields may be assigned later."""
@@ -116,11 +120,13 @@ class InputProcessor:
             raise TypeError(
                 f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
             )
-        if params.logprobs == -1:
-            snapshot = replace(params, logprobs=self.vocab_size)
-        else:
-            snapshot = params.clone()
-        self._check_num_logprobs(f"logprobs of prompt {index}", snapshot.logprobs)
+        names = ("logprobs", "prompt_logprobs")
+        all_tokens: dict[str, Any] = {
+            name: self.vocab_size for name in names if getattr(params, name) == -1
+        }
+        snapshot = replace(params, **all_tokens) if all_tokens else params.clone()
+        for name in names:
+            self._check_num_logprobs(f"{name} of prompt {index}", getattr(snapshot, name))
         return snapshot
 
     def _check_num_logprobs(self, name: str, number: int | None) -> None:
@@ -146,7 +152,8 @@ class InputProcessor:
             room = self.config.max_model_len - 1 if room == -1 else room
             token_ids = token_ids[max(len(token_ids) - room, 0) :]
         self._check_token_ids(index, token_ids, params)
-        return Request(token_ids.tolist(), params, prompt.text)
+        rules = self.rule_maker.make(index, params) if params.has_token_rules else None
+        return Request(token_ids.tolist(), params, prompt.text, rules)
 
     def _token_ids_of(self, index: int, prompt: Any) -> "array[int]":
         """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
@@ -180,7 +187,8 @@ class InputProcessor:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)].tolist()
-        named = (*(params.stop_token_ids or ()), *(params.logit_bias or ()))
+        named = [*(params.stop_token_ids or ()), *(params.logit_bias or ())]
+        named += params.allowed_token_ids or ()
         unknown += [token_id for token_id in named if not 0 <= token_id < self.vocab_size]
         if unknown:
             raise ValueError(
@@ -206,10 +214,14 @@ class InputProcessor:
             others = random.Random(seeds[0])
             seeds += [others.getrandbits(63) for _ in range(params.n - 1)]
         seqs = [Sequence(request.token_ids, params, seed) for seed in seeds]
+        if params.prompt_logprobs is not None:
+            seqs[0].readout = PromptLogprobs(params.prompt_logprobs)  # once, however many there are
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.prompt = request.prompt
             seq.max_tokens = max_tokens
+            if request.rules is not None:
+                seq.rules = request.rules.start()
             if needs_text and params.detokenize and self.tokenizer is not None:
                 seq.detokenizer = Detokenizer(self.tokenizer, params, request.token_ids)
         return seqs

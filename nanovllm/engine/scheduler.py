@@ -108,7 +108,7 @@ class Scheduler:
         while self.waiting and is_complete and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
             key = self.block_manager.content_key(seq)
-            group = group_of.get(key)
+            group = None if seq.needs_whole_prompt else group_of.get(key)
             if group is not None and group[0].token_ids == seq.token_ids:
                 if not self._admit_follower(seq, group[0]):
                     break
@@ -124,6 +124,8 @@ class Scheduler:
             seq.sampling_options = seq.make_sampling_options()
             # Else the budget is spent; the rest of this prompt comes first in the next step.
             is_complete = seq.schedule(num_new)
+            if seq.readout is not None:
+                seq.reading = seq.readout.plan(seq)
             # Its full blocks can be shared from now on, even by sequences of this step: each layer
             # stores the K and V of all of them before it reads any.
             self.block_manager.register(seq)
@@ -222,7 +224,8 @@ class Scheduler:
         return True
 
     def _release(self, seq: Sequence) -> None:
-        self.block_manager.deallocate(seq)
+        if not seq.keeps_blocks:
+            self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 
     def postprocess(

@@ -11,7 +11,10 @@ from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.readout.reading import Reading
+    from nanovllm.readout.readout import Readout
     from nanovllm.results import TokenLogprobs
+    from nanovllm.sampling.token_rules import CompletionRules
     from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -53,6 +56,7 @@ class Sequence:
         self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
         self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
+        self.keeps_blocks = False  # whether it has them after its end, for who continues it
         self.num_registered_blocks = 0  # the leading blocks that others can share
         self.num_cached_tokens = 0  # found in the prefix cache at the last admission
         self.num_cached_prompt_tokens: int | None = None  # found at the first admission
@@ -66,6 +70,11 @@ class Sequence:
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
+        self.rules: CompletionRules | None = None  # which tokens may be drawn, if not all
+
+        # What it reads of its prompt's last hidden states, besides the next token: see readout/.
+        self.readout: Readout | None = None
+        self.reading: Reading | None = None  # of that, what the last scheduled prefill reads
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
@@ -101,6 +110,11 @@ class Sequence:
         """The tokens that the last scheduled step computes, as far as they are known."""
         start = self.num_computed_tokens - self.num_scheduled_tokens - self._offset
         return self.token_ids[start : start + self.num_scheduled_tokens]
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it has to compute its prompt itself, all of it, because it reads on the way."""
+        return self.readout is not None and self.readout.needs_whole_prompt
 
     def schedule(self, num_tokens: int) -> bool:
         """Count `num_tokens` more as computed; returns whether that yields a new token."""
@@ -167,6 +181,8 @@ class Sequence:
 
     def fail(self, reason: str) -> None:
         """End it with what went wrong; the other sequences go on."""
+        if self.rules is not None and self.rules.problem:
+            reason = self.rules.problem
         self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get
@@ -179,6 +195,7 @@ class Sequence:
         "temperature",
         "seed",
         "sampling_options",
+        "reading",
     )
 
     def __getstate__(self) -> tuple[object, ...]:

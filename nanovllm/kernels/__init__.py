@@ -13,7 +13,8 @@
 - `torch_attention`: what the references of both share, and a CPU's step
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
-- `gumbel`, `penalties`, `threshold`: sampling
+- `gumbel`, `penalties`, `threshold`, `token_mask`: sampling
+- `token_ranks`: the log-probability and rank of given tokens
 - `all_reduce`, `prefill_all_reduce`: sums over the GPUs of one host, small and large ones
 - `host_words`: memory by which the GPUs of a host wait for each other
 - `_triton`: what the kernel files share

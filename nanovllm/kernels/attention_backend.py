@@ -258,7 +258,9 @@ TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, p
 CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill)
 FLASH_ATTN = FlashBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
-FLASH_PREFILL = AttentionBackend("flash_attn+triton", norm_rope_store, flash_prefill, paged_decode)
+FLASH_PREFILL = AttentionBackend(
+    "flash_attn+triton", norm_rope_store, flash_prefill, paged_decode, tiled_prefill
+)
 
 
 def select_backend(

@@ -24,7 +24,8 @@ class Attention(nn.Module):
 
     After loading, the model runner sets the backend and this layer's part of the KV cache,
     `[num_blocks, block_size, kv_heads, head_dim]` each for K and V. In the model's last layer it
-    also sets `only_last_tokens`: no later layer reads the other tokens of a prefill.
+    also sets `only_last_tokens`: no later layer reads the other tokens of a prefill. A step whose
+    other tokens are wanted says `keeps_all_rows`.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention
         rows = None
-        if self.only_last_tokens and isinstance(plan, (PrefillPlan, TiledPlan)):
+        keeps_last = self.only_last_tokens and not step.keeps_all_rows
+        if keeps_last and isinstance(plan, (PrefillPlan, TiledPlan)):
             rows = step.last_token_rows
             q = q[rows]
             plan = self.backend.last_tokens_plan(plan)

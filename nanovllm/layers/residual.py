@@ -150,6 +150,10 @@ class Normed:
         self._values = values if self.keeps_values else None
         return values
 
+    def select(self, rows: Tensor) -> Normed:
+        """The same of some rows only, `[m]` integers."""
+        return Normed(self._stream, self.norm, self.values()[rows])
+
     def piece(self, rows: slice) -> Tensor:
         """Some rows of the values, which `TensorParallel.add_in_pieces` has waited for."""
         self._check_version()

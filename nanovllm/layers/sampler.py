@@ -1,6 +1,6 @@
 """From logits to the next token of each sequence, in named stages.
 
-    logits -> bias -> penalties -> filters -> draw
+    logits -> bias -> penalties -> mask -> filters -> draw
 
 Most requests ask for a temperature only, and most steps consist of the last stage; the others are
 in `sampling/stages.py`. A request's log-probabilities are those of the model: of the logits as they
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.gumbel import gumbel_argmax, gumbel_argmax_torch
+from nanovllm.sampling import stages
 from nanovllm.sampling.extras import Logprobs, SamplingExtras
-from nanovllm.sampling.stages import bias_and_penalize, count_drawn, find_logprobs, find_thresholds
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
 
@@ -58,16 +58,16 @@ class Sampler(nn.Module):
         if extras is None:
             return Sampled(self._draw(logits, temperatures, seeds, positions), None)
 
-        if self.tp.size > 1:
-            logits = self._gather_vocabulary(logits)
-        changed = bias_and_penalize(logits, extras)
-        thresholds = find_thresholds(changed, temperatures, extras)
+        logits = self.gather_vocabulary(logits)
+        changed = stages.bias_and_penalize(logits, extras)
+        changed = stages.mask(logits, changed, extras)
+        thresholds = stages.find_thresholds(changed, temperatures, extras)
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
 
         indices = token_ids.clamp(min=0)
-        count_drawn(indices, extras)
-        return Sampled(token_ids, find_logprobs(logits, indices, extras.logprobs))
+        stages.count_drawn(indices, extras)
+        return Sampled(token_ids, stages.find_logprobs(logits, indices, extras.logprobs))
 
     def _draw(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
@@ -83,8 +83,10 @@ class Sampler(nn.Module):
         best_rank = all_scores.argmax(dim=0, keepdim=True)
         return all_ids.gather(0, best_rank).squeeze(0).long()
 
-    def _gather_vocabulary(self, logits: Tensor) -> Tensor:
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """Exchange the logits `[n, vocab / tp]` of all ranks: `[n, vocab]` on every rank."""
+        if self.tp.size == 1:
+            return logits
         rows = -(-self.vocab_size // self.tp.size)  # the last ranks may have fewer
         padded = F.pad(logits, (0, rows - logits.shape[1]))
         parts = self.tp.all_gather(padded)  # [tp, n, rows]

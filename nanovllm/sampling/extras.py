@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels.penalties import Penalties
 from nanovllm.kernels.threshold import Filters
+from nanovllm.kernels.token_mask import TokenMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,19 @@ class SamplingExtras:
     count_rows: Tensor | None = None  # with penalties: [n] int64, each sequence's row of `counts`
     bias: LogitBias | None = None
     logprobs: LogprobRequest | None = None
+    masks: TokenMasks | None = None  # which tokens may be drawn
+    waits_for_masks: bool = False  # the masks are not there yet: see masks.py
+
+
+Extras = SamplingExtras | None  # of a step; None: nobody asks for more than a temperature
+
+
+def copying_extras(num_seqs: int, device: torch.device) -> SamplingExtras:
+    """Options that make float32 copies of all logits: none take more memory."""
+    all_seqs = torch.arange(num_seqs, device=device)
+    zero = all_seqs[:1]
+    bias = LogitBias(rows=zero, token_ids=zero, values=zero.float())
+    return SamplingExtras(bias=bias, logprobs=LogprobRequest(all_seqs, num_top=1))
 
 
 class Logprobs(NamedTuple):

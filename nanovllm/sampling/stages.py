@@ -5,6 +5,8 @@ from torch import Tensor
 
 from nanovllm.kernels.penalties import MAX_COUNT, penalize, penalize_torch
 from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torch
+from nanovllm.kernels.token_mask import mask_tokens, mask_tokens_torch
+from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, Logprobs, SamplingExtras
 
 
@@ -18,6 +20,20 @@ def bias_and_penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
         apply = penalize if logits.is_cuda else penalize_torch
         logits = apply(logits, extras.counts, extras.count_rows, extras.penalties)
     return logits
+
+
+def mask(logits: Tensor, changed: Tensor, extras: SamplingExtras) -> Tensor:
+    """Forbid tokens in `changed` `[n, vocab]`, which the stages before have made of `logits`.
+
+    In place: nobody reads the logits later, unless their log-probabilities are wanted.
+    """
+    if extras.masks is None:
+        return changed
+    if changed is logits and extras.logprobs is not None:
+        changed = logits.clone()
+    apply = mask_tokens if changed.is_cuda else mask_tokens_torch
+    apply(changed, extras.masks)
+    return changed
 
 
 def add_bias(logits: Tensor, bias: LogitBias) -> Tensor:
@@ -56,12 +72,22 @@ def find_logprobs(
     """
     if request is None:
         return None
-    wanted = logits[request.rows].float()
-    drawn = token_ids[request.rows].unsqueeze(1)
-    num_top = min(request.num_top, wanted.shape[1])  # a tiny vocabulary may have fewer
-    ids = torch.cat((drawn, wanted.topk(num_top, dim=1).indices), dim=1)
-    return Logprobs(
-        token_ids=ids,
-        values=wanted.gather(1, ids) - wanted.logsumexp(dim=1, keepdim=True),
-        ranks=(wanted > wanted.gather(1, drawn)).sum(dim=1) + 1,
-    )
+    return rank_tokens(logits[request.rows], token_ids[request.rows], request.num_top)
+
+
+def rank_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """Compute the log-probabilities of tokens, and of as many likeliest ones.
+
+    logits: `[r, vocab]`, as the model gave them.
+    token_ids: `[r]` int64, one for each row.
+    """
+    find = token_ranks if logits.is_cuda else token_ranks_torch
+    found = find(logits, token_ids)
+    num_top = min(num_top, logits.shape[1])  # a tiny vocabulary may have fewer
+    if num_top == 1:
+        top_ids = found.likeliest.unsqueeze(1)
+    else:
+        top_ids = logits.topk(num_top, dim=1).indices
+    ids = torch.cat((token_ids.unsqueeze(1), top_ids), dim=1)
+    values = logits.gather(1, ids).float() - found.logsumexp.unsqueeze(1)
+    return Logprobs(token_ids=ids, values=values, ranks=found.ranks)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from nanovllm.kernels.penalties import Penalties, set_counts
 from nanovllm.kernels.threshold import Filters
+from nanovllm.kernels.token_mask import TokenMasks
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, SamplingExtras
+from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
@@ -83,20 +85,33 @@ class SamplingTable:
         numbers = self.numbers[table_rows]
         is_changed = SamplerNumbers(*(numbers != np.array(NEUTRAL)).any(axis=0))
         has_filters = is_changed.top_k or is_changed.top_p or is_changed.min_p
-        has_penalties = any(self.options[row].params.has_penalties for row in table_rows.tolist())
-        if bias is None and logprobs is None and not has_filters and not has_penalties:
+        all_params = [self.options[row].params for row in table_rows.tolist()]
+        has_penalties = any(params.has_penalties for params in all_params)
+        has_rules = any(params.has_token_rules for params in all_params)
+        is_changed_otherwise = has_filters or has_penalties or has_rules
+        if bias is None and logprobs is None and not is_changed_otherwise:
             return None  # `min_tokens` alone, and they are there
 
         top_k, top_p, min_p, repetition, presence, frequency = self.to_device(numbers.T.copy())
         filters = None
         if has_filters:
             filters = Filters(top_k.int(), top_p, min_p)
-        extras = SamplingExtras(filters=filters, bias=bias, logprobs=logprobs)
+        extras = SamplingExtras(
+            filters=filters, bias=bias, logprobs=logprobs, waits_for_masks=has_rules
+        )
         if not has_penalties:
             return extras
         penalties = Penalties(repetition, presence, frequency)
         count_rows = self.to_device(table_rows, np.int64)
         return replace(extras, penalties=penalties, counts=self.counts, count_rows=count_rows)
+
+    def add_masks(self, extras: SamplingExtras, masks: StepMasks) -> SamplingExtras:
+        """The extras of a step with the masks that they wait for."""
+        on_device = None
+        if len(masks.rows) > 0:
+            words = self.to_device(masks.words.view(np.int32))
+            on_device = TokenMasks(self.to_device(masks.rows), words)
+        return replace(extras, masks=on_device, waits_for_masks=False)
 
     def _make_bias(self, table_rows: np.ndarray, too_short: np.ndarray) -> LogitBias | None:
         """The requests' own biases, and minus infinity for ends that would come too early."""

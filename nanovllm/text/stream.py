@@ -36,4 +36,7 @@ class StreamedCompletion:
         self.is_done = seq.is_finished
         decoder = None if seq.detokenizer is None else seq.detokenizer.decoder
         new = completion_items(seq, text, decoder, start)
-        return StreamPart(index=self.index, completion=self.number, **new)
+        part = StreamPart(index=self.index, completion=self.number, **new)
+        if seq.readout is not None and start == 0:  # with the first token the prompt is computed
+            part.update(seq.readout.result_items(None if decoder is None else decoder.token_text))
+        return part

@@ -7,6 +7,8 @@ has to know about the step (attention: where K and V go) it fetches by `get_cont
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,7 @@ class StepInputs:
     slot_mapping: Tensor | None = None
     attention: AttentionPlan | None = None  # what the attention backend has prepared
     last_token_rows: Tensor | None = None  # [n] int32, in prefill: row of a sequence's last token
+    keeps_all_rows: bool = False  # whether the model's output is of all tokens, not the last ones'
 
     # Sampling: [n] each. A sequence has a row in the model runner's tables while it is admitted.
     table_rows: Tensor | None = None  # int64
@@ -63,3 +66,13 @@ def set_context(inputs: StepInputs) -> None:
 def reset_context() -> None:
     """Say that no step is running."""
     _local.inputs = _NONE
+
+
+@contextmanager
+def running(inputs: StepInputs) -> Iterator[None]:
+    """Inside the `with`, the step of `inputs` is running."""
+    set_context(inputs)
+    try:
+        yield
+    finally:
+        reset_context()

@@ -15,7 +15,7 @@ from conftest import (
     random_prompts,
 )
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,4 +100,20 @@ def test_more_completions_than_a_graph_takes(
     llm = make(small, max_num_seqs=64)
     (output,) = llm.generate([PROMPTS[0]], params_of(0, 20), use_tqdm=False)
     assert [c["token_ids"] for c in output["completions"]][:N] == alone[0]
+    llm.exit()
+
+
+@pytest.mark.parametrize("case", ["graphs", "eager", "tight"])
+def test_beams_are_those_of_a_cpu(small: Checkpoint, case: str) -> None:
+    params = BeamSearchParams(beam_width=4, max_tokens=10)
+    cpu = make_llm(small.path, max_model_len=512)
+    expected = cpu.beam_search(PROMPTS, params)
+    cpu.exit()
+    llm = make(small, **CASES[case])
+    outputs = llm.beam_search(PROMPTS, params)
+    assert_idle(llm)
+    for output, other in zip(outputs, expected, strict=True):
+        assert [beam.tokens for beam in output.sequences] == [b.tokens for b in other.sequences]
+        scores = [beam.score for beam in output.sequences]
+        assert scores == pytest.approx([beam.score for beam in other.sequences], abs=1e-3)
     llm.exit()
