@@ -17,14 +17,14 @@ class Absent:
 
 
 @dataclass(frozen=True, slots=True)
-class Sorted:
+class Sifted:
     """Options, without those that make no difference."""
 
     kept: dict[str, Any]
     left_out: list[str]  # their names
 
 
-def without_absent(owner: str, options: dict[str, Any], absent: dict[str, Absent]) -> Sorted:
+def without_absent(owner: str, options: dict[str, Any], absent: dict[str, Absent]) -> Sifted:
     """Leave out the options of `absent` that make no difference.
 
     owner: whose options they are, for the error.
@@ -39,7 +39,7 @@ def without_absent(owner: str, options: dict[str, Any], absent: dict[str, Absent
             continue
         raise TypeError(f"{owner} has no option {name}={options[name]!r:.60}; {rule.remedy}")
     kept = {name: value for name, value in options.items() if name not in absent}
-    return Sorted(kept, left_out)
+    return Sifted(kept, left_out)
 
 
 def refuse_others(owner: str, options: dict[str, Any], absent: dict[str, Absent]) -> None:
@@ -82,6 +82,11 @@ ABSENT_IN_GENERATE = {
     "lora_request": Absent("merge the adapter into the weights and save them"),
     "priority": Absent("requests run in the order of arrival"),
     "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
+}
+# Of LLM.beam_search.
+ABSENT_IN_BEAM_SEARCH = {
+    "lora_request": ABSENT_IN_GENERATE["lora_request"],
+    "concurrency_limit": Absent("as many searches run together as the cache can hold", None),
 }
 # Of LLM.chat.
 ABSENT_IN_CHAT = {

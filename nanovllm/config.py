@@ -23,6 +23,7 @@ from nanovllm.vllm_options import our_options
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as PyTorch and vLLM call them, too
+LOGPROBS_MODES = Choice("raw_logprobs", "processed_logprobs")
 ATTENTION_BACKENDS = Choice("auto", "triton", "flash_attn", "flash_attn+triton", "torch")
 
 
@@ -72,6 +73,9 @@ class Config:
     # Most log-probabilities that a request may ask for at each token. -1: as many as it likes.
     max_logprobs: Annotated[int, Range(-1)] = 20
     enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks
+    # Of which logits: the model's own, or those that tokens are drawn by, after bias, penalties,
+    # filters and temperature (for greedy requests, 1).
+    logprobs_mode: Annotated[str, LOGPROBS_MODES] = "raw_logprobs"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of requests that bring none; of dummy weights
     # The architectures that there is code for; a model of another one is an error. (): any will do.
     architectures: InitVar[Collection[str]] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -26,6 +28,8 @@ class TokensPrompt(_TokensPrompt, total=False):
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 Prompts = Prompt | SequenceOf[Prompt]
 KEYS = ("prompt", "prompt_token_ids")
+# These may hold integers, but no token ids: bytes are text, and sets and dicts have no order.
+NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +71,33 @@ def split_prompt(index: int, prompt: Any) -> PromptParts:
             f"{token_ids!r:.60}"
         )
     return PromptParts(text, token_ids)
+
+
+def token_ids_of(index: int, content: Any, encode: Callable[[str], list[int]]) -> array[int]:
+    """Encode a text, or collect token ids from a list, an array, any iterable of integers.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: for a text that the tokenizer refuses, and ids of more than 64 bits.
+    """
+    if isinstance(content, str):
+        try:
+            return array("q", encode(content))
+        except Exception as error:  # the text has a lone surrogate, for example
+            raise ValueError(
+                f"prompt {index} cannot be tokenised: {content!r:.60}: {error}"
+            ) from error
+    cause: Exception | None = None
+    if not isinstance(content, NEVER_A_PROMPT):
+        try:
+            return array("q", content)
+        except OverflowError as error:
+            raise ValueError(
+                f"prompt {index} has a token id far outside the vocabulary: {error}"
+            ) from None
+        except Exception as error:  # no iterable, or not of integers
+            cause = error
+    raise TypeError(
+        f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
+        f"passed as a list of one list), not {content!r:.60}"
+    ) from cause

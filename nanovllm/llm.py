@@ -15,11 +15,12 @@ from nanovllm.pooling.engine import PoolingEngine
 from nanovllm.results import RequestOutput, StreamPart
 from nanovllm.text.chat import Conversation, chat_prompts
 from nanovllm.text.stream import StreamedCompletion
+from nanovllm.training.trainable import Trainable
 from nanovllm.utils.interrupts import uninterrupted
 from nanovllm.vllm_names import VllmNames
 
 
-class LLM(BeamSearchEngine, PoolingEngine, VllmNames):
+class LLM(Trainable, BeamSearchEngine, PoolingEngine, VllmNames):
     """An offline inference engine for one model.
 
     >>> llm = LLM("/path/to/Qwen3-0.6B")

@@ -6,9 +6,9 @@ written for vLLM read, are the same item: what is changed in one is changed in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
 
 
 class Logprob(float):
@@ -57,26 +57,95 @@ def _decoded_logprob(
     return Logprob(logprob, rank, token_id, decode)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """The log-probabilities at one position, of the token that is there and of the likeliest."""
+def showing(method: Callable[..., Any]) -> Any:
+    """Make a method of `LogprobDict` of one of dicts: the same, after the numbers were replaced."""
 
-    token_ids: list[int]  # the token that is there, then the likeliest ones, in their order
-    values: list[float]  # the log-probability of each
-    rank: int | None = None  # of the token that is there, among the whole vocabulary
+    @wraps(method)
+    def show_first(self: LogprobDict, *args: Any) -> Any:
+        self._show()
+        return method(self, *args)
+
+    return show_first
+
+
+class LogprobDict(dict[int, Logprob]):
+    """The log-probabilities of one position: of the token that is there, then of the likeliest.
+
+    It is filled with plain numbers, which become `Logprob`s when somebody looks at it. An object
+    for each would take the host longer than a GPU takes for the token.
+    """
+
+    __slots__ = ("_decode", "_is_shown", "_is_top", "_rank")
+
+    def __init__(
+        self,
+        token_ids: list[int],
+        values: list[float],
+        rank: int | None,
+        decode: Callable[[int], str] | None,
+    ) -> None:
+        """Take what a step has found.
+
+        token_ids: the token that is there, then the likeliest ones, in their order.
+        values: the log-probability of each.
+        rank: of the token that is there, among the whole vocabulary.
+        decode: from a token id to its text.
+        """
+        super().__init__(zip(token_ids, values, strict=True))  # type: ignore[arg-type]
+        self._is_shown = False
+        self._decode = decode
+        # A token that is one of the likeliest, too, is there once, with its place among them.
+        self._is_top = len(self) < len(token_ids)
+        self._rank = token_ids.index(token_ids[0], 1) if self._is_top else rank
+
+    def _show(self) -> None:
+        """Put a `Logprob` in the place of each number."""
+        if self._is_shown:
+            return
+        self._is_shown = True
+        rank = self._rank
+        place = 0
+        for token_id, value in list(dict.items(self)):
+            self[token_id] = Logprob(value, rank, token_id, self._decode)
+            place += 1
+            if self._is_top and place == self._rank:
+                place += 1  # its token was the first one
+            rank = place
+
+    __getitem__ = showing(dict.__getitem__)
+    copy = showing(dict.copy)
+    get = showing(dict.get)
+    items = showing(dict.items)
+    pop = showing(dict.pop)
+    popitem = showing(dict.popitem)
+    setdefault = showing(dict.setdefault)
+    values = showing(dict.values)
+
+    def __iter__(self) -> Iterator[int]:
+        """As of any dict; but without this method `dict(self)` would copy the numbers as they are,
+        and not come to the other methods.
+        """
+        return super().__iter__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and what is unpickled, are plain dicts."""
+        return dict, (dict(self),)
+
+
+class TokenLogprobs(NamedTuple):
+    """The log-probabilities that a step reports for one sequence; see `LogprobDict`."""
+
+    token_ids: list[int]
+    values: list[float]
+    rank: int | None = None
 
     def first(self, number: int) -> TokenLogprobs:
         """The first ones only: another request of the step may have asked for more."""
         return TokenLogprobs(self.token_ids[:number], self.values[:number], self.rank)
 
-    def as_dict(self, decode: Callable[[int], str] | None) -> dict[int, Logprob]:
-        """What a result shows: token id -> Logprob. `decode` makes text of a token id."""
-        # A token that is one of the likeliest, too, is shown once, with its place among them.
-        ranks = (self.rank, *range(1, len(self.token_ids)))
-        return {
-            token_id: Logprob(value, rank, token_id, decode)
-            for token_id, value, rank in zip(self.token_ids, self.values, ranks, strict=True)
-        }
+    def as_dict(self, decode: Callable[[int], str] | None) -> LogprobDict:
+        """What a result shows of it; `decode` makes text of a token id."""
+        return LogprobDict(self.token_ids, self.values, self.rank, decode)
 
 
 def item(key: str) -> Any:

@@ -21,24 +21,31 @@ TEXT_ONLY = "images, sounds and videos are not read; pass texts"
 
 # How vLLM runs what runs here in one way: whatever they say, the results are the same.
 WITHOUT_EFFECT = (
+    "all2all_backend",
     "async_scheduling",
     "attention_config",
     "compilation_config",
     "cudagraph_capture_sizes",
+    "cudagraph_metrics",
     "disable_async_output_proc",
     "disable_cascade_attn",
     "disable_custom_all_reduce",
+    "disable_hybrid_kv_cache_manager",
     "disable_log_requests",
     "disable_log_stats",
     "enable_log_requests",
     "enable_sleep_mode",
+    "interleave_mm_strings",
     "kernel_config",
     "limit_mm_per_prompt",
+    "long_prefill_token_threshold",
     "max_context_len_to_capture",
     "max_long_partial_prefills",
     "max_num_partial_prefills",
     "max_parallel_loading_workers",
     "max_seq_len_to_capture",
+    "media_io_kwargs",
+    "mm_encoder_tp_mode",
     "mm_processor_cache_gb",
     "num_scheduler_steps",
     "observability_config",
@@ -47,6 +54,8 @@ WITHOUT_EFFECT = (
     "ray_workers_use_nsight",
     "safetensors_load_strategy",
     "served_model_name",
+    "show_hidden_metrics_for_version",
+    "skip_mm_profiling",
     "stream_interval",
     "structured_outputs_config",
     "swap_space",
@@ -57,8 +66,11 @@ WITHOUT_EFFECT = (
 ABSENT_OPTIONS = {
     **dict.fromkeys(WITHOUT_EFFECT, Absent("", harmless=None)),
     # Those of which only some values ask for what is done anyway.
+    "additional_config": Absent("nothing here reads any", (None, {})),
     "allowed_local_media_path": Absent(TEXT_ONLY, (None, "")),
+    "allowed_media_domains": Absent(TEXT_ONLY, (None, [])),
     "calculate_kv_scales": Absent("the cache has the model's dtype", (None, False)),
+    "chat_template": Absent("pass it to chat"),
     "code_revision": Absent(NO_CODE),
     "config_format": Absent("config.json is read", (None, "auto", "hf")),
     "convert": Absent("embed, score and generate need no conversion", (None, "auto", "none")),
@@ -71,6 +83,8 @@ ABSENT_OPTIONS = {
         (None, True),
     ),
     "enable_dbo": Absent(ONLY_HERE, (None, False)),
+    "ec_transfer_config": Absent("one engine computes all of a request"),
+    "enable_eplb": Absent(ONLY_HERE, (None, False)),
     "enable_expert_parallel": Absent(ONLY_HERE, (None, False)),
     "enable_lora": Absent("merge the adapter into the weights and save them", (None, False)),
     "enable_prompt_adapter": Absent("put it into the prompts", (None, False)),
@@ -81,9 +95,12 @@ ABSENT_OPTIONS = {
     "hf_config_path": Absent("pass hf_config or hf_overrides"),
     "hf_token": Absent("set HF_TOKEN in the environment"),
     "ignore_patterns": Absent("files that contradict each other are an error", (None, [])),
+    "io_processor_plugin": Absent(NO_CODE),
     "kv_cache_dtype": Absent("the cache has the model's dtype", (None, "auto")),
+    "kv_events_config": Absent("read LLM.stats() and LLM.trace()"),
+    "kv_offloading_size": Absent("blocks that are in no use are computed again", (None, 0)),
     "kv_sharing_fast_prefill": Absent("no such layers are run", (None, False)),
-    "kv_transfer_config": Absent("one engine computes both prefill and decode"),
+    "kv_transfer_config": Absent("one engine computes all of a request"),
     "logits_processors": Absent(NO_CODE, (None, [])),
     "max_lora_rank": Absent("merge the adapter into the weights and save them"),
     "max_loras": Absent("merge the adapter into the weights and save them"),
@@ -91,11 +108,13 @@ ABSENT_OPTIONS = {
     "model_impl": Absent("see README for the models that are run", (None, "auto", "vllm")),
     "model_loader_extra_config": Absent("*.safetensors are read", (None, {})),
     "nnodes": Absent(ONLY_HERE, (None, 1)),
+    "otlp_traces_endpoint": Absent("read LLM.stats() and LLM.trace()"),
     "override_generation_config": Absent(ONE_SAMPLER, (None, {})),
     "override_pooler_config": Absent("pass the arguments of embed"),
     "pipeline_parallel_size": Absent(ONLY_HERE, (None, 1)),
     "pooler_config": Absent("pass the arguments of embed"),
     "prefill_context_parallel_size": Absent(ONLY_HERE, (None, 1)),
+    "profiler_config": Absent("use LLM.trace(), or torch.profiler around the calls", (None, {})),
     "quantization": Absent("pass a checkpoint in bf16, fp16 or fp32"),
     "reasoning_parser": Absent("the text is returned as it is", (None, "")),
     "rope_scaling": Absent("pass hf_overrides={'rope_scaling': ...}", (None, {})),
@@ -120,15 +139,16 @@ ABSENT_OPTIONS = {
 
 def our_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of `LLM` by the names of Config, without those that make no difference: these are
-    named in one line on stderr.
+    named in one line on stderr, if they are more than None.
 
     Raises:
         TypeError: for an option that is absent here and would make a difference, and for one that
             is passed under two names.
     """
     found = without_absent("LLM", options, ABSENT_OPTIONS)
-    if found.left_out:
-        LOGGER.warning("nano-vllm: without effect here: %s", ", ".join(found.left_out))
+    without_effect = [name for name in found.left_out if options[name] is not None]
+    if without_effect:
+        LOGGER.warning("nano-vllm: without effect here: %s", ", ".join(without_effect))
     ours: dict[str, Any] = {}
     for name, value in found.kept.items():
         our_name = ALIASES.get(name, name)

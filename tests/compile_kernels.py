@@ -14,8 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nanovllm.copy_on_write import BlockCopy
 from nanovllm.kernels import (
     all_reduce,
+    copy_blocks,
     expert_gemv,
     gate_mul,
     gemv,
@@ -105,6 +107,7 @@ def main() -> None:
         varlen_prefill,
     ):
         module.pdl_options = lambda: PDL
+    copy_blocks.copy_blocks(numbers(2, 2, 4, 16, 2, 8), [BlockCopy(0, 1, 9)], torch.from_numpy)
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     token_ranks.token_ranks(x, torch.zeros(16, dtype=torch.int64))
     rms_norm.rms_norm(x, norm, EPS)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +189,11 @@ def test_wrong_calls(llm: LLM) -> None:
         llm.beam_search(PROMPTS, SamplingParams())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         llm.beam_search([[1], []], BeamSearchParams(2, 5))
+    with pytest.raises(TypeError, match="no option lora_request='x'; merge"):
+        llm.beam_search(PROMPTS, BeamSearchParams(2, 5), lora_request="x")
+    with pytest.raises(TypeError, match="LLM.beam_search has no option 'beams'"):
+        llm.beam_search(PROMPTS, BeamSearchParams(2, 5), beams=3)
+    assert llm.beam_search([], BeamSearchParams(2, 5), lora_request=None, concurrency_limit=4) == []
     request_id = llm.add_request([1, 2], greedy(2))
     with pytest.raises(RuntimeError, match="requests of add_request or stream are unfinished"):
         llm.beam_search(PROMPTS, BeamSearchParams(2, 5))
@@ -235,18 +239,3 @@ def test_logits_that_are_no_numbers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"no search could be completed: .*NaN"):
         llm.beam_search(PROMPTS[:1], BeamSearchParams(2, 3, ignore_eos=True))
     assert_idle(llm)
-
-
-def test_two_ranks(tmp_path: Path) -> None:
-    saved = make_checkpoint(tmp_path, num_key_value_heads=1, std=0.12, seed=1)
-    params = BeamSearchParams(3, 6, ignore_eos=True)
-    single = make_llm(saved.path)
-    expected = [
-        [(beam.token_ids, beam.score) for beam in output.sequences]
-        for output in single.beam_search(PROMPTS, params)
-    ]
-    single.exit()
-    llm = make_llm(saved.path, 1, tensor_parallel_size=2, kvcache_block_size=4, max_model_len=64)
-    check(llm.beam_search(PROMPTS, params), expected, 1.0)
-    assert_idle(llm)
-    llm.exit()

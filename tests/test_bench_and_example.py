@@ -10,15 +10,20 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import bench
 import example
+from nanovllm import StructuredOutputsParams
+from nanovllm.checkpoint import load_tokenizer
 from nanovllm.config import Config
 from nanovllm.models import MODELS, model_class
+from nanovllm.sampling.rule_maker import compile_grammar
 from scripts import compare_json
+from scripts.structured_load import make_schema, write_tokenizer
 from scripts.workloads import LENGTHS_CUT, SHAPES, Limits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,6 +293,42 @@ def test_bench_writes_a_trace_of_the_last_run(tmp_path: Path) -> None:
         ["--device", "cpu", "--workload", "single", "--trace", str(file.with_suffix(".png"))]
     )
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_schema_for_each_request_is_measured_beside_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = []
+    generate = bench.LLM.generate
+
+    def recording(self: Any, prompts: Any, params: Any, **options: Any) -> Any:
+        forms.append([each.structured_outputs for each in params])
+        return generate(self, prompts, params, **options)
+
+    monkeypatch.setattr(bench.LLM, "generate", recording)
+    file = tmp_path / "results.json"
+    options = ["--device", "cpu", "--workload", "small", "--structured", "--json", str(file)]
+    bench.main(options)
+    results = json.loads(file.read_text())["results"]
+    assert [result["engine"] for result in results] == ["nanovllm", "structured"]
+    assert "Ratio small: nanovllm / structured = " in capsys.readouterr().out
+    warm_up, plain, structured_warm_up, structured = forms
+    assert set(warm_up) == set(plain) == {None}
+    assert len(set(structured)) == len(plain) > 1
+
+
+def test_the_tokenizer_of_a_shape_can_follow_the_schemas(tmp_path: Path) -> None:
+    write_tokenizer(str(tmp_path), 2_000)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert 1_700 < len(tokenizer) < 2_000
+    assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|im_end|>"
+    llguidance = pytest.importorskip("llguidance.hf")
+    as_tree = llguidance.from_tokenizer(tokenizer, n_vocab=2_000)
+    matcher = compile_grammar(StructuredOutputsParams(json=make_schema(5)), as_tree)
+    text = '[{"name5": "ba du", "age": 3'
+    token_ids = as_tree.tokenize_str(text)
+    assert tokenizer.decode(token_ids) == text
+    assert matcher.validate_tokens(token_ids) == len(token_ids)
 
 
 def test_a_workload_starts_with_an_empty_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:

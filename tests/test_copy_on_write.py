@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import (
     Checkpoint,
     assert_idle,
@@ -20,15 +21,20 @@ from conftest import (
     make_sequence,
     random_prompts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.scheduler import Scheduler, Step
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch, independent
+from nanovllm.prefill_groups import PrefillGroups
 
 N = 5
 # Around the borders of blocks of 16 tokens, and prompts that are shorter than a block.
-LENGTHS = [1, 3, 16, 17, 31, 32, 50, 48]
+LENGTHS = [1, 16, 17, 31, 50, 48]
 
 
 def completion_seeds(seed: int, n: int) -> list[int]:
@@ -37,7 +43,7 @@ def completion_seeds(seed: int, n: int) -> list[int]:
     return [seed] + [others.getrandbits(63) for _ in range(n - 1)]
 
 
-def params_of(seed: int, n: int = 1, max_tokens: int = 20, **options: Any) -> SamplingParams:
+def params_of(seed: int, n: int = 1, max_tokens: int = 14, **options: Any) -> SamplingParams:
     return SamplingParams(
         temperature=0.8, seed=seed, n=n, max_tokens=max_tokens, ignore_eos=True, **options
     )
@@ -76,8 +82,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, depth", [(case, 1) for case in CASES] + [("whole", 0), ("tight", 0)]
+)
 def test_n_completions_are_those_of_n_requests(
     checkpoint: Checkpoint, alone: list[list[list[int]]], case: str, depth: int
 ) -> None:
@@ -155,6 +162,67 @@ def test_windows(tmp_path: Path, family: str) -> None:
     assert generate_ids(llm, prompts * 3, greedy(8)) == expected * 3
     assert llm.stats()["prefix_hit_tokens"] == 2 * sum(map(len, prompts))
     llm.exit()
+
+
+# --- the copies on the device ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        copy_blocks_torch,
+        pytest.param(copy_blocks, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")),
+    ],
+)
+@pytest.mark.parametrize(
+    "copies, num_parts",
+    [
+        ([(0, 3, 5), (0, 4, 5), (1, 5, 1), (2, 6, 15)], 1),
+        ([(0, 3, 5), (3, 4, 5)], 2),  # what the first one writes, the second one reads
+        ([(0, 3, 5), (1, 3, 2)], 2),
+        ([(0, 3, 5), (1, 0, 4), (0, 2, 16)], 3),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_blocks_are_copied_one_after_the_other(
+    copy: Any, copies: list[tuple[int, int, int]], num_parts: int, dtype: torch.dtype
+) -> None:
+    named = [BlockCopy(*numbers) for numbers in copies]
+    cache = torch.randn(2, 3, 7, 16, 2, 40).to(dtype)
+    expected = cache.clone()
+    for source, target, num_tokens in copies:
+        for token in range(num_tokens):
+            expected[:, :, target, token] = expected[:, :, source, token].clone()
+    copy(cache, named, torch.from_numpy)
+    assert torch.equal(cache, expected)
+    assert len(list(independent(named))) == num_parts
+    assert [one for part in independent(named) for one in part] == named
+
+
+# --- who follows whom ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only_siblings", [False, True])
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 1), min_size=1, max_size=7)),
+        max_size=12,
+    )
+)
+def test_groups_are_those_of_equal_tokens(
+    only_siblings: bool, prompts: list[tuple[int, list[int]]]
+) -> None:
+    """With two token ids, most prompts of one length agree in the tokens that are looked at."""
+    groups = PrefillGroups(only_siblings)
+    expected: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
+    for request_id, tokens in prompts:
+        seq = make_sequence(tokens)
+        seq.request_id = request_id
+        groups.find(seq).append(seq)
+        owner = request_id if only_siblings else 0
+        expected.setdefault((owner, tuple(tokens)), []).append(seq)
+    assert groups.members() == [seq for group in expected.values() for seq in group]
 
 
 # --- how many blocks and steps it takes -----------------------------------------------------------

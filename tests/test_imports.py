@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "jobs",
     "llm",
+    "training",
     "beam_search",
     "pooling",
     "engine",
@@ -40,6 +41,7 @@ LEAVES = (
     "headless",
     "hf_overrides",
     "job_order",
+    "prefill_groups",
     "progress",
     "results",
     "param_checks",
@@ -47,6 +49,7 @@ LEAVES = (
     "absent",
     "assignable",
     "inputs",
+    "snapshots",
     "hub",
     "vllm_options",
     "vllm_names",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.job_order import job_order, prefix_order
+from nanovllm.job_order import job_order, walk_prefixes
 from scripts.bench_job_order import Job, run
 
 BLOCK_SIZE = 4
@@ -34,20 +34,34 @@ def tree_order(prompts: list[list[int]], members: list[int], start: int) -> list
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), max_size=12))
 def test_the_order_is_that_of_the_tree_of_blocks(prompts: list[list[int]]) -> None:
-    assert prefix_order(prompts, BLOCK_SIZE) == tree_order(prompts, list(range(len(prompts))), 0)
+    assert walk_prefixes(prompts, BLOCK_SIZE).order == tree_order(
+        prompts, list(range(len(prompts))), 0
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), max_size=12))
+def test_shared_blocks_are_counted(prompts: list[list[int]]) -> None:
+    prefixes = [
+        tuple(prompt[:end])
+        for prompt in prompts
+        for end in range(BLOCK_SIZE, len(prompt) + 1, BLOCK_SIZE)
+    ]
+    num_shared = walk_prefixes(prompts, BLOCK_SIZE).num_shared_blocks
+    assert num_shared == len(prefixes) - len(set(prefixes))
 
 
 def test_the_example_of_the_docstring() -> None:
     blocks = {name: [ord(name)] * BLOCK_SIZE for name in "PQRabc"}
     prompts = [blocks[a] + blocks[b] for a, b in ("Pa", "Qa", "Pb", "Ra", "Qb", "Pc")]
-    assert prefix_order(prompts, BLOCK_SIZE) == [0, 2, 5, 1, 4, 3]
+    assert walk_prefixes(prompts, BLOCK_SIZE).order == [0, 2, 5, 1, 4, 3]
 
 
 def test_prompts_without_a_common_block_keep_their_order() -> None:
     r = random.Random(0)
     # Many begin alike, but by less than a block, and some agree in a later block.
     prompts = [[1, 2, 3, i, *r.choices(range(3), k=i % 9)] for i in range(200)]
-    assert prefix_order(prompts, BLOCK_SIZE) == list(range(200))
+    assert walk_prefixes(prompts, BLOCK_SIZE).order == list(range(200))
 
 
 def make_requests(prompts: list[list[int]], n: int = 1) -> list[list[Sequence]]:
@@ -59,7 +73,10 @@ def make_requests(prompts: list[list[int]], n: int = 1) -> list[list[Sequence]]:
     [
         (dict(), False),
         (dict(max_num_seqs=7), True),
-        (dict(num_kvcache_blocks=31), True),  # 8 sequences of 16 tokens need 32
+        # Of 8 sequences with 16 tokens each, two and two have a prompt of 2 blocks in common, and
+        # so have the other four. That makes 2 x 2 blocks of prompts, and 8 x 2 others.
+        (dict(num_kvcache_blocks=20), False),
+        (dict(num_kvcache_blocks=19), True),
         (dict(max_num_seqs=7, enable_prefix_caching=False), False),
     ],
 )
@@ -133,7 +150,7 @@ def test_the_time_is_linear() -> None:
         prompts = [r.choices(range(1000), k=20) for _ in range(number)]
         prompts += [[1, 2, 3, 4, *r.choices(range(1000), k=20)] for _ in range(number)]
         start = time.process_time()
-        prefix_order(prompts, BLOCK_SIZE)
+        walk_prefixes(prompts, BLOCK_SIZE)
         return time.process_time() - start
 
     # Sixteen times as many. Quadratic would take 256 times as long.

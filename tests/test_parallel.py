@@ -23,7 +23,7 @@ from conftest import (
 )
 from conftest import random_prompts as prompts_of
 
-from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm import DEMO_MODEL, LLM, BeamSearchParams, SamplingParams
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.parallel.channel import Channel
@@ -186,6 +186,11 @@ def completions(
     return [[completion["token_ids"] for completion in out["completions"]] for out in outputs]
 
 
+def beams(llm: LLM, prompts: list[list[int]]) -> list[list[list[int]]]:
+    outputs = llm.beam_search(prompts, BeamSearchParams(3, 6, ignore_eos=True))
+    return [[beam.token_ids for beam in output.sequences] for output in outputs]
+
+
 def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     lengths = [3, 20, 33, 16, 50, 7, 40]
     prompts = prompts_of(0, lengths)
@@ -195,6 +200,7 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     expected = generate_ids(single, prompts, params)
     shared = [replace(seeded, n=n) for n in (4, 2, 3)]  # completions, which share blocks
     expected_shared = completions(single, prompts[1:4], shared)
+    expected_beams = beams(single, prompts[:3])
     single.exit()
     assert [expected[i] for i in (0, 1, 3)] == awkward.complete([prompts[i] for i in (0, 1, 3)], 16)
 
@@ -216,6 +222,7 @@ def test_two_ranks_give_the_tokens_of_one(awkward: Checkpoint) -> None:
     assert llm.scheduler.counters["preemptions"] > 0
     assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
     assert completions(llm, prompts[1:4], shared) == expected_shared
+    assert beams(llm, prompts[:3]) == expected_beams
     check_bad_input_leaves_the_ranks_in_step(llm, prompts, params, expected)
     llm._max_pending = (
         1  # as on GPUs: each rank has the tokens that its next step needs, the host does not

@@ -19,6 +19,7 @@ from conftest import (
     random_prompts,
 )
 from safetensors.torch import load_file, save_file
+from test_prefill_graphs import TORCH_TILED, add_graphs
 from transformers import AutoTokenizer
 
 from nanovllm import DEMO_MODEL, LLM, PoolingParams, SamplingParams
@@ -77,7 +78,7 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A random checkpoint with the demo's tokenizer, which knows Qwen's chat, "yes" and "no"."""
     path = tmp_path_factory.mktemp("speaking")
-    checkpoint = make_checkpoint(path, seed=3, vocab_size=1030)
+    checkpoint = make_checkpoint(path, seed=3, vocab_size=1031)  # odd
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.add_tokens(["yes", "no"])
     tokenizer.save_pretrained(path)
@@ -157,6 +158,23 @@ def test_no_head_runs_and_no_token_is_drawn(
     with llm.trace() as trace:
         assert len(llm.embed(PROMPTS, use_tqdm=False)) == len(PROMPTS)
     assert sum(step.num_tokens for step in trace.steps) == sum(map(len, PROMPTS))
+
+
+def test_small_prefills_as_graphs(checkpoint: Checkpoint) -> None:
+    """They leave what the last norm reads. Means, and log-probabilities, need all tokens."""
+    expected = [unit(hidden_states(checkpoint, prompt)[-1]) for prompt in PROMPTS]
+    llm = make_llm(checkpoint.path, 1, max_num_batched_tokens=100)
+    replays = add_graphs(llm, TORCH_TILED)
+    for _ in range(2):
+        check(llm.embed(PROMPTS, use_tqdm=False), expected)
+    (alone,) = llm.embed([PROMPTS[3]], use_tqdm=False)
+    check([alone], expected[3:4])
+    counts = [replay.count for replay in replays]
+    assert sum(count > 0 for count in counts) >= 2
+    params = SamplingParams(prompt_logprobs=0, max_tokens=1)
+    assert llm.generate([PROMPTS[3]], params, use_tqdm=False)[0].prompt_logprobs is not None
+    assert [replay.count for replay in replays] == counts
+    llm.exit()
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -336,6 +354,15 @@ def test_a_language_model_is_asked_yes_or_no(speaking: Checkpoint) -> None:
     (other,) = llm.score(TEXTS[1], TEXTS[0], instruction="Find colours", use_tqdm=False)
     assert abs(other["score"] - outputs[0]["score"]) > 1e-4
     template = "{query}|{document}|{instruction}"
+    # The same from graphs, which leave their logits.
+    replays = add_graphs(llm, TORCH_TILED)
+    for replay in replays:
+        replay.logits.resize_(len(replay.logits), 1031)
+    again = llm.score(TEXTS[1], TEXTS, use_tqdm=False)
+    assert [output["score"] for output in again] == pytest.approx(
+        [output["score"] for output in outputs], abs=1e-5
+    )
+    assert any(replay.count for replay in replays)
     (short,) = llm.score(TEXTS[1], "a {b}", instruction="c", template=template, use_tqdm=False)
     assert short["prompt_token_ids"] == tokenizer.encode(f"{TEXTS[1]}|a {{b}}|c")
     llm.exit()
@@ -367,7 +394,15 @@ def test_two_ranks(speaking: Checkpoint) -> None:
         for llm in (alone, both)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert generate_ids(both, PROMPTS, greedy(3)) == generate_ids(alone, PROMPTS, greedy(3))
+    # Log-probabilities of prompts, too: of the odd vocabulary the last rank has fewer tokens.
+    params = [greedy(3), *(SamplingParams(prompt_logprobs=k, temperature=0) for k in range(7))]
+    one, two = (llm.generate(PROMPTS, params, use_tqdm=False) for llm in (alone, both))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["token_ids"] == theirs["token_ids"]
+        pairs = zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True)
+        for entry, other in pairs:
+            assert entry == pytest.approx(other, abs=1e-4) and (entry is None) == (other is None)
+    assert sum(len(result.prompt_logprobs or ()) for result in two) == sum(map(len, PROMPTS[1:]))
     both.exit()
 
 

@@ -42,6 +42,7 @@ class Replay:
         num_seqs = min(size, llm.model_runner.padded_prefill.max_seqs)  # type: ignore[union-attr]
         self.token_ids = torch.zeros(num_seqs, dtype=torch.int64)
         self.logits = torch.zeros(num_seqs, 127)
+        self.hidden = torch.zeros(num_seqs, llm.config.hf_config.hidden_size)
         self.count = 0
 
     def replay(self) -> None:
@@ -50,6 +51,7 @@ class Replay:
             output = self.prefill(self.size)
             self.token_ids.copy_(output.token_ids)
             self.logits.copy_(output.logits)
+            self.hidden.copy_(output.hidden)
 
 
 def add_graphs(llm: LLM, backend: AttentionBackend) -> list[Replay]:
@@ -61,7 +63,7 @@ def add_graphs(llm: LLM, backend: AttentionBackend) -> list[Replay]:
         layer.backend = backend
     replays = [Replay(llm, size) for size in runner.padded_prefill.sizes]
     for replay in replays:
-        output = StepOutput(replay.token_ids, replay.logits)
+        output = StepOutput(replay.token_ids, replay.logits, replay.hidden)
         graph: Any = replay
         runner.prefill_graphs.graphs[replay.size] = StepGraph(graph, output)
     runner.prefill_graphs.sizes = list(runner.padded_prefill.sizes)

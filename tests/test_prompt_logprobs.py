@@ -73,6 +73,24 @@ def test_they_equal_log_softmax_however_the_work_is_cut(
     plain.exit()
 
 
+def test_logits_of_a_few_tokens_at_a_time(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long prompt would be the largest tensor there is."""
+    rows = []
+    rank_tokens = step_reader.rank_tokens
+
+    def recording(logits: torch.Tensor, *others: Any) -> Any:
+        rows.append(len(logits))
+        return rank_tokens(logits, *others)
+
+    monkeypatch.setattr(step_reader, "rank_tokens", recording)
+    llm = make_llm(checkpoint.path, max_model_len=700, max_num_batched_tokens=1000)
+    (prompt,) = random_prompts(11, [600])
+    llm.generate([prompt], ask(0, max_tokens=1), use_tqdm=False)
+    assert rows == [256, 256, 87]
+
+
 def test_who_asks_computes_its_prompt_and_leaves_it_to_others(checkpoint: Checkpoint) -> None:
     llm = make_llm(checkpoint.path)
     (prompt,) = random_prompts(1, [70])
@@ -113,8 +131,8 @@ def test_steps_of_neighbours_read_nothing(
     readers: list[StepReader | None] = []
     make = StepReader.of
 
-    def recording(seqs: Any) -> StepReader | None:
-        readers.append(make(seqs))
+    def recording(*inputs: Any) -> StepReader | None:
+        readers.append(make(*inputs))
         return readers[-1]
 
     monkeypatch.setattr(StepReader, "of", recording)
@@ -157,16 +175,6 @@ def test_families_that_change_the_logits_or_the_last_layer(tmp_path: Path, famil
     outputs = llm.generate(prompts, ask(2, max_tokens=2), use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         check(output["prompt_logprobs"], checkpoint, prompt, 2)
-    llm.exit()
-
-
-def test_two_ranks(checkpoint: Checkpoint) -> None:
-    """The vocabulary is odd, so that the last rank has fewer tokens."""
-    prompts = random_prompts(5, [30, 25, 7])
-    llm = make_llm(checkpoint.path, tensor_parallel_size=2, max_num_batched_tokens=40)
-    outputs = llm.generate(prompts, [ask(2), ask(None), ask(0)], use_tqdm=False)
-    check(outputs[0]["prompt_logprobs"], checkpoint, prompts[0], 2)
-    check(outputs[2]["prompt_logprobs"], checkpoint, prompts[2], 0)
     llm.exit()
 
 

@@ -890,7 +890,7 @@ def test_options_with_graphs(checkpoint: Checkpoint) -> None:
     replays = {size: Replay(llm, size) for size in (1, 2, 4, 8)}
     runner.decode_graphs.sizes = list(replays)  # type: ignore[union-attr]
     for size, replay in replays.items():
-        output = StepOutput(replay.tokens, replay.logits)
+        output = StepOutput(replay.tokens, replay.logits, hidden=torch.empty(size, 0))
         runner.decode_graphs.graphs[size] = StepGraph(replay, output)
     assert summaries(llm, PROMPTS, MANY) == expected
     assert [

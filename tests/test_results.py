@@ -9,7 +9,7 @@ import pytest
 from conftest import Checkpoint, greedy, make_llm, random_prompts
 
 from nanovllm import DEMO_MODEL, LLM, CompletionOutput, RequestOutput, SamplingParams
-from nanovllm.results import Logprob, StreamPart, TokenLogprobs
+from nanovllm.results import Logprob, LogprobDict, StreamPart, TokenLogprobs
 
 PROMPTS = ["Hello, my name is", "The future of AI is"]
 
@@ -121,11 +121,9 @@ def test_the_rank_of_a_sampled_token_is_its_place_in_the_vocabulary(checkpoint: 
 
 
 def test_a_token_that_is_sampled_and_likely_is_there_once() -> None:
-    entry = TokenLogprobs([7, 3, 7], [-2.0, -1.0, -2.0], rank=2).first(3)
-    assert [(token, logprob.rank) for token, logprob in entry.as_dict(None).items()] == [
-        (7, 2),
-        (3, 1),
-    ]
+    entry = TokenLogprobs([7, 3, 7, 5], [-2.0, -1.0, -2.0, -3.0], rank=2)
+    ranks = {token: logprob.rank for token, logprob in entry.as_dict(None).items()}
+    assert ranks == {7: 2, 3: 1, 5: 3} and list(ranks) == [7, 3, 5]
     assert entry.first(1).as_dict(str)[7].decoded_token == "7"
     assert Logprob(-0.5).rank is None and Logprob(-0.5).decoded_token is None
 
@@ -146,3 +144,41 @@ def test_step_and_stream_give_objects_too(llm: LLM) -> None:
     assert [token for part in of_first for token in part.token_ids] == result.token_ids
     texts = [next(iter(part.logprobs[0].values())).decoded_token for part in of_first]
     assert all(texts)
+
+
+def test_numbers_become_objects_when_somebody_looks() -> None:
+    """Through whatever method of a dict; and its copies and JSON have the same numbers."""
+    values = [-2.0, -1.0, -3.0]
+
+    def make() -> LogprobDict:
+        return LogprobDict([7, 3, 5], values, 40, str)
+
+    plain = dict(zip([7, 3, 5], values, strict=True))
+    shown: list[dict[int, Any]] = [
+        {token: make()[token] for token in plain},
+        {token: make().get(token) for token in plain},
+        {token: make().pop(token) for token in plain},
+        {token: make().setdefault(token) for token in plain},  # type: ignore[call-arg]
+        dict(make().items()),
+        dict(zip(plain, make().values(), strict=True)),
+        dict([make().popitem() for _ in "1"]),
+        dict(make()),
+        {**make()},
+        make().copy(),
+        make() | {},
+        copy.copy(make()),
+        copy.deepcopy(make()),
+        pickle.loads(pickle.dumps(make())),
+    ]
+    ranks = {7: 40, 3: 1, 5: 2}
+    for dictionary in shown:
+        for token, logprob in dictionary.items():
+            assert facts(logprob) == (plain[token], ranks[token], str(token))
+    assert (
+        json.dumps(make()) == json.dumps(plain) and make() == plain and repr(make()) == str(plain)
+    )
+    assert make().get(9) is None and 9 not in make()
+    changed = make()
+    changed[3] = -7.0  # type: ignore[assignment]
+    del changed[5]
+    assert changed.get(7) == -2.0 and [*changed.values()] == [-2.0, -7.0]

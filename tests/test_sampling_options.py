@@ -467,6 +467,45 @@ def test_logprobs_are_of_the_models_own_logits(num_top: int, dtype: torch.dtype)
         assert sorted(row, reverse=True).index(row[drawn]) + 1 == rank  # tied tokens share the best
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_processed_logprobs_are_of_what_is_drawn_from(dtype: torch.dtype) -> None:
+    """Each row has another temperature and filter, of the logits with bias and penalties; the last
+    but one is greedy, which counts as temperature 1.
+    """
+    temperatures = [0.7, 1.5, 1.0, 0.0, 0.4]
+    top_k, top_p, min_p = [7, 0, 0, 0, 9], [1.0, 0.8, 1.0, 1.0, 0.9], [0.0, 0.0, 0.05, 0.0, 0.0]
+    logits = 2 * torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    before = logits.clone()
+    rows = torch.tensor([4, 1, 2, 3, 0], device=DEVICE)
+    extras = SamplingExtras(
+        filters=filters(top_k, top_p, min_p),
+        penalties=penalties_of(STRENGTHS),
+        counts=new_counts(VOCAB, HISTORIES),
+        count_rows=torch.arange(1, 6, device=DEVICE),
+        bias=LogitBias(rows[:2], rows[:2] + 7, torch.full((2,), 3.0, device=DEVICE)),
+        logprobs=LogprobRequest(rows, VOCAB, is_processed=True),
+    )
+    changed = bias_and_penalize(logits, extras).cpu()
+    expected = torch.stack(
+        [
+            transformers_probs(
+                changed[row].float(), temperatures[row] or 1.0, top_k[row], top_p[row], min_p[row]
+            )
+            for row in rows.tolist()
+        ]
+    )
+    tokens, (ids, values, _) = sample(logits, torch.tensor(temperatures, device=DEVICE), extras)
+    assert torch.equal(logits, before)
+    assert ids[:, 0].tolist() == tokens[rows].tolist()
+    assert sorted(ids[0, 1:].tolist()) == list(range(VOCAB))
+    # Where tokens are tied at a filter's edge, transformers may keep fewer of them.
+    probs = values.exp().cpu()
+    torch.testing.assert_close(probs[:, 1:].sum(1), torch.ones(5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probs, expected.gather(1, ids.cpu()), rtol=1e-4, atol=1e-6)
+    assert (probs[:, 0] > 0).all()  # what was drawn is never left out
+    assert (expected == 0).sum(1).tolist()[3] == 0 and (expected == 0).any()
+
+
 # --- neighbours and ranks -------------------------------------------------------------------------
 
 

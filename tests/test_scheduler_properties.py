@@ -101,7 +101,7 @@ def loads(draw: st.DrawFn) -> Load:
         max_tokens = r.randint(1, max_model_len - len(prompt))
         arrival = r.randint(0, last_arrival)
         requests.append(Request(arrival, prompt, max_tokens, r.random() < 0.5))
-        for _ in range(r.choice([0, 0, 0, 1, 4]) if len(requests) < 20 else 0):
+        for _ in range(r.choice([0] * 6 + [1, 4]) if len(requests) < 16 else 0):
             max_tokens = r.randint(1, max_model_len - len(prompt))
             is_sibling = r.random() < 0.7
             requests.append(Request(arrival, prompt, max_tokens, r.random() < 0.5, is_sibling))

@@ -42,9 +42,59 @@ def test_options_without_effect_are_named_in_one_line(
         assert not caplog.records
         config = Config.from_options(checkpoint.path, dict(device="cpu", **WITHOUT_EFFECT))
     (record,) = caplog.records
-    assert record.getMessage() == f"nano-vllm: without effect here: {', '.join(WITHOUT_EFFECT)}"
+    named = ", ".join(name for name, value in WITHOUT_EFFECT.items() if value is not None)
+    assert record.getMessage() == f"nano-vllm: without effect here: {named}"
     for name in ("seed", "dtype", "max_model_len", "enable_prefix_caching"):
         assert getattr(config, name) == getattr(plain, name)
+
+
+def test_what_vllm_has_as_defaults_is_accepted(checkpoint: Checkpoint) -> None:
+    """Scripts pass many options on from a command line, most of them as they are by default."""
+    defaults: dict[str, Any] = dict(
+        runner="auto",
+        convert="auto",
+        tokenizer=None,
+        tokenizer_mode="auto",
+        skip_tokenizer_init=False,
+        trust_remote_code=False,
+        allowed_local_media_path="",
+        allowed_media_domains=None,
+        tensor_parallel_size=1,
+        dtype="auto",
+        quantization=None,
+        revision=None,
+        tokenizer_revision=None,
+        chat_template=None,
+        seed=0,
+        gpu_memory_utilization=0.9,
+        cpu_offload_gb=0,
+        enforce_eager=False,
+        enable_return_routed_experts=False,
+        disable_custom_all_reduce=False,
+        hf_token=None,
+        hf_overrides=None,
+        mm_processor_kwargs=None,
+        pooler_config=None,
+        structured_outputs_config=None,
+        profiler_config=None,
+        attention_config=None,
+        kv_cache_memory_bytes=None,
+        compilation_config=None,
+        logits_processors=None,
+        load_format="auto",
+        max_model_len=None,
+        block_size=None,
+        max_num_seqs=None,
+        max_num_batched_tokens=None,
+        enable_prefix_caching=None,
+        num_gpu_blocks_override=None,
+        max_logprobs=20,
+    )
+    config = Config.from_options(checkpoint.path, {**defaults, "device": "cpu"})
+    plain = Config.from_options(checkpoint.path, {"device": "cpu"})
+    for name in Config.__dataclass_fields__:
+        if name not in ("hf_config", "architectures"):
+            assert getattr(config, name) == getattr(plain, name), name
 
 
 def test_the_line_goes_to_stderr(

@@ -67,6 +67,12 @@ def check_reproducibility(text: str) -> None:
     assert "Requests with one seed agree: True" in text
 
 
+def check_weight_update(text: str) -> None:
+    assert "Tokens have changed: True" in text
+    assert "Tokens are kept by a sleep: True" in text
+    assert "Tokens are back: True" in text
+
+
 def check_structured_outputs(text: str) -> None:
     lines = re.findall(r"^(\w+): (.*) \(stop\)$", text, re.MULTILINE)
     answers = {name: literal_eval(answer) for name, answer in lines}
@@ -98,6 +104,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "prefix_caching": check_prefix_caching,
     "beam_search": check_beam_search,
     "reproducibility": check_reproducibility,
+    "weight_update": check_weight_update,
     "structured_outputs": check_structured_outputs,
     "embed": check_embed,
 }

@@ -2,13 +2,16 @@
 
 In each step a beam is a sequence of its own, with all tokens so far. It computes one of them, and
 ends with the next one's log-probabilities. Its blocks outlive it: the beams that continue it are
-forked from it (see copy_on_write.py), so that beams share all blocks up to where they part.
+forked from it (see copy_on_write.py), so that beams share all blocks up to where they part. In a
+trace each of these sequences is a request.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from nanovllm.absent import ABSENT_IN_BEAM_SEARCH, refuse_others
 from nanovllm.beam_params import BeamSearchParams
 from nanovllm.beam_search.hypotheses import Hypothesis, Search
 from nanovllm.beam_search.results import BeamSearchOutput, BeamSearchSequence
@@ -41,7 +44,11 @@ class BeamSearchEngine(LLMEngine):
     """An engine that also searches for the likeliest completions."""
 
     def beam_search(
-        self, prompts: Prompts, params: BeamSearchParams, use_tqdm: bool = False
+        self,
+        prompts: Prompts,
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        **absent: Any,
     ) -> list[BeamSearchOutput]:
         """Search for the likeliest completions, and return a result for each prompt, in order.
 
@@ -49,6 +56,7 @@ class BeamSearchEngine(LLMEngine):
             prompts: as for `generate`.
             params: of all prompts.
             use_tqdm: whether to show a progress bar.
+            absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
             For each prompt a dict with `prompt_token_ids` and `sequences`, the best `beam_width`
@@ -59,6 +67,7 @@ class BeamSearchEngine(LLMEngine):
             TypeError, ValueError: for a wrong prompt or parameter; nothing is computed then.
             RuntimeError: as for `generate`.
         """
+        refuse_others("LLM.beam_search", absent, ABSENT_IN_BEAM_SEARCH)
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be a BeamSearchParams, not {params!r:.60}")
         requests = self._check_requests(prompts, SamplingParams(temperature=0, max_tokens=1))
@@ -88,11 +97,7 @@ class BeamSearchEngine(LLMEngine):
     def _beam_search(
         self, searches: list[PromptSearch], params: BeamSearchParams, use_tqdm: bool
     ) -> list[BeamSearchOutput]:
-        self._settle()
-        if not self.is_finished():
-            raise RuntimeError(
-                "requests of add_request or stream are unfinished; step() to their end, or reset()"
-            )
+        self._check_idle()
         try:
             with progress_bar(
                 total=len(searches), desc="Searching", disable=not use_tqdm

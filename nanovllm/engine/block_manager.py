@@ -57,6 +57,7 @@ class BlockManager:
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[int, Block] = {}  # hash -> a full block, held or free
         self.tails = SharedTails(self)  # partial blocks with several holders
+        self._shared_tails = self.tails.block_ids  # looked at for each sequence in each step
         # Never used again, so that a block whose parent was evicted matches nothing.
         self._prefix_ids = count(NO_PREFIX + 1)
 
@@ -117,14 +118,6 @@ class BlockManager:
         # Equal hashes are no proof. Equal tokens after an equal prefix are.
         return block if block.token_ids == self._block_tokens(seq, index) else None
 
-    def content_key(self, seq: Sequence) -> tuple[int | None, ...]:
-        """What equals that of a sequence with the same tokens (and of others only by collision)."""
-        if not self.enable_prefix_caching:  # then only the n completions of a request share
-            return (seq.request_id, seq.num_tokens)
-        num_full = seq.num_tokens // self.block_size
-        last_hash = self._block_hash(seq, num_full - 1) if num_full > 0 else None
-        return (last_hash, *seq.token_ids[num_full * self.block_size :])
-
     def can_append(self, seq: Sequence) -> bool:
         """Whether the last token of a running sequence has a slot, or can be given one."""
         if self.free_block_ids:
@@ -137,7 +130,7 @@ class BlockManager:
         """
         if self.num_missing(seq) > 0:
             seq.block_table.append(self.take_free_block())
-        elif self.tails.block_ids:
+        elif self._shared_tails:
             self.tails.prepare_write(seq)
 
     def register(self, seq: Sequence) -> None:
@@ -176,10 +169,14 @@ class BlockManager:
         seq.num_computed_tokens = 0
         seq.num_registered_blocks = 0
 
+    def forget_prefixes(self) -> None:
+        """Let no sequence find what is cached. Those that hold blocks keep them."""
+        self.cached_blocks.clear()
+
     def take_free_block(self) -> int:
         """The first free block, with nothing known of its contents any more."""
         block_id, _ = self.free_block_ids.popitem(last=False)
-        self.tails.block_ids.discard(block_id)
+        self._shared_tails.discard(block_id)
         block = self.blocks[block_id]
         if block.hash is not None and self._is_cached(block):
             del self.cached_blocks[block.hash]

@@ -32,6 +32,7 @@ class StepOutput:
 
     token_ids: Tensor  # [n] int64, sampled plainly: by temperature, with no other option
     logits: Tensor  # [n, vocab / tp], to sample from again where a request has options
+    hidden: Tensor  # [n, hidden] of the last tokens, before the last norm, for embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,8 @@ class StepGraphs:
                 pool = graph.pool()
             # Of the logits only the address is kept. Whoever holds a tensor of the pool keeps the
             # next graph from using its memory, and the logits of all sizes would add up to much.
-            output = StepOutput(output.token_ids, unowned_view(output.logits))
-            self.graphs[size] = StepGraph(graph, output)
+            views = (unowned_view(tensor) for tensor in (output.logits, output.hidden))
+            self.graphs[size] = StepGraph(graph, StepOutput(output.token_ids, *views))
         torch.cuda.synchronize()
         self.sizes = sorted(sizes)
         return pool

@@ -27,9 +27,11 @@ from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
+from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.residual import Normed
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.models import build_model, head_size
 from nanovllm.parallel.process_group import ProcessGroup
@@ -72,14 +74,14 @@ class ModelRunner:
         if self.is_cuda:
             self._warm_up()
         self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
-        self._allocate_tables()
+        self.allocate_tables()
         if self.is_cuda:
             # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
             tables = np.zeros((1, 2), dtype=np.int32)
             inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
             self._forward(inputs)
         if self.is_cuda and not config.enforce_eager:
-            self._capture_graphs()
+            self.capture_graphs()
 
     def _load_model(self) -> None:
         config = self.config
@@ -106,7 +108,8 @@ class ModelRunner:
             layer.backend = self.backend
         self.attention_layers[-1].only_last_tokens = True
 
-    def _allocate_tables(self) -> None:
+    def allocate_tables(self) -> None:
+        """Make what belongs to the sequences' rows, and the buffers of steps."""
         max_num_seqs = self.config.max_num_seqs
         blocks_per_seq = -(-self.config.max_model_len // self.config.kvcache_block_size)
         num_rows = max_num_seqs + 1  # the last row is for the padding of steps
@@ -117,8 +120,7 @@ class ModelRunner:
         self.block_tables = np.full((blocks_per_seq, num_rows), -1, dtype=np.int32)
         self.temperatures = np.zeros(num_rows, dtype=np.float32)
         self.seeds = np.zeros(num_rows, dtype=np.int64)
-        vocab_size = self.config.hf_config.vocab_size
-        self.sampling = SamplingTable(num_rows, vocab_size, self.device, self._to_device)
+        self.sampling = SamplingTable(num_rows, self.config, self.device, self._to_device)
         self.buffers = make_decode_buffers(max_num_seqs, blocks_per_seq, self.device)
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device
@@ -129,21 +131,22 @@ class ModelRunner:
         inputs = largest_prefill(self.config, self.backend, self._to_device)
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
-            logits = self._forward(inputs)
+            _, logits = self._forward(inputs)
             extras = copying_extras(len(logits), self.device)
             self.sampler(logits, inputs.temperatures, inputs.seeds, inputs.last_positions, extras)
         torch.cuda.synchronize(self.device)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method on every rank; the result is this rank's."""
+    def call(self, method: str | Callable[..., Any], *args: Any) -> Any:
+        """Call a method on every rank, or a module's function of a runner; returns this rank's."""
         if self.channel is not None and self.rank == 0:
             self.channel.send(method, args)
-        return getattr(self, method)(*args)
+        function = getattr(self, method) if isinstance(method, str) else partial(method, self)
+        return function(*args)
 
     def loop(self) -> None:
         """Workers: execute rank 0's commands until it says exit."""
         assert self.channel is not None
-        method = ""
+        method: str | Callable[..., Any] = ""
         while method != "exit":
             method, args = self.channel.receive(self.rank)
             self.call(method, *args)
@@ -195,8 +198,8 @@ class ModelRunner:
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
-        for source, target, num_tokens in copies:
-            self.kv_cache[:, :, target, :num_tokens] = self.kv_cache[:, :, source, :num_tokens]
+        copy = copy_blocks if self.is_cuda else copy_blocks_torch
+        copy(self.kv_cache, copies, self._to_device)
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
@@ -214,27 +217,25 @@ class ModelRunner:
         for seq in seqs:
             self.sampling.fill(seq)
         extras = self.sampling.build(rows, batch.num_total)
-        reader = StepReader.of(seqs)
+        reader = StepReader.of(seqs, self.sampler, self._to_device)
         padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
         # Sequences that compute nothing may make them more than there are tokens.
         has_room = len(seqs) <= min(size, padded.max_seqs)
-        if reader is None and has_room and size in self.prefill_graphs:
+        has_room = has_room and (reader is None or reader.reads_output_only)
+        if has_room and size in self.prefill_graphs:
             padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
+            if reader is not None:
+                return reader.read_output(output, self.model, len(seqs))
             return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None
         inputs = self._prefill_inputs(batch)
         with self._threads(len(batch.input_ids)):
             if reader is not None:
-                return reader.run(
-                    inputs,
-                    self.model,
-                    self.sampler,
-                    sample=partial(self._sample, inputs=inputs, extras=extras),
-                    to_device=self._to_device,
-                    max_rows=self.config.max_num_seqs,
-                )
-            return self._sample(self._forward(inputs), inputs, extras), None
+                sample = partial(self._sample, inputs=inputs, extras=extras)
+                return reader.run(inputs, self.model, sample)
+            _, logits = self._forward(inputs)
+            return self._sample(logits, inputs, extras), None
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
@@ -279,7 +280,8 @@ class ModelRunner:
             return self._graph_samples(output, self._decode_inputs, size, num_seqs, extras)
         inputs = self._decode_inputs(size)
         with self._threads(size):
-            return self._sample(self._forward(inputs), inputs, extras)
+            _, logits = self._forward(inputs)
+            return self._sample(logits, inputs, extras)
 
     def prepare_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray, size: int
@@ -315,10 +317,10 @@ class ModelRunner:
             last_positions=rows["positions"],
         )
 
-    def _capture_graphs(self) -> None:
-        # Compiling runs steps of all sizes on the same buffers. That is safe because they still
-        # hold nothing but padding. What a real step has left there would name rows, in its tiles,
-        # that a smaller step does not have.
+    def capture_graphs(self) -> None:
+        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
+        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
+        """
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
@@ -336,10 +338,10 @@ class ModelRunner:
         return self._run(self.padded_prefill.inputs(size))
 
     def _run(self, inputs: StepInputs) -> StepOutput:
-        logits = self._forward(inputs)
+        normed, logits = self._forward(inputs)
         sampled = self._sample(logits, inputs, None)
         assert sampled is not None  # it waits for no masks
-        return StepOutput(sampled.token_ids, logits)
+        return StepOutput(sampled.token_ids, logits, normed.hidden)
 
     def _graph_samples(
         self,
@@ -360,14 +362,14 @@ class ModelRunner:
         return nullcontext() if self.is_cuda else threads_for(num_tokens * self.num_parameters)
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        """Run model and LM head: logits `[n, vocab / tp]` of each sequence's last token."""
+    def _forward(self, inputs: StepInputs) -> tuple[Normed, Tensor]:
+        """Run model and LM head: hidden states and logits `[n, vocab / tp]` of the last tokens."""
         input_ids = inputs.input_ids
         if input_ids is None:
             input_ids = self.last_tokens[inputs.table_rows]
         with running(inputs):
             hidden = self.model(input_ids, inputs.positions)
-            return self.model.compute_logits(hidden)
+            return hidden, self.model.compute_logits(hidden)
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: Extras) -> Sampled | None:

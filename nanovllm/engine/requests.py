@@ -4,27 +4,24 @@ import random
 import threading
 from array import array
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
-from nanovllm.inputs import PromptParts, Prompts, split_prompt
+from nanovllm.inputs import Prompt, Prompts, split_prompt, token_ids_of
 from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling.rule_maker import RequestRules, RuleMaker, compiled
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.snapshots import snapshots
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.encoder import encode, find_bos
 
 Params = SamplingParams | SequenceOf[SamplingParams] | None
-
-# These may hold integers, but no token ids: bytes are text, and sets and dicts have no order.
-NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
 
 # Fields of SamplingParams that generation_config.json may recommend values for.
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
@@ -104,82 +101,32 @@ class InputProcessor:
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; pass one each"
             )
-        snapshots: dict[int, SamplingParams] = {}  # id of what was passed -> what is kept of it
-        requests = []
-        for index, prompt in enumerate(prompts):
-            params = sampling_params[index]
-            if id(params) not in snapshots:
-                snapshots[id(params)] = self._snapshot(index, params)
-            parts = split_prompt(index, prompt)
-            requests.append(self._check_one(index, parts, snapshots[id(params)]))
+        kept = snapshots(sampling_params, self.vocab_size, self.config.max_logprobs)
+        requests = [self._check_one(i, prompt, kept[i]) for i, prompt in enumerate(prompts)]
         return compiled(requests)
 
-    def _snapshot(self, index: int, params: SamplingParams) -> SamplingParams:
-        """Copy the parameters of prompt number `index`, whose fields may be assigned later."""
-        if not isinstance(params, SamplingParams):
-            raise TypeError(
-                f"sampling_params of prompt {index} must be a SamplingParams, not {params!r}"
-            )
-        names = ("logprobs", "prompt_logprobs")
-        all_tokens: dict[str, Any] = {
-            name: self.vocab_size for name in names if getattr(params, name) == -1
-        }
-        snapshot = replace(params, **all_tokens) if all_tokens else params.clone()
-        for name in names:
-            self._check_num_logprobs(f"{name} of prompt {index}", getattr(snapshot, name))
-        return snapshot
-
-    def _check_num_logprobs(self, name: str, number: int | None) -> None:
-        """Raise a ValueError if more log-probabilities a token are asked for than may be."""
-        limit = self.config.max_logprobs
-        if number is not None and limit != -1 and number > limit:
-            raise ValueError(
-                f"{name} must be at most max_logprobs {limit}, not {number}; "
-                f"raise it by LLM(..., max_logprobs={number}), where -1 is no limit"
-            )
-
-    def _check_one(self, index: int, prompt: PromptParts, params: SamplingParams) -> Request:
-        is_text = isinstance(prompt.content, str)
+    def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        parts = split_prompt(index, prompt)
+        is_text = isinstance(parts.content, str)
         if self.tokenizer is None and (is_text or params.stop):
             what = "is text" if is_text else "has stop strings"
             lacks = f"{self.config.model} has no tokenizer"
             if self.config.skip_tokenizer_init:
                 lacks = "skip_tokenizer_init leaves no tokenizer"
             raise ValueError(f"prompt {index} {what}, and {lacks}; pass ids (stop_token_ids)")
-        token_ids = self._token_ids_of(index, prompt.content)
+        token_ids = token_ids_of(index, parts.content, self._encode)
         room = params.truncate_prompt_tokens
         if room is not None:
             room = self.config.max_model_len - 1 if room == -1 else room
             token_ids = token_ids[max(len(token_ids) - room, 0) :]
         self._check_token_ids(index, token_ids, params)
         rules = self.rule_maker.make(index, params) if params.has_token_rules else None
-        return Request(token_ids.tolist(), params, prompt.text, rules)
+        return Request(token_ids.tolist(), params, parts.text, rules)
 
-    def _token_ids_of(self, index: int, prompt: Any) -> "array[int]":
-        """Encode a text, or collect token ids from a list, an array, any iterable of integers."""
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None  # `_check_one` has seen to it
-            try:
-                with self.lock:
-                    return array("q", encode(self.tokenizer, prompt, self.bos_ids))
-            except Exception as error:  # the text has a lone surrogate, for example
-                raise ValueError(
-                    f"prompt {index} cannot be tokenised: {prompt!r:.60}: {error}"
-                ) from error
-        cause: Exception | None = None
-        if not isinstance(prompt, NEVER_A_PROMPT):
-            try:
-                return array("q", prompt)
-            except OverflowError as error:  # more than 64 bits
-                raise ValueError(
-                    f"prompt {index} has a token id far outside the vocabulary: {error}"
-                ) from None
-            except Exception as error:  # no iterable, or not of integers
-                cause = error
-        raise TypeError(
-            f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
-            f"passed as a list of one list), not {prompt!r:.60}"
-        ) from cause
+    def _encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None  # `_check_one` has seen to it
+        with self.lock:
+            return encode(self.tokenizer, text, self.bos_ids)
 
     def _check_token_ids(self, index: int, token_ids: "array[int]", params: SamplingParams) -> None:
         """Check the prompt's length and token ids, and the token ids that its parameters name."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.prefill_groups import PrefillGroups
 
 # Config imports torch; the scheduler can be read, tested and simulated without it.
 if TYPE_CHECKING:
@@ -101,23 +102,18 @@ class Scheduler:
         One with the same tokens as another of this step computes nothing. It follows that one in
         `Step.seqs`, has its blocks, and draws its own token from the same logits.
         """
-        groups: list[list[Sequence]] = []  # each: one that computes, and those that follow it
-        group_of: dict[tuple[int | None, ...], list[Sequence]] = {}  # by `content_key`
+        groups = PrefillGroups(only_siblings=not self.block_manager.enable_prefix_caching)
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
         is_complete = True
         while self.waiting and is_complete and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
-            key = self.block_manager.content_key(seq)
-            group = None if seq.needs_whole_prompt else group_of.get(key)
-            if group is not None and group[0].token_ids == seq.token_ids:
+            group = groups.find(seq)
+            if group:
                 if not self._admit_follower(seq, group[0]):
                     break
-                group.append(seq)
-            else:
-                if budget == 0 or not (seq.block_table or self._admit(seq)):
-                    break  # with blocks, it was admitted before
-                groups.append([seq])
-                group_of[key] = groups[-1]
+            elif budget == 0 or not (seq.block_table or self._admit(seq)):
+                break  # with blocks, it was admitted before
+            group.append(seq)
             # Only now is it known how many tokens the prefix cache leaves to compute.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
@@ -133,9 +129,9 @@ class Scheduler:
                 seq.status = SequenceStatus.RUNNING
                 del self.waiting[seq]
                 self.running.append(seq)
-        if not groups:
+        seqs = groups.members()
+        if not seqs:
             return None
-        seqs = [seq for group in groups for seq in group]
         return Step(
             seqs=seqs,
             yields=[True] * (len(seqs) - 1) + [is_complete],  # a chunk comes last

@@ -9,6 +9,7 @@
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `prefill_tiles`: the latter from a list of tiles, so that a CUDA graph can record it;
   `decode_config`, `prefill_config`: how large their tiles are
+- `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: what the references of both share, and a CPU's step
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step

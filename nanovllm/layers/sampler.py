@@ -4,7 +4,7 @@
 
 Most requests ask for a temperature only, and most steps consist of the last stage; the others are
 in `sampling/stages.py`. A request's log-probabilities are those of the model: of the logits as they
-come in, before all stages.
+come in, before all stages; with `logprobs_mode="processed_logprobs"` those that it draws by.
 """
 
 from typing import NamedTuple
@@ -67,7 +67,9 @@ class Sampler(nn.Module):
 
         indices = token_ids.clamp(min=0)
         stages.count_drawn(indices, extras)
-        return Sampled(token_ids, stages.find_logprobs(logits, indices, extras.logprobs))
+        draw_from = stages.Draw(changed, thresholds, temperatures)
+        logprobs = stages.find_logprobs(extras.logprobs, logits, indices, draw_from)
+        return Sampled(token_ids, logprobs)
 
     def _draw(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor

@@ -7,7 +7,7 @@ after the other, `[num_tokens, ...]`, and only attention knows where one sequenc
 begins. The residual stream is explained in layers/residual.py.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -68,6 +68,9 @@ class CausalLM(nn.Module):
     # called with the positions and the stream, in which it updates the hidden states.
     layer_class: ClassVar[type[nn.Module]]
     model_class: ClassVar[type[DecoderModel]] = DecoderModel
+    # What training/ keeps of it, once a trainer uses the engine.
+    tensor_names: Any = None
+    memory: Any = None
 
     def __init__(self, config: PretrainedConfig, max_position: int) -> None:
         super().__init__()

@@ -50,8 +50,10 @@ class Channel:
         # A worker needs no handles of its siblings, and locks cannot be sent.
         return {**self.__dict__, "processes": [], "lock": None, "on_death": None, "on_close": None}
 
-    def send(self, method: str, args: tuple[Any, ...]) -> None:
-        """Rank 0: have workers call a method; RuntimeError if one died or a command was cut off."""
+    def send(self, method: str | Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Rank 0: have workers call a method, or a function of a module. Raises a RuntimeError if
+        one has died, or a command was cut off.
+        """
         if not self.is_whole:
             raise RuntimeError(
                 "an exception cut a command to the tensor-parallel ranks short; make a new LLM"
@@ -68,7 +70,7 @@ class Channel:
                 ready.release()
         self.is_whole = True
 
-    def receive(self, rank: int) -> tuple[str, tuple[Any, ...]]:
+    def receive(self, rank: int) -> tuple[str | Callable[..., Any], tuple[Any, ...]]:
         """Worker: wait for the next command; returns the method and its arguments."""
         message = b""
         while True:

@@ -237,7 +237,7 @@ class PoolingEngine(LLMEngine):
     ) -> list[Any]:
         """Run the prefills of all sequences, and return what `finish` makes of each, by its index.
 
-        It is called for a step's sequences while the next step runs.
+        It is called for a step's sequences while the next steps run.
         """
         self._check_idle()
         results: list[Any] = [None] * len(seqs)
@@ -250,6 +250,7 @@ class PoolingEngine(LLMEngine):
             ) as update:
                 while not self.is_finished():
                     step = self._advance()
+                    self._launch_behind()  # for the device to run while results are made
                     finished = [] if step is None else [seq for seq in step.seqs if seq.is_finished]
                     for seq in finished:
                         result = finish(indices[seq])
@@ -265,6 +266,14 @@ class PoolingEngine(LLMEngine):
         if seqs and all(seq.finish_reason == "error" for seq in seqs):
             raise RuntimeError(f"no request could be completed: {seqs[0].stop_reason}")
         return results
+
+    def _launch_behind(self) -> None:
+        """Launch what the ends of the last step's sequences have made room for."""
+        try:
+            self._launch_ahead()
+        except BaseException as error:
+            self._fail(error)
+            raise
 
 
 def read_vector(seq: Sequence) -> np.ndarray:

@@ -24,10 +24,11 @@ from nanovllm.sampling.stages import rank_tokens
 from nanovllm.utils.context import StepInputs, running
 
 if TYPE_CHECKING:
+    from nanovllm.engine.graphs import StepOutput
     from nanovllm.engine.sequence import Sequence
     from nanovllm.models.causal_lm import CausalLM
 
-ROWS = 256  # most rows of logits at once: in float32, 156 MB of them with Qwen3's vocabulary
+ROWS = 256  # most rows of logits at once: in bfloat16, 78 MB with Qwen3's vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,22 @@ class StepReader:
     readings: list[Reading | None]  # of each sequence
     first_rows: list[int]  # [n + 1]: the row of each sequence's first token, and their number
 
+    sampler: Sampler
+    to_device: Callable[[np.ndarray], Tensor]  # copies an array there without waiting
+
     @classmethod
-    def of(cls, seqs: list[Sequence]) -> StepReader | None:
+    def of(
+        cls,
+        seqs: list[Sequence],
+        sampler: Sampler,
+        to_device: Callable[[np.ndarray], Tensor],
+    ) -> StepReader | None:
         """Collect what the sequences want; None, nearly always, if none wants anything."""
         readings = [seq.reading for seq in seqs]
         if all(reading is None for reading in readings):
             return None
         first_rows = np.cumsum([0, *(seq.num_scheduled_tokens for seq in seqs)])
-        return cls(readings, first_rows.tolist())
+        return cls(readings, first_rows.tolist(), sampler, to_device)
 
     @property
     def kinds(self) -> set[type]:
@@ -61,64 +70,61 @@ class StepReader:
         """Whether next tokens are wanted, too. Embeddings and scores are asked for without."""
         return bool(self.kinds & {LogprobReading, type(None)})
 
+    @property
+    def reads_output_only(self) -> bool:
+        """Whether what any step leaves is enough, so that a CUDA graph may run it."""
+        return not self.reads_all_rows and not self.samples
+
+    def read_output(
+        self, output: StepOutput, model: CausalLM, num_seqs: int
+    ) -> tuple[Sampled, Readings]:
+        """Read from what a CUDA graph has left; it has padding behind the sequences."""
+        if LogitReading in self.kinds:
+            vectors = self._read_logits(output.logits[:num_seqs])
+        else:
+            vectors = model.model.norm(output.hidden[:num_seqs]).float()
+        return self._without_samples(vectors)
+
     def run(
-        self,
-        inputs: StepInputs,
-        model: CausalLM,
-        sampler: Sampler,
-        *,
-        sample: Callable[[Tensor], Sampled | None],
-        to_device: Callable[[np.ndarray], Tensor],
-        max_rows: int,
+        self, inputs: StepInputs, model: CausalLM, sample: Callable[[Tensor], Sampled | None]
     ) -> tuple[Sampled | None, Readings]:
         """Run a step, read from its hidden states, and sample if that is wanted.
 
         inputs: of a prefill. sample: draws the next tokens from this rank's logits.
-        to_device: copies an array there without waiting.
-        max_rows: of so many the warm-up has had logits, and there is memory for them.
         """
 
         def make_logits(hidden: Normed) -> Tensor:  # [m, vocab], on every rank
-            return sampler.gather_vocabulary(model.compute_logits(hidden))
+            return self.sampler.gather_vocabulary(model.compute_logits(hidden))
 
         inputs = replace(inputs, keeps_all_rows=self.reads_all_rows)
         with running(inputs):
             hidden: Normed = model(inputs.input_ids, inputs.positions)
             assert inputs.last_token_rows is not None
             last = hidden.select(inputs.last_token_rows) if inputs.keeps_all_rows else hidden
-            vectors = None
-            ranked = None
             if LogprobReading in self.kinds:
-                wanted = to_device(self._find_wanted())
-                ranked = self._read_logprobs(hidden, wanted, make_logits, max(max_rows, 16))
-            elif LogitReading in self.kinds:
+                ranked = self._read_logprobs(hidden, make_logits)
+                return sample(model.compute_logits(last)), Readings(self, None, ranked)
+            if LogitReading in self.kinds:
                 vectors = self._read_logits(make_logits(last))
             elif HiddenSumReading in self.kinds:
                 vectors = self._sum_rows(hidden.values())
             else:
                 vectors = last.values().float()
-            readings = Readings(self, vectors, ranked)
-            if self.samples:
-                return sample(model.compute_logits(last)), readings
-        assert vectors is not None
-        # The next tokens are nobody's, but a -1 says what it always does.
-        is_number = vectors.isfinite().all(dim=1)
-        return Sampled(is_number.long() - 1, logprobs=None), readings
+            return self._without_samples(vectors)
 
-    def _read_logprobs(
-        self,
-        hidden: Normed,
-        wanted: Tensor,
-        make_logits: Callable[[Normed], Tensor],
-        max_rows: int,
-    ) -> Logprobs:
-        """Compute the log-probabilities of the tokens `wanted`, see `_find_wanted`, a few rows at a
-        time: the logits of a long prompt would take gigabytes.
+    def _without_samples(self, vectors: Tensor) -> tuple[Sampled, Readings]:
+        """What a step leaves whose next tokens are nobody's, but a -1 says what it always does."""
+        token_ids = vectors.isfinite().all(dim=1).long() - 1
+        return Sampled(token_ids, logprobs=None), Readings(self, vectors, None)
+
+    def _read_logprobs(self, hidden: Normed, make_logits: Callable[[Normed], Tensor]) -> Logprobs:
+        """Compute the log-probabilities that are wanted, a few rows at a time: the logits of a long
+        prompt would take gigabytes.
         """
         num_top = max(r.num_top for r in self.readings if isinstance(r, LogprobReading))
         parts = [
             rank_tokens(make_logits(hidden.select(rows)), token_ids, num_top)
-            for rows, token_ids in wanted.split(min(max_rows, ROWS), dim=1)
+            for rows, token_ids in self.to_device(self._find_wanted()).split(ROWS, dim=1)
         ]
         return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

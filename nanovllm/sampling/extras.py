@@ -26,6 +26,7 @@ class LogprobRequest:
 
     rows: Tensor  # [r] int64: which of the step's sequences
     num_top: int  # how many of the likeliest tokens, beside the sampled one
+    is_processed: bool = False  # whether after all stages, and not of the model's own logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """The stages between the logits and the draw, for the steps in which a request asks for them."""
 
+from dataclasses import dataclass
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,15 @@ from nanovllm.kernels.threshold import filter_thresholds, filter_thresholds_torc
 from nanovllm.kernels.token_mask import mask_tokens, mask_tokens_torch
 from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
 from nanovllm.sampling.extras import LogitBias, LogprobRequest, Logprobs, SamplingExtras
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What n tokens are drawn from."""
+
+    logits: Tensor  # [n, vocab], with biases and penalties
+    thresholds: Tensor | None  # [n] float32: the least logit that the filters keep; None: no filter
+    temperatures: Tensor  # [n] float32
 
 
 def bias_and_penalize(logits: Tensor, extras: SamplingExtras) -> Tensor:
@@ -63,7 +75,7 @@ def count_drawn(token_ids: Tensor, extras: SamplingExtras) -> None:
 
 
 def find_logprobs(
-    logits: Tensor, token_ids: Tensor, request: LogprobRequest | None
+    request: LogprobRequest | None, logits: Tensor, token_ids: Tensor, draw: Draw
 ) -> Logprobs | None:
     """Compute the log-probabilities of the drawn and of the likeliest tokens.
 
@@ -72,7 +84,11 @@ def find_logprobs(
     """
     if request is None:
         return None
-    return rank_tokens(logits[request.rows], token_ids[request.rows], request.num_top)
+    if request.is_processed:
+        wanted = processed_logits(request.rows, draw)
+    else:
+        wanted = logits[request.rows]
+    return rank_tokens(wanted, token_ids[request.rows], request.num_top)
 
 
 def rank_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
@@ -91,3 +107,14 @@ def rank_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     ids = torch.cat((token_ids.unsqueeze(1), top_ids), dim=1)
     values = logits.gather(1, ids).float() - found.logsumexp.unsqueeze(1)
     return Logprobs(token_ids=ids, values=values, ranks=found.ranks)
+
+
+def processed_logits(rows: Tensor, draw: Draw) -> Tensor:
+    """The logits of the distribution that was drawn from, `[r, vocab]` float32, in a copy. Tokens
+    that the filters leave out have minus infinity. Greedy rows are those of temperature 1.
+    """
+    wanted = draw.logits[rows].float()
+    if draw.thresholds is not None:
+        wanted.masked_fill_(wanted < draw.thresholds[rows].unsqueeze(1), -inf)
+    temperatures = draw.temperatures[rows].unsqueeze(1)
+    return wanted.div_(temperatures.where(temperatures > 0, 1.0))

@@ -20,6 +20,7 @@ from nanovllm.sampling.options import SamplingOptions
 from nanovllm.sampling_params import SamplerNumbers, SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.config import Config
     from nanovllm.engine.sequence import Sequence
 
 NEUTRAL = SamplerNumbers()  # numbers that change nothing
@@ -34,11 +35,16 @@ class SamplingTable:
     """
 
     def __init__(
-        self, num_rows: int, vocab_size: int, device: torch.device, to_device: Callable[..., Tensor]
+        self,
+        num_rows: int,
+        config: Config,
+        device: torch.device,
+        to_device: Callable[..., Tensor],
     ) -> None:
-        self.shape = (num_rows, vocab_size)  # of `counts`
+        self.shape = (num_rows, config.hf_config.vocab_size)  # of `counts`
         self.device = device
         self.to_device = to_device  # copies a list or an array, as a tensor of a NumPy type
+        self.is_processed = config.logprobs_mode == "processed_logprobs"
         self.options: list[SamplingOptions] = [PLAIN] * num_rows
         # Two columns of `options` as arrays, for one look at a whole step. A min_length of 0 means
         # that the row is plain: any other is at least the prompt's length.
@@ -50,6 +56,12 @@ class SamplingTable:
         # sequences, in which order; which of them still have to reach their `min_tokens`.
         self._last_extras: SamplingExtras | None = None
         self._last_key: tuple[bytes, bytes] | None = None
+
+    def free_counts(self) -> None:
+        """Free what is large; no sequence may be under way."""
+        self.counts = None
+        self._last_extras = None
+        self._last_key = None
 
     def fill(self, seq: Sequence) -> None:
         """Take in the options of a sequence whose prefill is about to be launched."""
@@ -144,4 +156,5 @@ class SamplingTable:
                 num_tops[index] = num_top
         if not num_tops:
             return None
-        return LogprobRequest(self.to_device(list(num_tops), np.int64), max(num_tops.values()))
+        rows = self.to_device(list(num_tops), np.int64)
+        return LogprobRequest(rows, max(num_tops.values()), self.is_processed)

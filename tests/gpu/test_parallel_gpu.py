@@ -86,6 +86,12 @@ def test_ranks_give_the_tokens_of_transformers(
             else:
                 check_choices(parallel, prompts, tokens)
         assert llm.scheduler.counters["preemptions"] > 0
+        # Equal prompts: computed once, and their last blocks copied on each rank.
+        tokens = generate_ids(llm, prompts[2:5] * 3, greedy(NUM_TOKENS))
+        if dtype == "float32":
+            assert tokens == expected[2:5] * 3
+        else:
+            check_choices(parallel, prompts[2:5] * 3, tokens)
         params = [
             SamplingParams(temperature=0.8, seed=i, max_tokens=8, ignore_eos=True)
             for i in range(12)

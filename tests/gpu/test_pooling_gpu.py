@@ -17,6 +17,7 @@ from conftest import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,15 +68,29 @@ def test_embeddings(small: Checkpoint, dtype: str, tolerance: float, chunk: int)
     llm = make(small, dtype=dtype, max_num_batched_tokens=chunk)
     expected = [hidden_states(small, prompt)[-1] for prompt in PROMPTS]
     tokens = generate_ids(llm, PROMPTS, greedy(4))
+    calls = [[*PROMPTS], *([prompt] for prompt in PROMPTS)]  # all, which may be large; then small
     for _ in range(2):  # then from the prefix cache
-        outputs = llm.embed(PROMPTS, use_tqdm=False)
+        outputs = [output for call in calls for output in llm.embed(call, use_tqdm=False)]
         assert_idle(llm)
-        for hidden, output in zip(expected, outputs, strict=True):
+        for hidden, output in zip(expected * 2, outputs, strict=True):
             ours = torch.tensor(output.outputs.embedding)
             assert ours.norm().item() == pytest.approx(1, abs=1e-5)
             assert (ours - hidden / hidden.norm()).norm() < tolerance
     assert generate_ids(llm, PROMPTS, greedy(4)) == tokens
     llm.exit()
+
+
+@pytest.mark.parametrize("vocab", [5, 4096, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_ranks(vocab: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(70, vocab, generator=generator, device="cuda").mul_(3).to(dtype)
+    token_ids = torch.randint(vocab, (70,), generator=generator, device="cuda")
+    ours = token_ranks(logits, token_ids)
+    theirs = token_ranks_torch(logits, token_ids)
+    torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, atol=1e-4, rtol=1e-6)
+    assert torch.equal(ours.ranks, theirs.ranks)
+    assert torch.equal(logits.gather(1, ours.likeliest[:, None])[:, 0], logits.amax(1))
 
 
 def test_means(small: Checkpoint, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What trainers need of an engine: new weights in place, and its memory while they use the GPU."""
