@@ -426,25 +426,26 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
 
 
 @pytest.mark.parametrize(
-    "num_seqs, splits, stages, registers",
+    "num_seqs, block_n, splits, registers",
     [
-        (1, 32, 3, None),
-        (4, 16, 3, None),
-        (16, 4, 3, None),
-        (24, 2, 3, None),
-        (25, 1, 5, None),
-        (33, 1, 5, None),
-        (34, 1, 3, None),
-        (99, 1, 3, None),
-        (100, 1, 3, 168),
+        (1, 64, 32, None),
+        (4, 64, 16, None),
+        (12, 64, 4, None),
+        (13, 64, 1, None),  # a program for most multiprocessors, and for none two
+        (16, 64, 1, None),
+        (17, 64, 2, None),
+        (33, 64, 2, None),
+        (34, 64, 1, None),
+        (99, 64, 1, None),
+        (100, 32, 1, 128),
     ],
 )
-def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages, registers):
+def test_decode_splits_small_batches_only(monkeypatch, num_seqs, block_n, splits, registers):
     monkeypatch.setattr(
         "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
-    assert config == DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
+    assert config == DecodeConfig(block_n, splits, num_stages=3, max_registers=registers)
 
 
 @pytest.mark.parametrize(
