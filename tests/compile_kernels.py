@@ -120,8 +120,9 @@ def main() -> None:
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    for num_tokens in (2, 32, 128):
-        split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
+    for num_tokens in (2, 32, 64, 128):
+        for splits in (1, 4, 16):  # in chunks; whole tiles where they fit
+            split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, splits)
 
     # Qwen3-30B-A3B, on one rank
     experts = moe.MoEWeights(
