@@ -139,8 +139,9 @@ def main() -> None:
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    for num_tokens in (2, 32, 128):
-        split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
+    for num_tokens in (2, 32, 64, 128):
+        for splits in (1, 4, 16):  # in chunks; whole tiles where they fit
+            split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, splits)
 
     # Qwen3-30B-A3B, on one rank
     experts = moe.MoEWeights(
@@ -179,8 +180,8 @@ def main() -> None:
             qkv, positions, cos, cos, None, None, EPS, *caches, ints(16), HEADS, interleaved
         )
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
-        config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
+    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
+        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
         paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
