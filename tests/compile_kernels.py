@@ -30,9 +30,12 @@ from nanovllm.kernels import (
     penalties,
     prefill_all_reduce,
     prefill_tiles,
+    prefix_tensors,
     projection_norm,
     rms_norm,
+    shared_prefix,
     split_gemm,
+    suffix_decode,
     threshold,
     token_mask,
     token_ranks,
@@ -87,6 +90,32 @@ def compile_attention_options() -> None:
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
 
 
+def compile_shared_prefixes() -> None:
+    """Groups in decode: blocks that hold whole tiles or do not, suffixes in splits or in one."""
+    for dim, block_size, splits, softcap in (
+        (DIM, 256, 1, None),
+        (DIM, 48, 1, 50.0),
+        (80, 20, 8, None),
+    ):
+        q = numbers(16, HEADS + 2 * KV_HEADS, dim)[:, :HEADS]
+        caches = [numbers(4, block_size, KV_HEADS, dim) for _ in range(2)]
+        prefixes = prefix_tensors.SharedPrefixes(
+            tiles=ints(9, 5),
+            members=ints(16),
+            prefix_lens=ints(16),
+            num_parts=ints(16),
+            suffix_lens=ints(16),
+            max_parts=8,
+        )
+        config = None
+        if splits > 1:
+            config = paged_decode.DecodeConfig(64, splits)
+        tables = ints(16, 16).t()
+        shared_prefix.shared_prefix_decode(
+            q, *caches, prefixes, tables, 1.0, softcap=softcap, config=config
+        )
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
@@ -102,6 +131,8 @@ def main() -> None:
         projection_norm,
         rms_norm,
         gate_mul,
+        shared_prefix,
+        suffix_decode,
         split_gemm,
         token_ranks,
         varlen_prefill,
@@ -167,6 +198,7 @@ def main() -> None:
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
     prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
+    compile_shared_prefixes()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

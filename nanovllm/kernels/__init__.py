@@ -9,6 +9,9 @@
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `prefill_tiles`: the latter from a list of tiles, so that a CUDA graph can record it;
   `decode_config`, `prefill_config`: how large their tiles are
+- `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
+  sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
+  `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: what the references of both share, and a CPU's step
