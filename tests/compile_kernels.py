@@ -34,9 +34,12 @@ from nanovllm.kernels import (
     prefill_all_reduce,
     prefill_parts,
     prefill_tiles,
+    prefix_tensors,
     projection_norm,
     rms_norm,
+    shared_prefix,
     split_gemm,
+    suffix_decode,
     threshold,
     token_mask,
     token_ranks,
@@ -104,6 +107,32 @@ def compile_gluon() -> None:
     hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
 
 
+def compile_shared_prefixes() -> None:
+    """Groups in decode: blocks that hold whole tiles or do not, suffixes in splits or in one."""
+    for dim, block_size, splits, softcap in (
+        (DIM, 256, 1, None),
+        (DIM, 48, 1, 50.0),
+        (80, 20, 8, None),
+    ):
+        q = numbers(16, HEADS + 2 * KV_HEADS, dim)[:, :HEADS]
+        caches = [numbers(4, block_size, KV_HEADS, dim) for _ in range(2)]
+        prefixes = prefix_tensors.SharedPrefixes(
+            tiles=ints(9, 5),
+            members=ints(16),
+            prefix_lens=ints(16),
+            num_parts=ints(16),
+            suffix_lens=ints(16),
+            max_parts=8,
+        )
+        config = None
+        if splits > 1:
+            config = paged_decode.DecodeConfig(64, splits)
+        tables = ints(16, 16).t()
+        shared_prefix.shared_prefix_decode(
+            q, *caches, prefixes, tables, 1.0, softcap=softcap, config=config
+        )
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
@@ -119,6 +148,8 @@ def main() -> None:
         projection_norm,
         rms_norm,
         gate_mul,
+        shared_prefix,
+        suffix_decode,
         split_gemm,
         token_ranks,
         varlen_prefill,
@@ -188,6 +219,7 @@ def main() -> None:
     prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
     compile_gluon()
+    compile_shared_prefixes()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

@@ -12,6 +12,9 @@
 - `prefill_tiles`: the latter from a list of tiles, so that a CUDA graph can record it;
   `prefill_parts`: tiles whose keys several programs share
 - `decode_config`, `prefill_config`: how large the tiles of attention are
+- `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
+  sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
+  `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: the reference of `varlen_prefill`, and what it shares with the others

@@ -29,6 +29,8 @@ from nanovllm.kernels.hopper_prefill import hopper_prefill, serves_hopper_prefil
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
 from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill
+from nanovllm.kernels.prefix_tensors import SharedPrefixes
+from nanovllm.kernels.shared_prefix import shared_prefix_decode
 from nanovllm.kernels.torch_attention import varlen_prefill_torch
 from nanovllm.kernels.varlen_prefill import varlen_prefill
 
@@ -66,6 +68,7 @@ class DecodePlan:
     context_lens: Tensor  # [n]: keys of each sequence, the new one included
     block_tables: Tensor  # [n, max_blocks], of any strides
     cpu: CpuStep | None = None  # the plan of `CpuBackend`
+    prefixes: SharedPrefixes | None = None  # what groups of sequences share; None: no groups
 
 
 AttentionPlan = PrefillPlan | TiledPlan | DecodePlan
@@ -105,6 +108,7 @@ class AttentionBackend:
     prefill: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     tiled_prefill: Callable[..., Tensor] | None = None  # None: prefills cannot run as CUDA graphs
+    shared_decode: Callable[..., Tensor] | None = None  # None: shared prefixes are read as any
 
     def plan_prefill(
         self,
@@ -165,6 +169,18 @@ class AttentionBackend:
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
         """
         if isinstance(plan, DecodePlan):
+            # Of a prefix that is longer than its window, a query sees nothing, or a part.
+            if plan.prefixes is not None and options.window is None:
+                assert self.shared_decode is not None
+                return self.shared_decode(
+                    q,
+                    k_cache,
+                    v_cache,
+                    plan.prefixes,
+                    plan.block_tables,
+                    options.scale,
+                    softcap=options.softcap,
+                )
             return self.decode(
                 q,
                 k_cache,
@@ -307,11 +323,17 @@ class FlashBackend(AttentionBackend):
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
-TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill)
-HOPPER = HopperBackend("triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill)
+KERNELS = (norm_rope_store, varlen_prefill, paged_decode, tiled_prefill, shared_prefix_decode)
+TRITON = AttentionBackend("triton", *KERNELS)
+HOPPER = HopperBackend("triton", *KERNELS)
 FLASH_ATTN = FlashBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 FLASH_PREFILL = AttentionBackend(
-    "flash_attn+triton", norm_rope_store, flash_prefill, paged_decode, tiled_prefill
+    "flash_attn+triton",
+    norm_rope_store,
+    flash_prefill,
+    paged_decode,
+    tiled_prefill,
+    shared_prefix_decode,
 )
 
 
