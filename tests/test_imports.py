@@ -38,6 +38,7 @@ LEAVES = (
     "copy_on_write",
     "exclusive",
     "frozen",
+    "garbage",
     "headless",
     "hf_overrides",
     "job_order",

@@ -28,6 +28,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
+from nanovllm.garbage import rare_collections
 from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
 from nanovllm.job_order import job_order
@@ -162,7 +163,8 @@ class LLMEngine:
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
+        with rare_collections():
+            return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
