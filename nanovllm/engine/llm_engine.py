@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.absent import ABSENT_IN_GENERATE, refuse_others
+from nanovllm.collector import collector_slowed
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
@@ -28,7 +29,6 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
-from nanovllm.garbage import rare_collections
 from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
 from nanovllm.job_order import job_order
@@ -163,7 +163,7 @@ class LLMEngine:
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        with rare_collections():
+        with collector_slowed():  # lists of tokens are many small objects, too
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
@@ -200,7 +200,7 @@ class LLMEngine:
         results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with progress_bar(total=num_requests, **options) as update:
+        with collector_slowed(), progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
@@ -328,6 +328,10 @@ class LLMEngine:
             launch_sampling(self._pending, self._launch)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
+            if len(self._pending) < self._max_pending:
+                # The next step had to wait for the room that these tokens have made. Results are
+                # built beside it: 512 at once would leave the device idle for some 10 ms.
+                self._launch_ahead()
         except BaseException as error:
             self._fail(error)
             raise

@@ -28,7 +28,7 @@ from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
-from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch
+from nanovllm.kernels.copy_blocks import copy_blocks
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
 from nanovllm.kernels.prefix_sharing import PrefixSharing
@@ -205,8 +205,7 @@ class ModelRunner:
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
-        copy = copy_blocks if self.is_cuda else copy_blocks_torch
-        copy(self.kv_cache, copies, self._to_device)
+        copy_blocks(self.kv_cache, copies, self._to_device)
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
@@ -310,9 +309,8 @@ class ModelRunner:
         )
 
     def capture_graphs(self) -> None:
-        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
-        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
-        """
+        """Capture all graphs, on buffers that hold nothing but padding."""
+        # Compiling runs all sizes on them; the tiles of a real step name rows that others lack.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
