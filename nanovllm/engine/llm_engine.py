@@ -163,7 +163,8 @@ class LLMEngine:
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
         # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
+        with collector_slowed():  # lists of tokens are many small objects, too
+            return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
