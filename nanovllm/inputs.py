@@ -78,11 +78,11 @@ def token_ids_of(index: int, content: Any, encode: Callable[[str], list[int]]) -
 
     Raises:
         TypeError: if it is neither.
-        ValueError: for a text that the tokenizer refuses, and ids of more than 64 bits.
+        ValueError: for a text that the tokenizer refuses, and ids of more than 32 bits.
     """
     if isinstance(content, str):
         try:
-            return array("q", encode(content))
+            return array("i", encode(content))
         except Exception as error:  # the text has a lone surrogate, for example
             raise ValueError(
                 f"prompt {index} cannot be tokenised: {content!r:.60}: {error}"
@@ -90,7 +90,7 @@ def token_ids_of(index: int, content: Any, encode: Callable[[str], list[int]]) -
     cause: Exception | None = None
     if not isinstance(content, NEVER_A_PROMPT):
         try:
-            return array("q", content)
+            return array("i", content)
         except OverflowError as error:
             raise ValueError(
                 f"prompt {index} has a token id far outside the vocabulary: {error}"
@@ -101,3 +101,14 @@ def token_ids_of(index: int, content: Any, encode: Callable[[str], list[int]]) -
         f"prompt {index} must be a string or a list of token ids (one prompt of token ids is "
         f"passed as a list of one list), not {content!r:.60}"
     ) from cause
+
+
+def listed(content: Any, token_ids: array[int]) -> list[int]:
+    """List the token ids of a prompt, which are all that `content` holds, or its last ones.
+
+    The numbers of a list are taken over. To make new ones would take longer than all checks, and
+    where many prompts begin with the same numbers, these are compared faster than equal ones.
+    """
+    if type(content) is list and set(map(type, content)) == {int}:
+        return content[len(content) - len(token_ids) :]
+    return token_ids.tolist()

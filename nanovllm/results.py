@@ -6,7 +6,7 @@ written for vLLM read, are the same item: what is changed in one is changed in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -79,8 +79,8 @@ class LogprobDict(dict[int, Logprob]):
 
     def __init__(
         self,
-        token_ids: list[int],
-        values: list[float],
+        token_ids: Sequence[int],
+        values: Sequence[float],
         rank: int | None,
         decode: Callable[[int], str] | None,
     ) -> None:

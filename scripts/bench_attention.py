@@ -2,22 +2,32 @@
 
     python scripts/bench_attention.py [--sweep]      # --sweep tries other tiles too
     python scripts/bench_attention.py --window 512 1024 [--context 8192]      # sliding windows only
+    python scripts/bench_attention.py --shared-prefix 256 2048 [--sweep]      # groups in decode
 
 Decode runs inside a CUDA graph, as in the engine, over sequences of 920 tokens on average. It is
 limited by reading K and V: GB/s, against the 4.2 TB/s that an H200 reads. Calls in a row read
 different blocks, more than the L2 cache holds. Prefill is limited by arithmetic: TFLOP/s of the
 causal half, against 790. With windows both are counted for what the window holds, beside the same
-attention without a window and (decode) with no more context than the window.
+attention without a window and (decode) with no more context than the window. Groups that share a
+prefix are timed beside the same sequences without the group; their GB/s count what they share once.
 """
 
 import argparse
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.paged_decode import DecodeConfig, decode_config, paged_decode
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
+from nanovllm.kernels.prefix_groups import Groups, TileLimits, make_prefix_tiles
+from nanovllm.kernels.prefix_tensors import SharedPrefixes
+from nanovllm.kernels.shared_prefix import (
+    PrefixConfig,
+    prefix_config,
+    shared_prefix_decode,
+)
 from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 # Qwen3-0.6B's attention
@@ -38,6 +48,17 @@ DECODE_TILES = (  # block_n, num_warps, num_stages
     (32, 4, 3),
 )
 DECODE_SPLITS = (1, 2, 4, 8, 16, 32)
+PREFIX_CONFIGS = (
+    PrefixConfig(16, 64, 4, 3),
+    PrefixConfig(32, 64, 4, 3),
+    PrefixConfig(64, 64, 4, 2),
+    PrefixConfig(64, 64, 4, 4),
+    PrefixConfig(64, 128, 4, 2),
+    PrefixConfig(128, 64, 8, 3),
+    PrefixConfig(128, 64, 4, 3),
+    PrefixConfig(128, 128, 8, 2),
+)
+PREFIX_TILES = (8, 16, 32)  # so many a KV head, together for all groups
 PREFILL_CONFIGS = (
     PrefillConfig(128, 64, 8, 3),
     PrefillConfig(128, 64, 8, 4),
@@ -227,13 +248,113 @@ def bench_windows(windows: list[int], context: int, flash: bool) -> None:
                 prompts.report("  the same from the cache", prefill, prompts.tables, window)
 
 
+class SharedWork:
+    """Sequences of which each has `prefix` tokens in common with all, and some of its own."""
+
+    def __init__(self, members: int, prefix: int, k_cache: torch.Tensor, v_cache: torch.Tensor):
+        self.members = members
+        self.prefix_blocks = prefix // BLOCK_SIZE
+        self.suffix_lens = torch.randint(129, 192, (members,)).int().cuda()
+        self.prefix = prefix
+        self.caches = (k_cache, v_cache)
+        blocks_in_set = self.prefix_blocks + members
+        num_sets = max(1, min(32, len(k_cache) // blocks_in_set))
+        blocks = torch.randperm(len(k_cache))[: num_sets * blocks_in_set].int().cuda()
+        self.tables = []
+        for own in blocks.view(num_sets, blocks_in_set):
+            table = torch.empty(self.prefix_blocks + 1, members, dtype=torch.int32, device="cuda")
+            table[:-1] = own[: self.prefix_blocks, None]
+            table[-1] = own[self.prefix_blocks :]
+            self.tables.append(table.t())
+        self.query = torch.randn(members, HEADS, HEAD_DIM, dtype=DTYPE, device="cuda")
+
+    def prefixes(self, tiles: PrefixConfig, num_tiles: int) -> SharedPrefixes:
+        """One group of all sequences."""
+        groups = Groups(
+            members=np.arange(self.members),
+            num_members=np.array([self.members]),
+            prefix_blocks=np.array([self.prefix_blocks]),
+        )
+        members = tiles.block_m * KV_HEADS // HEADS
+        limits = TileLimits(members, tiles.block_n, tiles.block_n, 32, num_tiles)
+        made, num_parts = make_prefix_tiles(groups, BLOCK_SIZE, limits)
+        zeros = torch.zeros_like(self.suffix_lens)
+        return SharedPrefixes(
+            tiles=torch.from_numpy(made).cuda(),
+            members=torch.arange(self.members, dtype=torch.int32, device="cuda"),
+            prefix_lens=zeros + self.prefix,
+            num_parts=zeros + int(num_parts[0]),
+            suffix_lens=self.suffix_lens,
+            max_parts=int(num_parts[0]),
+        )
+
+    def report(
+        self, name: object, run: Callable[[torch.Tensor], object], prefix_reads: int
+    ) -> None:
+        """Print a line for `run(block_tables)`, inside a CUDA graph."""
+
+        def run_all() -> None:
+            for tables in self.tables:
+                run(tables)
+
+        run_all()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run_all()
+        us = microseconds(graph.replay, len(self.tables))
+        read = (int(self.suffix_lens.sum()) + prefix_reads * self.prefix) * TOKEN_BYTES
+        print(f"{name!s:<74}{us:>9.1f} us {read / us / 1000:>7.0f} GB/s", flush=True)
+
+    def report_shared(self, tiles: PrefixConfig, num_tiles: int) -> None:
+        """Print a line for one way of cutting the group."""
+        prefixes = self.prefixes(tiles, num_tiles)
+        name = f"  {tiles}, {len(prefixes.tiles)} tiles, {prefixes.max_parts} parts"
+
+        def run(tables: torch.Tensor) -> object:
+            return shared_prefix_decode(
+                self.query, *self.caches, prefixes, tables, SCALE, tiles=tiles
+            )
+
+        self.report(name, run, 1)
+
+
+def bench_shared_prefixes(lengths: list[int], sweep: bool) -> None:
+    """Print what a group costs, for each number of members and length of prefix."""
+    k_cache = random_cache()
+    v_cache = random_cache()
+    chosen = prefix_config(HEAD_DIM, DTYPE, k_cache.device, BLOCK_SIZE)
+    for members in (4, 8, 16, 32, 64, 128, 256):
+        for prefix in lengths:
+            work = SharedWork(members, prefix, k_cache, v_cache)
+            context_lens = work.suffix_lens + prefix
+
+            def plain(
+                tables: torch.Tensor,
+                work: SharedWork = work,
+                context_lens: torch.Tensor = context_lens,
+            ) -> object:
+                return paged_decode(work.query, *work.caches, context_lens, tables, SCALE)
+
+            print(f"\n{members} members, prefix {prefix}")
+            work.report("without a group", plain, members)
+            for tiles in PREFIX_CONFIGS if sweep else (chosen,):
+                for num_tiles in PREFIX_TILES:
+                    work.report_shared(tiles, num_tiles)
+
+
 def main() -> None:
     """Time both kinds of attention."""
     parser = argparse.ArgumentParser(description="Time the attention kernels on a GPU.")
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes too")
     parser.add_argument("--window", type=int, nargs="+", help="time these sliding windows only")
     parser.add_argument("--context", type=int, default=8192, help="of the windows; default 8192")
+    parser.add_argument(
+        "--shared-prefix", type=int, nargs="+", help="time groups with prefixes of so many tokens"
+    )
     args = parser.parse_args()
+    if any(length % BLOCK_SIZE for length in args.shared_prefix or ()):
+        parser.error(f"--shared-prefix must be multiples of {BLOCK_SIZE}: {args.shared_prefix}")
     if args.context % BLOCK_SIZE:
         parser.error(f"--context must be a multiple of {BLOCK_SIZE}, not {args.context}")
     if not torch.cuda.is_available():
@@ -248,6 +369,9 @@ def main() -> None:
     print(torch.cuda.get_device_name())
     if args.window:
         bench_windows(args.window, args.context, flash)
+        return
+    if args.shared_prefix:
+        bench_shared_prefixes(args.shared_prefix, args.sweep)
         return
     bench_decode(args.sweep, flash)
     bench_prefill(args.sweep, flash)

@@ -59,9 +59,10 @@ if [[ $what == all || $what == tests ]]; then
     for selection in 'test_engine_gpu.py -k transformers' 'test_engine_gpu.py -k work_is_cut' \
         "test_engine_gpu.py -k 'not transformers and not work_is_cut and not ($alone)'" test_attention_gpu.py \
         "test_sampler_gpu.py ../test_sampling_options.py -k 'not ($alone)'" \
-        "test_requests_gpu.py test_trace_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py' \
+        "test_requests_gpu.py test_trace_gpu.py test_trainer_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py' \
         "test_families_gpu.py -k gemma" "test_families_gpu.py -k 'not gemma'" \
-        'test_prefill_graphs_gpu.py test_moe_gpu.py test_rope_gpu.py ../test_gate_and_norm.py' test_attention_options_gpu.py; do
+        'test_prefill_graphs_gpu.py test_moe_gpu.py test_rope_gpu.py ../test_gate_and_norm.py' test_attention_options_gpu.py \
+        test_shared_prefix_gpu.py 'test_copy_on_write_gpu.py test_hopper_gpu.py' 'test_pooling_gpu.py test_structured_gpu.py'; do
         eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$i.log" 2>&1 &
         i=$((i + 1))
     done
@@ -104,7 +105,7 @@ if [[ $what == ranks ]]; then
     [[ $gpus -gt 2 ]] || wait  # else one GPU and two are measured side by side
     (on $((gpus - 1))) &
     wait
-    "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k 'not transformers' > "$out/tests0.log" 2>&1
+    "${pytest[@]}" tests/gpu/test_parallel_gpu.py tests/gpu/test_trainer_gpu.py -k 'not transformers' > "$out/tests0.log" 2>&1
     "${pytest[@]}" tests/gpu/test_parallel_gpu.py -k transformers > "$out/tests1.log" 2>&1
     tail -n 4 "$out"/tests*.log
     timeout 60 python scripts/bench_all_reduce.py | tee "$out/all_reduce.log"

@@ -1,6 +1,7 @@
 """Where the time of a step goes on a GPU.
 
     python scripts/profile_steps.py [--batch 1 16 256] [--shape qwen3-30b-a3b]
+    python scripts/profile_steps.py --batch 256 --shared-prefix 2048     # behind a common prefix
 
 A real model's shape (Qwen3-0.6B's) with random weights, 512 tokens of context. Prints, for each
 batch size, the wall time of a decode step through `LLM.step`, the sum of its kernels' times, and
@@ -28,11 +29,12 @@ def make_prompt(index: int, length: int) -> list[int]:
     return [(index * 7919 + i * 31) % 10000 for i in range(length)]
 
 
-def start_decoding(llm: LLM, batch: int, context: int) -> None:
+def start_decoding(llm: LLM, batch: int, context: int, shared_prefix: int) -> None:
     """Queue `batch` requests and run until all of them decode."""
     params = SamplingParams(temperature=0.6, max_tokens=4 * STEPS, ignore_eos=True)
+    prefix = make_prompt(-1, shared_prefix)
     for index in range(batch):
-        llm.add_request(make_prompt(index, context), params)
+        llm.add_request(prefix + make_prompt(index, context), params)
     while llm.step()[1] > 0:
         pass
     for _ in range(5):
@@ -64,14 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--shared-prefix", type=int, default=0, help="tokens in front of these")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--top", type=int, default=14, help="kernels to list")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         llm = LLM(write_shape(args.shape, scratch), load_format="dummy")
     for batch in args.batch:
-        start_decoding(llm, batch, args.context)
-        report(llm, f"decode, batch {batch}, context {args.context}", STEPS, args.top)
+        start_decoding(llm, batch, args.context, args.shared_prefix)
+        what = f"decode, batch {batch}, context {args.context}"
+        if args.shared_prefix:
+            what += f" behind a shared prefix of {args.shared_prefix}"
+        report(llm, what, STEPS, args.top)
         llm.reset()
     for index in range(8 * 3 * PREFILL_STEPS):
         llm.add_request(make_prompt(index, 2048), SamplingParams(max_tokens=1))

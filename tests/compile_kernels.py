@@ -16,23 +16,30 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.kernels import (
+    _gluon,
     all_reduce,
     copy_blocks,
     expert_gemv,
     gate_mul,
+    gate_up_gemm,
     gemv,
     grouped_gemm,
     gumbel,
+    hopper_prefill,
     moe,
     moe_routing,
     norm_rope_store,
     paged_decode,
     penalties,
     prefill_all_reduce,
+    prefill_parts,
     prefill_tiles,
+    prefix_tensors,
     projection_norm,
     rms_norm,
+    shared_prefix,
     split_gemm,
+    suffix_decode,
     threshold,
     token_mask,
     token_ranks,
@@ -85,6 +92,45 @@ def compile_attention_options() -> None:
             inputs = (q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, block_tables)
             varlen_prefill.varlen_prefill(*inputs, **options)
         prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0, **options)
+        options["arrivals"] = prefill_parts.make_arrivals(HEADS, q.device)
+        prefill_tiles.tiled_prefill(q, *caches, ints(9, 8), ints(16, 2).t(), 1.0, **options)
+
+
+def compile_gluon() -> None:
+    """The kernels for Hopper, where the installed Triton has Gluon."""
+    if not _gluon.HAS_GLUON:
+        print("no Gluon")
+        return
+    gate_up_gemm.gate_up_gemm(numbers(16, HIDDEN), numbers(512, HIDDEN))
+    q, _, _ = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    slots = numbers(1024, KV_HEADS, DIM)
+    hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
+
+
+def compile_shared_prefixes() -> None:
+    """Groups in decode: blocks that hold whole tiles or do not, suffixes in splits or in one."""
+    for dim, block_size, splits, softcap in (
+        (DIM, 256, 1, None),
+        (DIM, 48, 1, 50.0),
+        (80, 20, 8, None),
+    ):
+        q = numbers(16, HEADS + 2 * KV_HEADS, dim)[:, :HEADS]
+        caches = [numbers(4, block_size, KV_HEADS, dim) for _ in range(2)]
+        prefixes = prefix_tensors.SharedPrefixes(
+            tiles=ints(9, 5),
+            members=ints(16),
+            prefix_lens=ints(16),
+            num_parts=ints(16),
+            suffix_lens=ints(16),
+            max_parts=8,
+        )
+        config = None
+        if splits > 1:
+            config = paged_decode.DecodeConfig(64, splits)
+        tables = ints(16, 16).t()
+        shared_prefix.shared_prefix_decode(
+            q, *caches, prefixes, tables, 1.0, softcap=softcap, config=config
+        )
 
 
 def main() -> None:
@@ -102,12 +148,16 @@ def main() -> None:
         projection_norm,
         rms_norm,
         gate_mul,
+        shared_prefix,
+        suffix_decode,
         split_gemm,
         token_ranks,
         varlen_prefill,
     ):
         module.pdl_options = lambda: PDL
-    copy_blocks.copy_blocks(numbers(2, 2, 4, 16, 2, 8), [BlockCopy(0, 1, 9)], torch.from_numpy)
+    copy_blocks.copy_blocks_triton(
+        numbers(2, 2, 4, 16, 2, 8), [BlockCopy(0, 1, 9)], torch.from_numpy
+    )
     norm, x, bias = numbers(HIDDEN), numbers(16, HIDDEN), numbers(256)
     token_ranks.token_ranks(x, torch.zeros(16, dtype=torch.int64))
     rms_norm.rms_norm(x, norm, EPS)
@@ -120,8 +170,9 @@ def main() -> None:
         rms_norm.add_rms_norm(x, numbers(1, 16, HIDDEN), weight, EPS, scale=0.25)
         prefill_all_reduce.add_norm(x, numbers(4, 16, HIDDEN), x, x, weight, EPS, 1)
     gemv.gemv(x[:1], numbers(256, HIDDEN), bias, norm, EPS, numbers(1, 256))
-    for num_tokens in (2, 32, 128):
-        split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, 4)
+    for num_tokens in (2, 32, 64, 128):
+        for splits in (1, 4, 16):  # in chunks; whole tiles where they fit
+            split_gemm.split_gemm(numbers(num_tokens, HIDDEN), numbers(256, HIDDEN), bias, splits)
 
     # Qwen3-30B-A3B, on one rank
     experts = moe.MoEWeights(
@@ -160,13 +211,15 @@ def main() -> None:
             qkv, positions, cos, cos, None, None, EPS, *caches, ints(16), HEADS, interleaved
         )
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    for splits, stages, registers in ((1, 3, 168), (1, 5, None), (8, 3, None)):
-        config = paged_decode.DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
+    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
+        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
         paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
     prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
     compile_attention_options()
+    compile_gluon()
+    compile_shared_prefixes()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

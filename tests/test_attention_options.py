@@ -32,7 +32,8 @@ from nanovllm.kernels.paged_decode import (
     paged_decode_torch,
 )
 from nanovllm.kernels.prefill_config import PrefillConfig
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 # (window, softcap); the scores' standard deviation is 1, so that a cap of 1 changes them much.
 OPTIONS = [(1, None), (7, None), (16, None), (1000, None), (None, 1.0), (40, 2.0)]

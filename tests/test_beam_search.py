@@ -223,15 +223,14 @@ def test_an_interrupted_search_leaves_the_engine_empty(
 def test_logits_that_are_no_numbers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = llm.model_runner
     assert runner is not None
-    forward = runner._forward
+    sample = runner._sample
 
-    def spoiled(inputs: Any) -> torch.Tensor:
-        logits = forward(inputs)
+    def spoiled(logits: torch.Tensor, *others: Any, **named: Any) -> Any:
         if len(logits) in (1, 3):  # the first step of three prompts, or of one
             logits[-1] = float("nan")
-        return logits
+        return sample(logits, *others, **named)
 
-    monkeypatch.setattr(runner, "_forward", spoiled)
+    monkeypatch.setattr(runner, "_sample", spoiled)
     outputs = llm.beam_search(PROMPTS, BeamSearchParams(2, 3, ignore_eos=True))
     reasons = [output.sequences[0].finish_reason for output in outputs]
     assert reasons == ["length", "length", "error"]

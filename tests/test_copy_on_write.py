@@ -29,9 +29,10 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch, independent
+from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_triton, independent
 from nanovllm.prefill_groups import PrefillGroups
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 5
 # Around the borders of blocks of 16 tokens, and prompts that are shorter than a block.
 LENGTHS = [1, 16, 17, 31, 50, 48]
@@ -170,8 +171,10 @@ def test_windows(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     "copy",
     [
-        copy_blocks_torch,
-        pytest.param(copy_blocks, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")),
+        copy_blocks,  # on a CPU this is the reference
+        pytest.param(
+            copy_blocks_triton, marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -188,12 +191,12 @@ def test_blocks_are_copied_one_after_the_other(
     copy: Any, copies: list[tuple[int, int, int]], num_parts: int, dtype: torch.dtype
 ) -> None:
     named = [BlockCopy(*numbers) for numbers in copies]
-    cache = torch.randn(2, 3, 7, 16, 2, 40).to(dtype)
+    cache = torch.randn(2, 3, 7, 16, 2, 40).to(DEVICE, dtype)
     expected = cache.clone()
     for source, target, num_tokens in copies:
         for token in range(num_tokens):
             expected[:, :, target, token] = expected[:, :, source, token].clone()
-    copy(cache, named, torch.from_numpy)
+    copy(cache, named, lambda array: torch.from_numpy(array).to(DEVICE))
     assert torch.equal(cache, expected)
     assert len(list(independent(named))) == num_parts
     assert [one for part in independent(named) for one in part] == named

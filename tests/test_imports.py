@@ -35,6 +35,7 @@ LEAVES = (
     "outputs",
     "beam_params",
     "checkpoint",
+    "collector",
     "copy_on_write",
     "exclusive",
     "frozen",

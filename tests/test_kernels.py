@@ -26,9 +26,10 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_torch
-from nanovllm.kernels.split_gemm import split_gemm
+from nanovllm.kernels.split_gemm import split_gemm, whole_tile_columns
 from nanovllm.kernels.token_ranks import token_ranks, token_ranks_torch
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -175,6 +176,39 @@ def test_split_gemm(num_tokens, splits, out_size, in_size, dtype):
         used_splits = splits if in_size > 48 else 1  # no split is empty
         assert partial_sums.shape == (used_splits, num_tokens, out_size)
         assert_near(partial_sums.sum(0), expected, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "num_tokens, splits, columns",
+    [(2, 3, 512), (16, 1, 1024), (17, 2, 512), (33, 2, 256), (40, 1, 0), (64, 4, 256), (65, 2, 0)],
+)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+def test_split_gemm_of_whole_tiles_and_in_chunks(num_tokens, splits, columns, has_bias):
+    """A width of 1024, as of Qwen3-0.6B, is a power of two; another one is not."""
+    assert whole_tile_columns(num_tokens, 1024, splits, itemsize=2) == columns
+    for in_size in (1024, 1000):
+        x = randn(num_tokens, in_size, dtype=torch.float16)
+        weight = randn(70, in_size, dtype=torch.float16) / in_size**0.5
+        bias = randn(70, dtype=torch.float16) if has_bias else None
+        expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+        partial_sums = split_gemm(x, weight, bias, splits)
+        num_sums = -(-in_size // columns) if columns else splits
+        assert partial_sums.shape == (num_sums, num_tokens, 70)
+        assert_near(partial_sums.sum(0), expected, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, in_size, splits, columns",
+    [
+        (16, 3072, 8, 512),  # six splits of 512, not eight
+        (32, 1024, 1, 1024),  # the largest tiles that fit
+        (16, 4096, 1, 0),
+        (16, 2048, 32, 256),  # no tile is narrower
+    ],
+)
+def test_whole_tiles_fit_the_shared_memory(num_tokens, in_size, splits, columns):
+    assert whole_tile_columns(num_tokens, in_size, splits, itemsize=2) == columns
 
 
 @needs_triton
@@ -426,25 +460,26 @@ def test_decode_in_tiles_that_lie_in_one_block_and_that_do_not(block_size, stage
 
 
 @pytest.mark.parametrize(
-    "num_seqs, splits, stages, registers",
+    "num_seqs, block_n, splits, registers",
     [
-        (1, 32, 3, None),
-        (4, 16, 3, None),
-        (16, 4, 3, None),
-        (24, 2, 3, None),
-        (25, 1, 5, None),
-        (33, 1, 5, None),
-        (34, 1, 3, None),
-        (99, 1, 3, None),
-        (100, 1, 3, 168),
+        (1, 64, 32, None),
+        (4, 64, 16, None),
+        (12, 64, 4, None),
+        (13, 64, 1, None),  # a program for most multiprocessors, and for none two
+        (16, 64, 1, None),
+        (17, 64, 2, None),
+        (33, 64, 2, None),
+        (34, 64, 1, None),
+        (99, 64, 1, None),
+        (100, 32, 1, 128),
     ],
 )
-def test_decode_splits_small_batches_only(monkeypatch, num_seqs, splits, stages, registers):
+def test_decode_splits_small_batches_only(monkeypatch, num_seqs, block_n, splits, registers):
     monkeypatch.setattr(
         "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, torch.device("cuda"), 256)
-    assert config == DecodeConfig(64, splits, num_stages=stages, max_registers=registers)
+    assert config == DecodeConfig(block_n, splits, num_stages=3, max_registers=registers)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
 """The work list of prefill attention, and the kernel that takes its work from it."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.kernels import prefill_parts
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.prefill_config import PrefillConfig
+from nanovllm.kernels.prefill_parts import cut_keys, make_arrivals
 from nanovllm.kernels.prefill_tiles import (
     make_tiles,
     max_tiles,
     tiled_prefill,
     tiled_prefill_torch,
 )
-from nanovllm.kernels.varlen_prefill import varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -32,7 +35,12 @@ def tiles_of(batch: list[tuple[int, int]], padding: int, tile_rows: int) -> torc
     return tiles.to(DEVICE)
 
 
-BATCHES = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=6)
+# A sequence with the same tokens as the one before it has no new ones.
+BATCHES = st.lists(
+    st.tuples(st.one_of(st.just(0), st.integers(1, 40)), st.integers(0, 40)),
+    min_size=1,
+    max_size=6,
+).filter(lambda batch: batch[0][0] > 0)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -85,6 +93,100 @@ def test_the_example_of_the_docstring() -> None:
         [0, 0, 0, 0],
     ]
     assert max_tiles(8, 2, 2) == 5  # so the list has no row to spare
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 5000)), min_size=1, max_size=6),
+    padding=st.integers(0, 200),
+    wanted=st.integers(1, 40),
+)
+def test_each_key_of_a_tile_is_in_exactly_one_part(
+    batch: list[tuple[int, int]], padding: int, wanted: int
+) -> None:
+    num_new = np.array([new for new, _ in batch])
+    num_total = np.array([new + earlier for new, earlier in batch])
+    tiles = make_tiles(num_new, num_total, int(num_new.sum()) + padding, 128)
+    parts = cut_keys(tiles, wanted)
+    assert len(tiles) <= len(parts) <= max(len(tiles), wanted)
+    keys: dict[tuple[int, ...], list[tuple[int, int]]] = {
+        tuple(tile): [] for tile in tiles.tolist()
+    }
+    sizes = []
+    rows: list[int] = []
+    for *tile, part, num_parts, keys_per_part, first_row in parts.tolist():
+        num_keys = tile[1] + tile[2]
+        begin = part * keys_per_part
+        end = min(begin + keys_per_part, num_keys)
+        assert begin % prefill_parts.KEY_STEP == 0
+        keys[tuple(tile)].append((begin, end))
+        sizes.append(end - begin)
+        if num_parts > 1:
+            row = first_row + part * tile[1]
+            rows += range(row, row + tile[1])
+    for tile, ranges in keys.items():
+        borders = sorted(ranges)
+        assert [begin for begin, _ in borders[1:]] == [end for _, end in borders[:-1]]
+        assert borders[0][0] == 0 and borders[-1][1] == tile[1] + tile[2]
+        assert len(borders) == 1 or all(end > begin for begin, end in borders)
+    assert sorted(rows) == [*range(len(rows))]  # no two parts leave their results in one place
+    assert len(rows) <= prefill_parts.MAX_ROWS
+    assert sizes == sorted(sizes, reverse=True)  # the programs that run longest begin first
+
+
+def test_few_queries_behind_a_long_prefix_are_cut_and_many_are_not() -> None:
+    def count(num_new: list[int], earlier: int, wanted: int) -> int:
+        new = np.array(num_new)
+        return len(cut_keys(make_tiles(new, new + earlier, sum(num_new), 128), wanted))
+
+    assert count([16], 8192, 17) == 6
+    assert count([16], 1024, 17) == 1  # combining would take what the parts save
+    assert count([16] * 4, 8192, 17) == 16
+    assert count([16] * 9, 8192, 17) == 9  # two parts each would be more than the GPU runs at once
+    assert count([128], 8192, 17) == 3  # combining 128 queries takes longer
+    assert count([200], 0, 17) == 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype, options",
+    [(torch.float32, {}), (torch.float16, dict(window=150, softcap=2.0))],
+    ids=["plain", "window-and-cap"],
+)
+def test_tiles_in_parts(dtype, options, monkeypatch) -> None:
+    """The attention of whole tiles; twice, as the second launch finds what the first has left."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(prefill_parts, "KEY_STEP", 64)
+    monkeypatch.setattr(prefill_parts, "KEY_US", 10.0)  # even short tiles are cut
+    heads, kv_heads, head_dim, block_size, padding = 2, 1, 16, 64, 7
+    batch = [(3, 700), (20, 250), (5, 0), (1, 64)]
+    num_new = np.array([new for new, _ in batch])
+    num_total = np.array([new + earlier for new, earlier in batch])
+    num_tokens = int(num_new.sum()) + padding
+    config = PrefillConfig(16, 32, 4, 2)
+    parts = cut_keys(make_tiles(num_new, num_total, num_tokens, config.block_m), 40)
+    assert parts[:, 5].max() > 5 and parts[:, 5].min() == 1
+    tiles = torch.zeros(len(parts) + 3, 8, dtype=torch.int32, device=DEVICE)
+    tiles[: len(parts)] = torch.from_numpy(parts)
+    q = torch.randn(num_tokens, heads, head_dim).to(DEVICE, dtype)
+    caches = [torch.randn(44, block_size, kv_heads, head_dim).to(DEVICE, dtype) for _ in range(2)]
+    tables = torch.randperm(44).int().view(4, 11).to(DEVICE)
+    whole = tiled_prefill_torch(
+        q.double(),
+        *[cache.double() for cache in caches],
+        torch.from_numpy(make_tiles(num_new, num_total, num_tokens, config.block_m)),
+        tables,
+        0.3,
+        **options,
+    )
+    arrivals = make_arrivals(heads, q.device)
+    for _ in range(2):
+        out = tiled_prefill(
+            q, *caches, tiles, tables, 0.3, **options, arrivals=arrivals, config=config
+        )
+        assert (out.double() - whole).abs().max() < TOLERANCE[dtype]
+        assert not arrivals.any()
+    assert not out[-padding:].any()
 
 
 @pytest.mark.parametrize(

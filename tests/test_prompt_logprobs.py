@@ -1,5 +1,6 @@
 """Log-probabilities of the prompt's tokens: those of `transformers`, however the work is cut."""
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from conftest import Checkpoint, assert_idle, greedy, make_checkpoint, make_llm, random_prompts
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.collector import collector_slowed
 from nanovllm.readout import step_reader
 from nanovllm.readout.step_reader import StepReader
 
@@ -89,6 +91,33 @@ def test_logits_of_a_few_tokens_at_a_time(
     (prompt,) = random_prompts(11, [600])
     llm.generate([prompt], ask(0, max_tokens=1), use_tqdm=False)
     assert rows == [256, 256, 87]
+
+
+def test_the_garbage_collector_is_slowed_while_results_are_made(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(checkpoint.path)
+    seen: list[int] = []
+    step = type(llm)._step
+
+    def recording(self: LLM) -> Any:
+        seen.append(gc.get_threshold()[0])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(type(llm), "_step", recording)
+    before = gc.get_threshold()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(random_prompts(12, [5]), ask(0), use_tqdm=False)
+    assert seen == [100_000] * 2
+    assert gc.get_threshold() == before
+    gc.set_threshold(0)  # the user has turned it off
+    try:
+        with collector_slowed():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_who_asks_computes_its_prompt_and_leaves_it_to_others(checkpoint: Checkpoint) -> None:

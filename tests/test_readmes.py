@@ -211,3 +211,18 @@ def test_links_lead_somewhere(path: str) -> None:
         assert file.exists(), target
         if heading:
             assert f"#{heading}" in anchors(split_blocks(file.read_text("utf-8"))), target
+
+
+def test_the_code_is_as_long_as_stated() -> None:
+    """Lines of the core, the kernels and the rest, to a tenth."""
+    package = ROOT / "nanovllm"
+    core = [package / f"{name}.py" for name in ("llm", "config", "sampling_params", "outputs")]
+    core += [package / "models/qwen3.py"]
+    for folder in ("engine", "layers", "utils"):
+        core += (package / folder).glob("*.py")
+    kernels = list((package / "kernels").glob("*.py"))
+    rest = set(package.rglob("*.py")) - set(core) - set(kernels)
+    stated = re.findall(r"some (\d+,\d+)", ENGLISH)[:3]
+    for files, number in zip((core, kernels, rest), stated, strict=True):
+        lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
+        assert lines == pytest.approx(int(number.replace(",", "")), rel=0.1)

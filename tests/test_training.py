@@ -403,11 +403,11 @@ def test_it_sleeps_on_where_the_memory_is_taken(llm: LLM, monkeypatch: pytest.Mo
     llm.sleep()
 
     def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("somebody else has it")
+        raise torch.cuda.OutOfMemoryError("somebody else has it")
 
     with monkeypatch.context() as patch:
         patch.setattr("nanovllm.training.memory.attach", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
             llm.wake_up()
     assert llm.is_sleeping() and llm.model_runner.kv_cache.nbytes == 0  # type: ignore[union-attr]
     llm.wake_up()

@@ -31,6 +31,7 @@ class PromptSearch:
 
     request: Request
     search: Search
+    step_params: SamplingParams  # of all sequences
     # Of the KV cache, that its beams can need, whatever they share beyond the prompt. If that is
     # more than there is, or there are more beams than sequences can run, it runs alone, and its
     # beams give their blocks back after each step and are found in the prefix cache.
@@ -91,7 +92,14 @@ class BeamSearchEngine(LLMEngine):
             num_blocks <= self.config.num_kvcache_blocks
             and params.beam_width <= self.config.max_num_seqs
         )
-        return PromptSearch(request, search, num_blocks, keeps_blocks)
+        step_params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=search.num_candidates,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        return PromptSearch(request, search, step_params, num_blocks, keeps_blocks)
 
     @exclusive
     def _beam_search(
@@ -144,14 +152,7 @@ class BeamSearchEngine(LLMEngine):
 
     def _make_sequence(self, one: PromptSearch, beam: Hypothesis) -> Sequence:
         """Make the sequence that computes a beam's last token, and the likeliest next ones."""
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            logprobs=one.search.num_candidates,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        seq = Sequence([*one.request.token_ids, *beam.token_ids], params)
+        seq = Sequence([*one.request.token_ids, *beam.token_ids], one.step_params)
         seq.keeps_blocks = one.keeps_blocks
         return seq
 

@@ -1,5 +1,7 @@
 """The paged KV cache's book-keeping: who holds which block, and which blocks can be shared."""
 
+from __future__ import annotations
+
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -188,7 +190,7 @@ class BlockManager:
         return block.hash is not None and self.cached_blocks.get(block.hash) is block
 
     @staticmethod
-    def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
+    def compute_hash(token_ids: list[int] | array[int], parent_hash: int | None = None) -> int:
         """Hash of a full block: xxh64 of the hash of the block before it (8 bytes; none at all if
         this is the first block of a sequence, with None) and of its token ids (4 bytes each).
         """
@@ -199,8 +201,11 @@ class BlockManager:
         """Hash of a full block, kept in `seq`: one that waits is looked up in every step."""
         hashes = seq.block_hashes
         while len(hashes) <= index:
-            parent_hash = hashes[-1] if hashes else None
-            hashes.append(self.compute_hash(self._block_tokens(seq, len(hashes)), parent_hash))
+            start = len(hashes) * self.block_size
+            end = start + self.block_size
+            is_packed = end <= len(seq.packed_prompt)  # a list takes ten times as long to hash
+            tokens = seq.packed_prompt[start:end] if is_packed else seq.token_ids[start:end]
+            hashes.append(self.compute_hash(tokens, hashes[-1] if hashes else None))
         return hashes[index]
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:

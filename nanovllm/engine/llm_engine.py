@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.absent import ABSENT_IN_GENERATE, refuse_others
+from nanovllm.collector import collector_slowed
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pending_tokens import PendingTokens
@@ -198,7 +199,7 @@ class LLMEngine:
         results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with progress_bar(total=num_requests, **options) as update:
+        with collector_slowed(), progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
@@ -326,6 +327,10 @@ class LLMEngine:
             launch_sampling(self._pending, self._launch)
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
+            if len(self._pending) < self._max_pending:
+                # The next step had to wait for the room that these tokens have made. Results are
+                # built beside it: 512 at once would leave the device idle for some 10 ms.
+                self._launch_ahead()
         except BaseException as error:
             self._fail(error)
             raise

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,10 @@ from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_buffers import SEQUENCE, make_decode_buffers
 from nanovllm.kernels.attention_backend import select_backend
-from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_torch
+from nanovllm.kernels.copy_blocks import copy_blocks
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.kernels.cpu_threads import threads_for
+from nanovllm.kernels.prefix_sharing import PrefixSharing
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.residual import Normed
 from nanovllm.layers.sampler import Sampled, Sampler
@@ -67,9 +69,13 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
             self.stream = torch.cuda.current_stream(self.device)  # of all steps
         self.decode_graphs = StepGraphs()
+        self.shared_decode_graphs = StepGraphs()  # of decode steps with shared prefixes
         self.prefill_graphs = StepGraphs()
+        self.clear_graphs = partial(
+            clear_all, self.decode_graphs, self.shared_decode_graphs, self.prefill_graphs
+        )
         if group is not None:
-            group.clear_graphs = partial(clear_all, self.decode_graphs, self.prefill_graphs)
+            group.clear_graphs = self.clear_graphs
         self._load_model()
         if self.is_cuda:
             self._warm_up()
@@ -125,6 +131,7 @@ class ModelRunner:
         self.padded_prefill = PaddedPrefill(
             self.config, self.attention_layers[0], blocks_per_seq, self.device
         )
+        self.prefix_sharing = PrefixSharing(self.config, self.attention_layers, self.device)
 
     def _warm_up(self) -> None:
         """Run the largest prefill there can be: it shows the peak of what activations take."""
@@ -155,7 +162,7 @@ class ModelRunner:
         """Release the memory, for the next engine to use, and leave the process group."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-        clear_all(self.decode_graphs, self.prefill_graphs)
+        self.clear_graphs()
         for layer in self.attention_layers:
             layer.k_cache = torch.empty(0)
             layer.v_cache = torch.empty(0)
@@ -198,8 +205,7 @@ class ModelRunner:
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Copy the beginnings of blocks, in all layers, behind the steps that are queued."""
-        copy = copy_blocks if self.is_cuda else copy_blocks_torch
-        copy(self.kv_cache, copies, self._to_device)
+        copy_blocks(self.kv_cache, copies, self._to_device)
 
     def sample_masked(self, masks: StepMasks) -> Sampled | None:
         """Draw the tokens of the last step, which waits for these masks."""
@@ -211,6 +217,7 @@ class ModelRunner:
         """Compute the scheduled tokens of all sequences; sample, and read what else they want."""
         batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
         rows = batch.table_rows
+        self.prefix_sharing.forget()
         self.block_tables[: len(batch.block_tables), rows] = batch.block_tables
         self.temperatures[rows] = batch.temperatures
         self.seeds[rows] = batch.seeds
@@ -229,7 +236,7 @@ class ModelRunner:
             if reader is not None:
                 return reader.read_output(output, self.model, len(seqs))
             return self._graph_samples(output, padded.inputs, size, len(seqs), extras), None
-        inputs = self._prefill_inputs(batch)
+        inputs = batch.inputs(self.backend, self._to_device)
         with self._threads(len(batch.input_ids)):
             if reader is not None:
                 sample = partial(self._sample, inputs=inputs, extras=extras)
@@ -239,31 +246,8 @@ class ModelRunner:
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInputs:
         """Lay the scheduled tokens of all sequences one after the other; see `StepInputs`."""
-        return self._prefill_inputs(PrefillBatch.of(seqs, self.config.kvcache_block_size))
-
-    def _prefill_inputs(self, batch: PrefillBatch) -> StepInputs:
-        """Copy a batch to the device."""
-        num_new = batch.num_new.tolist()
-        num_total = batch.num_total.tolist()
-        block_tables = None
-        if num_total != num_new:  # some K and V are read from the cache
-            # A copy, so that the stride between columns is 1 even where there is one column only.
-            # flash_attn refuses any other, and Triton would compile the kernel again for it.
-            block_tables = batch.block_tables.T.copy()
-        to_device = self._to_device
-        plan = self.backend.plan_prefill(num_new, num_total, block_tables, to_device)
-        return StepInputs(
-            is_prefill=True,
-            input_ids=to_device(batch.input_ids),
-            positions=to_device(batch.positions),
-            slot_mapping=to_device(batch.slots, np.int32),
-            attention=plan,
-            last_token_rows=plan.cu_seqlens_q[1:] - 1,
-            table_rows=to_device(batch.table_rows),
-            temperatures=to_device(batch.temperatures),
-            seeds=to_device(batch.seeds),
-            last_positions=to_device(batch.num_total - 1),
-        )
+        batch = PrefillBatch.of(seqs, self.config.kvcache_block_size)
+        return batch.inputs(self.backend, self._to_device)
 
     def launch_decode(
         self, table_rows: np.ndarray, context_lens: np.ndarray, last_blocks: np.ndarray
@@ -273,12 +257,16 @@ class ModelRunner:
         """
         num_seqs = len(table_rows)
         extras = self.sampling.build(table_rows, context_lens)
-        size = self.decode_graphs.padded_size(num_seqs)
+        shares = self.prefix_sharing.find(table_rows, context_lens, self.block_tables)
+        graphs = self.shared_decode_graphs if shares else self.decode_graphs
+        size = graphs.padded_size(num_seqs)
         self.prepare_decode(table_rows, context_lens, last_blocks, size)
-        if size in self.decode_graphs:
-            output = self.decode_graphs.replay(size)
+        if shares:
+            self.prefix_sharing.upload(size)
+        if size in graphs:
+            output = graphs.replay(size)
             return self._graph_samples(output, self._decode_inputs, size, num_seqs, extras)
-        inputs = self._decode_inputs(size)
+        inputs = self._decode_inputs(size, shares)
         with self._threads(size):
             _, logits = self._forward(inputs)
             return self._sample(logits, inputs, extras)
@@ -303,14 +291,17 @@ class ModelRunner:
         block_tables = used_columns.take(table_rows, axis=1)  # a third faster than [...]
         self.buffers.upload(inputs, block_tables, {SEQUENCE: size})
 
-    def _decode_inputs(self, size: int) -> StepInputs:
-        """The first `size` rows of the decode buffers."""
+    def _decode_inputs(self, size: int, shares: bool = False) -> StepInputs:
+        """The first `size` rows of the decode buffers. shares: with what groups share read once."""
         rows = self.buffers.on_device({SEQUENCE: size})
+        plan = self.backend.plan_decode(rows["context_lens"], rows["block_tables"])
+        if shares:
+            plan = replace(plan, prefixes=self.prefix_sharing.on_device(size, plan.context_lens))
         return StepInputs(
             is_prefill=False,
             positions=rows["positions"],
             slot_mapping=rows["slots"],
-            attention=self.backend.plan_decode(rows["context_lens"], rows["block_tables"]),
+            attention=plan,
             table_rows=rows["table_rows"],
             temperatures=rows["temperatures"],
             seeds=rows["seeds"],
@@ -318,20 +309,24 @@ class ModelRunner:
         )
 
     def capture_graphs(self) -> None:
-        """Capture all graphs, on buffers that hold nothing but padding: compiling runs steps of all
-        sizes on them, and what a step leaves there may name rows that a smaller one lacks.
-        """
+        """Capture all graphs, on buffers that hold nothing but padding."""
+        # Compiling runs all sizes on them; the tiles of a real step name rows that others lack.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
             pool = self.prefill_graphs.capture(self._prefill, sizes, sizes)
         sizes = decode_sizes(self.config.max_num_seqs)
         to_compile = sorted({*SIZES_TO_COMPILE, sizes[-1]} & {*sizes})
-        self.decode_graphs.capture(self._decode, sizes, to_compile, pool)
+        pool = self.decode_graphs.capture(self._decode, sizes, to_compile, pool)
+        if self.prefix_sharing.is_on:
+            sizes = self.prefix_sharing.graph_sizes(sizes)
+            to_compile = [sizes[0], sizes[-1]]  # with splits, and without
+            decode = partial(self._decode, shares=True)
+            self.shared_decode_graphs.capture(decode, sizes, to_compile, pool)
 
-    def _decode(self, size: int) -> StepOutput:
+    def _decode(self, size: int, shares: bool = False) -> StepOutput:
         """Run one decode step on the first `size` rows of the buffers: what a graph records."""
-        return self._run(self._decode_inputs(size))
+        return self._run(self._decode_inputs(size, shares))
 
     def _prefill(self, size: int) -> StepOutput:
         """Run one prefill of `size` tokens on its buffers: what a graph records."""

@@ -9,7 +9,8 @@ from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.step_buffers import SEQUENCE, TILE, TOKEN, InputArray, StepBuffers
 from nanovllm.kernels.attention_backend import TiledPlan
 from nanovllm.kernels.prefill_config import prefill_config
-from nanovllm.kernels.prefill_tiles import FIELDS, make_tiles, max_tiles
+from nanovllm.kernels.prefill_parts import PART_FIELDS, cut_keys, make_arrivals, wanted_tiles
+from nanovllm.kernels.prefill_tiles import make_tiles, max_tiles
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import StepInputs
 
@@ -40,6 +41,8 @@ class PaddedPrefill:
         self.tile_rows = prefill_config(
             layer.head_dim, config.dtype, device, config.kvcache_block_size
         ).block_m
+        self.wanted_tiles = wanted_tiles(layer.num_heads, device)
+        self.arrivals = make_arrivals(layer.num_heads, device)
         self._num_rows = {size: self._count_rows(size) for size in self.sizes}
         self.buffers = StepBuffers(
             {
@@ -49,7 +52,7 @@ class PaddedPrefill:
                 "seeds": InputArray(SEQUENCE, np.int64),
                 "last_positions": InputArray(SEQUENCE, np.int64),
                 "slots": InputArray(TOKEN, np.int32, padding=-1),
-                "tiles": InputArray(TILE, np.int32, columns=FIELDS),
+                "tiles": InputArray(TILE, np.int32, columns=PART_FIELDS),
                 "last_token_rows": InputArray(SEQUENCE, np.int32),
                 "context_lens": InputArray(SEQUENCE, np.int32),
                 "temperatures": InputArray(SEQUENCE, np.float32),
@@ -62,11 +65,12 @@ class PaddedPrefill:
     def _count_rows(self, size: int) -> dict[str, int]:
         """How many rows of each kind a step of this size has, with padding."""
         num_seqs = min(size, self.max_seqs)
-        num_tiles = max_tiles(size, num_seqs, self.tile_rows)
+        num_tiles = max(max_tiles(size, num_seqs, self.tile_rows), self.wanted_tiles)
         return {TOKEN: size, SEQUENCE: num_seqs, TILE: num_tiles}
 
     def upload(self, batch: PrefillBatch, size: int) -> None:
         """Send a batch, padded to `size` tokens, to the device."""
+        tiles = make_tiles(batch.num_new, batch.num_total, size, self.tile_rows)
         inputs = {
             "input_ids": batch.input_ids,
             "positions": batch.positions,
@@ -74,7 +78,7 @@ class PaddedPrefill:
             "seeds": batch.seeds,
             "last_positions": batch.num_total - 1,
             "slots": batch.slots,
-            "tiles": make_tiles(batch.num_new, batch.num_total, size, self.tile_rows),
+            "tiles": cut_keys(tiles, self.wanted_tiles),
             "last_token_rows": np.cumsum(batch.num_new) - 1,
             "context_lens": batch.num_total,
             "temperatures": batch.temperatures,
@@ -90,7 +94,12 @@ class PaddedPrefill:
             input_ids=arrays["input_ids"],
             positions=arrays["positions"],
             slot_mapping=arrays["slots"],
-            attention=TiledPlan(arrays["tiles"], arrays["context_lens"], arrays["block_tables"]),
+            attention=TiledPlan(
+                tiles=arrays["tiles"],
+                arrivals=self.arrivals,
+                context_lens=arrays["context_lens"],
+                block_tables=arrays["block_tables"],
+            ),
             last_token_rows=arrays["last_token_rows"],
             table_rows=arrays["table_rows"],
             temperatures=arrays["temperatures"],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.attention_backend import AttentionBackend
+from nanovllm.utils.context import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +56,30 @@ class PrefillBatch:
             input_ids=np.array(token_ids, np.int64),
             positions=positions,
             slots=blocks.astype(np.int64) * block_size + positions % block_size,
+        )
+
+    def inputs(self, backend: AttentionBackend, to_device: Callable[..., Tensor]) -> StepInputs:
+        """Copy the batch to the device.
+
+        to_device: copies an array, as a tensor of a NumPy type if one is given.
+        """
+        num_new = self.num_new.tolist()
+        num_total = self.num_total.tolist()
+        block_tables = None
+        if num_total != num_new:  # some K and V are read from the cache
+            # A copy, so that the stride between columns is 1 even where there is one column only.
+            # flash_attn refuses any other, and Triton would compile the kernel again for it.
+            block_tables = self.block_tables.T.copy()
+        plan = backend.plan_prefill(num_new, num_total, block_tables, to_device)
+        return StepInputs(
+            is_prefill=True,
+            input_ids=to_device(self.input_ids),
+            positions=to_device(self.positions),
+            slot_mapping=to_device(self.slots, np.int32),
+            attention=plan,
+            last_token_rows=plan.cu_seqlens_q[1:] - 1,
+            table_rows=to_device(self.table_rows),
+            temperatures=to_device(self.temperatures),
+            seeds=to_device(self.seeds),
+            last_positions=to_device(self.num_total - 1),
         )

@@ -12,7 +12,7 @@ import numpy as np
 from nanovllm.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
-from nanovllm.inputs import Prompt, Prompts, split_prompt, token_ids_of
+from nanovllm.inputs import Prompt, Prompts, listed, split_prompt, token_ids_of
 from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling.rule_maker import RequestRules, RuleMaker, compiled
 from nanovllm.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ class Request:
     """A prompt and its parameters, both checked."""
 
     token_ids: list[int]  # of the prompt
+    packed: "array[int]"  # the same, as 32-bit integers
     params: SamplingParams
     prompt: str | None = None  # its text, if that was passed
     rules: RequestRules | None = None  # which tokens may be drawn, if not all
@@ -121,7 +122,7 @@ class InputProcessor:
             token_ids = token_ids[max(len(token_ids) - room, 0) :]
         self._check_token_ids(index, token_ids, params)
         rules = self.rule_maker.make(index, params) if params.has_token_rules else None
-        return Request(token_ids.tolist(), params, parts.text, rules)
+        return Request(listed(parts.content, token_ids), token_ids, params, parts.text, rules)
 
     def _encode(self, text: str) -> list[int]:
         assert self.tokenizer is not None  # `_check_one` has seen to it
@@ -132,7 +133,7 @@ class InputProcessor:
         """Check the prompt's length and token ids, and the token ids that its parameters name."""
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
-        ids = np.frombuffer(token_ids, np.int64)  # a loop in Python would take 30 times as long
+        ids = np.frombuffer(token_ids, np.int32)  # a loop in Python would take 30 times as long
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)].tolist()
         named = [*(params.stop_token_ids or ()), *(params.logit_bias or ())]
         named += params.allowed_token_ids or ()
@@ -166,6 +167,7 @@ class InputProcessor:
         for seq in seqs:
             seq.request_id = seqs[0].seq_id
             seq.prompt = request.prompt
+            seq.packed_prompt = request.packed
             seq.max_tokens = max_tokens
             if request.rules is not None:
                 seq.rules = request.rules.start()

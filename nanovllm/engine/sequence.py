@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from enum import Enum, auto
 from itertools import count
 from time import perf_counter
@@ -46,6 +47,7 @@ class Sequence:
 
         # Tokens, and how far they are computed: see the class's docstring.
         self.token_ids = list(token_ids)
+        self.packed_prompt = array("i")  # the prompt's, where they are known as 32-bit integers
         self.num_prompt_tokens = len(token_ids)
         self.num_tokens = len(token_ids)
         self.num_computed_tokens = 0

@@ -2,16 +2,22 @@
 
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
 - `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
+- `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
+  Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
 - `prefill_tiles`: the latter from a list of tiles, so that a CUDA graph can record it;
-  `decode_config`, `prefill_config`: how large their tiles are
+  `prefill_parts`: tiles whose keys several programs share
+- `decode_config`, `prefill_config`: how large the tiles of attention are
+- `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
+  sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
+  `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
-- `torch_attention`: what the references of both share, and a CPU's step
+- `torch_attention`: the reference of `varlen_prefill`, and what it shares with the others
 - `attention_backend`: which of these attentions an engine uses, and their plan of a step
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`, `token_mask`: sampling

@@ -107,6 +107,12 @@ def has_tma() -> bool:
 
 
 @lru_cache
+def is_hopper() -> bool:
+    """Whether the GPU is an H100, an H200 or a relative of them."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Return the number of multiprocessors, and the bytes of shared memory a program may use."""
     if device.type != "cuda":

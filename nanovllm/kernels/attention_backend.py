@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels._gluon import TILE_ROWS
+from nanovllm.kernels._triton import HAS_TRITON, is_hopper
 from nanovllm.kernels.cpu_attention import CpuStep
 from nanovllm.kernels.flash_attention import (
     check_flash_attention,
@@ -24,10 +25,17 @@ from nanovllm.kernels.flash_attention import (
     flash_decode,
     flash_prefill,
 )
+from nanovllm.kernels.hopper_prefill import hopper_prefill, serves_hopper_prefill
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
-from nanovllm.kernels.prefill_tiles import tiled_prefill
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill
+from nanovllm.kernels.prefix_tensors import SharedPrefixes
+from nanovllm.kernels.shared_prefix import shared_prefix_decode
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
+
+# Smaller prefills without a CUDA graph wait for the host, which takes longer to launch this kernel.
+HOPPER_MIN_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class PrefillPlan:
     max_seqlen_q: int  # the most queries of one sequence
     max_seqlen_k: int  # the most keys of one sequence
     block_tables: Tensor | None = None  # [n, max_blocks], padded with -1; None: nothing is cached
+    tiles: Tensor | None = None  # [tiles, 4]: the work list of `HopperBackend`
     cpu: CpuStep | None = None  # the plan of `CpuBackend`
 
 
@@ -46,7 +55,8 @@ class PrefillPlan:
 class TiledPlan:
     """A prefill whose launches do not depend on the batch, for a CUDA graph. Tensors are int32."""
 
-    tiles: Tensor  # [max_tiles, 4]: the work list, see prefill_tiles.py
+    tiles: Tensor  # [max_tiles, 8]: the work list, see prefill_tiles.py and prefill_parts.py
+    arrivals: Tensor  # of tiles in parts, see prefill_parts.py
     context_lens: Tensor  # [max_seqs]: keys of each sequence, the new ones included; 0: padding
     block_tables: Tensor  # [max_seqs, max_blocks]
 
@@ -58,6 +68,7 @@ class DecodePlan:
     context_lens: Tensor  # [n]: keys of each sequence, the new one included
     block_tables: Tensor  # [n, max_blocks], of any strides
     cpu: CpuStep | None = None  # the plan of `CpuBackend`
+    prefixes: SharedPrefixes | None = None  # what groups of sequences share; None: no groups
 
 
 AttentionPlan = PrefillPlan | TiledPlan | DecodePlan
@@ -97,6 +108,7 @@ class AttentionBackend:
     prefill: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     tiled_prefill: Callable[..., Tensor] | None = None  # None: prefills cannot run as CUDA graphs
+    shared_decode: Callable[..., Tensor] | None = None  # None: shared prefixes are read as any
 
     def plan_prefill(
         self,
@@ -135,7 +147,7 @@ class AttentionBackend:
             return DecodePlan(plan.context_lens, plan.block_tables)
         num_seqs = len(plan.cu_seqlens_q) - 1
         one_each = torch.arange(num_seqs + 1, dtype=torch.int32, device=plan.cu_seqlens_q.device)
-        return replace(plan, cu_seqlens_q=one_each, max_seqlen_q=1)
+        return replace(plan, cu_seqlens_q=one_each, max_seqlen_q=1, tiles=None)
 
     def store(self, plan: AttentionPlan | None, *inputs: Any, **named: Any) -> Tensor:
         """Normalise and rotate q and k, store k and v; the inputs are `norm_rope_store`'s."""
@@ -157,6 +169,18 @@ class AttentionBackend:
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
         """
         if isinstance(plan, DecodePlan):
+            # Of a prefix that is longer than its window, a query sees nothing, or a part.
+            if plan.prefixes is not None and options.window is None:
+                assert self.shared_decode is not None
+                return self.shared_decode(
+                    q,
+                    k_cache,
+                    v_cache,
+                    plan.prefixes,
+                    plan.block_tables,
+                    options.scale,
+                    softcap=options.softcap,
+                )
             return self.decode(
                 q,
                 k_cache,
@@ -178,6 +202,7 @@ class AttentionBackend:
                 options.scale,
                 window=options.window,
                 softcap=options.softcap,
+                arrivals=plan.arrivals,
             )
         assert plan is not None
         return self.prefill(
@@ -243,6 +268,48 @@ class CpuBackend(AttentionBackend):
         return plan.cpu.attend(q, k, v, k_cache, v_cache, options)
 
 
+class HopperBackend(AttentionBackend):
+    """Large prefills by `hopper_prefill`, the rest as the Triton backend does it."""
+
+    def plan_prefill(
+        self,
+        num_queries: list[int],
+        num_keys: list[int],
+        block_tables: np.ndarray | None,
+        to_device: Callable[[np.ndarray], Tensor],
+    ) -> PrefillPlan:
+        """Prepare a prefill step."""
+        plan = AttentionBackend.plan_prefill(self, num_queries, num_keys, block_tables, to_device)
+        num_tokens = sum(num_queries)
+        if num_tokens < HOPPER_MIN_TOKENS:
+            return plan
+        tiles = make_tiles(np.array(num_queries), np.array(num_keys), num_tokens, TILE_ROWS)
+        return replace(plan, tiles=to_device(tiles))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: AttentionPlan | None,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Compute causal attention."""
+        is_plain = options.window is None and options.softcap is None
+        if isinstance(plan, PrefillPlan) and plan.tiles is not None and is_plain:
+            block_size = 0
+            if plan.block_tables is not None:
+                block_size = k_cache.shape[1]
+                k = k_cache.flatten(0, 1)
+                v = v_cache.flatten(0, 1)
+            return hopper_prefill(
+                q, k, v, plan.tiles, plan.block_tables, block_size, scale=options.scale
+            )
+        return AttentionBackend.attend(self, q, k, v, k_cache, v_cache, plan, options)
+
+
 class FlashBackend(AttentionBackend):
     """The flash_attn package for both kinds of step."""
 
@@ -256,10 +323,17 @@ class FlashBackend(AttentionBackend):
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
-TRITON = AttentionBackend("triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill)
+KERNELS = (norm_rope_store, varlen_prefill, paged_decode, tiled_prefill, shared_prefix_decode)
+TRITON = AttentionBackend("triton", *KERNELS)
+HOPPER = HopperBackend("triton", *KERNELS)
 FLASH_ATTN = FlashBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 FLASH_PREFILL = AttentionBackend(
-    "flash_attn+triton", norm_rope_store, flash_prefill, paged_decode, tiled_prefill
+    "flash_attn+triton",
+    norm_rope_store,
+    flash_prefill,
+    paged_decode,
+    tiled_prefill,
+    shared_prefix_decode,
 )
 
 
@@ -292,9 +366,6 @@ def select_backend(
         with suppress(ValueError):
             check_flash_attention(block_size, head_dim, dtype)
             return FLASH_PREFILL
+    if serves_hopper_prefill(block_size, head_dim, dtype):
+        return HOPPER
     return TRITON
-
-
-def is_hopper() -> bool:
-    """Whether the GPU is an H100, an H200 or a relative of them."""
-    return torch.cuda.get_device_capability()[0] == 9

@@ -37,11 +37,22 @@ def copy_blocks(
 ) -> None:
     """Copy the first tokens of blocks to other blocks, in all layers, as if one after the other.
 
-    One launch does it, where PyTorch would need one for each layer and copy: a cache is too large
-    for its 32-bit offsets.
-
     kv_cache: `[2, layers, num_blocks, block_size, kv_heads, head_dim]`, contiguous.
     to_device: copies an array there as a tensor, without waiting.
+    """
+    if kv_cache.is_cuda:
+        copy_blocks_triton(kv_cache, copies, to_device)
+    else:
+        copy_blocks_torch(kv_cache, copies)
+
+
+def copy_blocks_triton(
+    kv_cache: Tensor, copies: list[BlockCopy], to_device: Callable[..., Tensor]
+) -> None:
+    """`copy_blocks` on a GPU.
+
+    One launch does it, where PyTorch would need one for each layer and copy: a cache is too large
+    for its 32-bit offsets.
     """
     assert kv_cache.is_contiguous()
     token_size = kv_cache[0, 0, 0, 0].numel()
@@ -59,9 +70,7 @@ def copy_blocks(
         )
 
 
-def copy_blocks_torch(
-    kv_cache: Tensor, copies: list[BlockCopy], to_device: Callable[..., Tensor]
-) -> None:
+def copy_blocks_torch(kv_cache: Tensor, copies: list[BlockCopy]) -> None:
     """`copy_blocks` in PyTorch: the reference, and the CPU's way."""
     for source, target, num_tokens in copies:
         kv_cache[:, :, target, :num_tokens] = kv_cache[:, :, source, :num_tokens]

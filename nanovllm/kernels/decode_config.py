@@ -38,27 +38,29 @@ def decode_config(
     programs = max(1, num_seqs * kv_heads)
     splits = 1
     stages = 3
-    if programs < 3 * num_multiprocessors // 2:
+    fills_once = 3 * num_multiprocessors // 4 < programs <= num_multiprocessors
+    if programs <= 2 * num_multiprocessors and not fills_once:
         # Up to four programs a multiprocessor, by a power of two. More do not help; with fewer the
-        # longest sequence would be computed alone while the others have ended.
+        # longest sequence would be computed alone while the others have ended. But one program for
+        # each multiprocessor gains more by doing without the kernel that combines splits.
         largest = 4 * num_multiprocessors // programs
         splits = min(MAX_SPLITS, 1 << (largest.bit_length() - 1))
-    elif programs <= 2 * num_multiprocessors:
-        stages = 5  # so few programs use the memory's bandwidth only with more tiles on their way
     block_n = 64
+    max_registers = None
     token_bytes = next_power_of_2(head_dim) * dtype.itemsize
+    if programs > 6 * num_multiprocessors and token_bytes == 256:
+        # Many programs, maybe with short contexts, gain when four of them are on a multiprocessor.
+        # Few gain by longer tiles, and by having as many registers as they want.
+        block_n = 32
+        max_registers = 128
     if block_size % 16 == 0:
         # The largest power of two that divides block_size: a tile in one block is found faster.
         block_n = min(block_n, block_size & -block_size)
     # A stage holds a tile of K and one of V.
-    stages = max(3, min(stages, shared_memory // (2 * block_n * token_bytes)))
     while block_n > 16 and 2 * stages * block_n * token_bytes > shared_memory:
         block_n //= 2
     if window is not None:
         # More splits than the window has tiles would find no work. Where it begins inside a tile,
         # it has one tile more.
         splits = min(splits, 1 + -(-(window - 1) // block_n))
-    # Many programs, maybe with short contexts, gain when three of them are on a multiprocessor; few
-    # gain by having as many registers as they want.
-    max_registers = 168 if programs > 6 * num_multiprocessors and token_bytes == 256 else None
     return DecodeConfig(block_n, splits, num_stages=stages, max_registers=max_registers)

@@ -52,6 +52,12 @@ def gemv_config(in_size: int, is_gated: bool) -> GemvConfig:
 
 
 @triton.jit
+def _load_weight(ptrs, mask):
+    """Load what a step reads once. The L2 cache had better keep K and V, which may fit in it."""
+    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -84,9 +90,9 @@ def _gemv_kernel(
     up_weight_ptr = weight_ptr + out_size.to(tl.int64) * IN_SIZE
     # The first piece is loaded before the wait.
     mask = in_row[:, None, None] & (tile_column < IN_SIZE)
-    weight = tl.load(weight_ptr + row_start + tile_column, mask=mask, other=0.0)
+    weight = _load_weight(weight_ptr + row_start + tile_column, mask)
     if ACTIVATION is not None:
-        up_weight = tl.load(up_weight_ptr + row_start + tile_column, mask=mask, other=0.0)
+        up_weight = _load_weight(up_weight_ptr + row_start + tile_column, mask)
     if norm_ptr is not None:
         norm = tl.load(norm_ptr + tile_column, mask=tile_column < IN_SIZE, other=0.0)
     launch_next(PDL)
@@ -99,9 +105,9 @@ def _gemv_kernel(
         in_column = column < IN_SIZE
         if piece > 0:
             mask = in_row[:, None, None] & in_column
-            weight = tl.load(weight_ptr + row_start + column, mask=mask, other=0.0)
+            weight = _load_weight(weight_ptr + row_start + column, mask)
             if ACTIVATION is not None:
-                up_weight = tl.load(up_weight_ptr + row_start + column, mask=mask, other=0.0)
+                up_weight = _load_weight(up_weight_ptr + row_start + column, mask)
             if norm_ptr is not None:
                 norm = tl.load(norm_ptr + column, mask=in_column, other=0.0)
         x = tl.load(x_ptr + column, mask=in_column, other=0.0).to(tl.float32)

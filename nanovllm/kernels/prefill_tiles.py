@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
+from nanovllm.kernels.prefill_parts import PART_FIELDS, PartResults
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
 from nanovllm.kernels.varlen_prefill import launch_prefill
 
@@ -75,6 +76,7 @@ def tiled_prefill(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    arrivals: Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
     """Return causal attention of the queries in `tiles`: a tensor like q, contiguous.
@@ -85,13 +87,15 @@ def tiled_prefill(
     q: `[num_tokens, heads, head_dim]`; it may be a slice of the QKV output.
     k_cache, v_cache: as in `paged_decode`.
     tiles: `[max_tiles, 4]` int32, contiguous, of `make_tiles` with `prefill_config`'s block_m, and
-        zeros behind them.
+        zeros behind them. With `arrivals`: `[max_tiles, 8]`, of `cut_keys`.
     block_tables: `[max_seqs, max_blocks]` int32, of any strides; entries past the last key of a
         sequence are never used.
     scale, window, softcap: as in `varlen_prefill`.
+    arrivals: of `make_arrivals`, for tiles that may have parts; None: all are whole.
     config: overrides `prefill_config`, for tests and tuning.
     """
-    assert tiles.is_contiguous() and tiles.shape[1] == FIELDS
+    assert tiles.is_contiguous()
+    assert tiles.shape[1] == (FIELDS if arrivals is None else PART_FIELDS)
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     config = config or prefill_config(head_dim, q.dtype, q.device, block_size)
     return launch_prefill(
@@ -100,6 +104,7 @@ def tiled_prefill(
         v_cache.view(-1, kv_heads, head_dim),
         grid=(q.shape[1], len(tiles)),
         tiles=tiles,
+        parts=None if arrivals is None else PartResults.make(q, arrivals),
         block_tables=block_tables,
         block_size=block_size,
         scale=scale,
@@ -119,14 +124,15 @@ def tiled_prefill_torch(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """`tiled_prefill` in PyTorch, one tile at a time: the reference."""
+    """`tiled_prefill` in PyTorch, one tile at a time: the reference. All tiles are whole to it."""
     block_size, kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // kv_heads
     out = q.new_zeros(q.shape)
-    for first_row, num_queries, position, seq in tiles.tolist():
+    for first_row, num_queries, position, seq, *part in tiles.tolist():
         num_keys = position + num_queries
-        if num_keys == 0:
+        if num_keys == 0 or (part and part[0] > 0):
             continue
         rows = slice(first_row, first_row + num_queries)
         blocks = block_tables[seq, : -(-num_keys // block_size)].long()

@@ -4,6 +4,10 @@ So few tokens and a narrow weight make few output tiles, and most multiprocessor
 Therefore the inner dimension is split, too, until every multiprocessor has some of the work. cuBLAS
 splits it less, adds the partial sums in a kernel of its own, and starts late. Here the kernel that
 reads the product, and has to read it anyway, adds them. The reference is `F.linear`.
+
+There are two kernels. Where a split is so narrow that its tile of the weight fits the shared memory
+as a whole, the tile is loaded before the kernel ahead has ended, and what is left to do after the
+wait is one product. Else a loop goes through the split in chunks.
 """
 
 import torch
@@ -16,13 +20,14 @@ from nanovllm.kernels._triton import (
     gemm_tile_rows,
     has_tma,
     launch_next,
+    next_power_of_2,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
 
-MAX_TOKENS = 256  # above, output tiles are enough work, and cuBLAS is faster
+MAX_TOKENS = 512  # above, output tiles are enough work, and cuBLAS is faster
 MAX_UNSPLIT_TOKENS = 64  # the same where the inner dimension would not be split
 ROWS = 64  # of the weight in a tile: what one tensor-core instruction takes
 SHARED_BYTES = 200 << 10  # of shared memory for a program; GPUs for desktops have half as much
@@ -79,6 +84,54 @@ def _split_gemm_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _whole_tile_kernel(
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    partial_sums_ptr,
+    num_tokens,
+    out_size,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program computes ROWS outputs of all tokens over COLUMNS of the inner dimension."""
+    launch_next(PDL)
+    first_row = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    weight = weight_desc.load([first_row, split * COLUMNS])
+    wait_for_previous(PDL)  # no earlier kernel writes the weight, but one writes x
+    x = x_desc.load([0, split * COLUMNS])
+    out = tl.trans(tl.dot(weight, tl.trans(x), input_precision="ieee"))
+    token = tl.arange(0, TOKENS)[:, None]
+    row = first_row + tl.arange(0, ROWS)[None, :]
+    if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+        if split == 0:  # the bias is added once
+            out += tl.load(bias_ptr + row, mask=row < out_size, other=0.0).to(tl.float32)
+    offsets = (split * num_tokens + token) * out_size + row
+    tl.store(
+        partial_sums_ptr + offsets,
+        out.to(partial_sums_ptr.dtype.element_ty),
+        mask=(token < num_tokens) & (row < out_size),
+    )
+
+
+def whole_tile_columns(num_tokens: int, in_size: int, splits: int, itemsize: int) -> int:
+    """Return the columns of a split if its tiles fit the shared memory as a whole, otherwise 0.
+
+    They are a power of two, so that there may be more or fewer splits than `splits`, if these are
+    more than one. Measured for Qwen3-0.6B, of which all matrices fit for up to 32 tokens.
+    """
+    tile_tokens = gemm_tile_rows(num_tokens)
+    columns = max(256, next_power_of_2(triton.cdiv(in_size, splits)))
+    if tile_tokens == 64 and splits > 1 and columns == 512:
+        columns = 256  # three programs a multiprocessor instead of one
+    fits = columns * (ROWS + tile_tokens) * itemsize <= SHARED_BYTES
+    return columns if fits and tile_tokens <= 64 else 0
+
+
 def num_splits(x: Tensor, weight: Tensor) -> int:
     """Return the number of splits with which `split_gemm` is fastest, or 0 if cuBLAS is to be used.
 
@@ -102,10 +155,10 @@ def num_splits(x: Tensor, weight: Tensor) -> int:
 
 
 def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> Tensor:
-    """Return partial sums `[splits or fewer, n, out]` whose sum is `x W^T + bias`.
+    """Return partial sums `[some, n, out]` whose sum is `x W^T + bias`.
 
-    They are rounded to x's dtype, so that the next kernel has less to read. There are fewer than
-    `splits` where the inner dimension has too few chunks: no split is empty.
+    They are rounded to x's dtype, so that the next kernel has less to read. There may be fewer or
+    more of them than `splits`, but of one split there is one.
 
     x: `[n, in]`, contiguous; fastest in memory from `padded_empty`.
     weight: `[out, in]`, contiguous. A row of x or weight is a multiple of 16 bytes.
@@ -116,17 +169,34 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> T
     out_size = weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
     tile_tokens = gemm_tile_rows(num_tokens)
+    # Let TMA copy a whole tile where x has memory behind its rows, see `padded_empty`.
+    elements_from_x = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+    readable_rows = num_tokens
+    if elements_from_x >= tile_tokens * in_size:
+        readable_rows = max(num_tokens, tile_tokens)
+    columns = whole_tile_columns(num_tokens, in_size, splits, x.itemsize)
+    if columns > 0:
+        splits = triton.cdiv(in_size, columns)
+        partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+        _whole_tile_kernel[(triton.cdiv(out_size, ROWS), splits)](
+            TensorDescriptor(x, [readable_rows, in_size], [in_size, 1], [tile_tokens, columns]),
+            TensorDescriptor.from_tensor(weight, [ROWS, columns]),
+            bias,
+            partial_sums,
+            num_tokens,
+            out_size,
+            TOKENS=tile_tokens,
+            ROWS=ROWS,
+            COLUMNS=columns,
+            **pdl_options(),
+        )
+        return partial_sums
     # Measured, like the number of stages.
     has_wide_chunks = tile_tokens <= 32 and in_size >= 512 * splits
     chunk_bytes = 512 if has_wide_chunks else 256
     chunk = chunk_bytes // x.dtype.itemsize
     split_size = triton.cdiv(triton.cdiv(in_size, chunk), splits) * chunk
     splits = triton.cdiv(in_size, split_size)
-    # Let TMA copy a whole tile where x has memory behind its rows, see `padded_empty`.
-    elements_from_x = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-    readable_rows = num_tokens
-    if elements_from_x >= tile_tokens * in_size:
-        readable_rows = max(num_tokens, tile_tokens)
     partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(out_size, ROWS), splits, triton.cdiv(num_tokens, tile_tokens))
     _split_gemm_kernel[grid](
@@ -142,7 +212,7 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> T
         TOKENS=tile_tokens,
         ROWS=ROWS,
         CHUNK=chunk,
-        num_stages=4,
+        num_stages=3 if tile_tokens in (32, 64) else 4,
         **pdl_options(),
     )
     return partial_sums

@@ -50,3 +50,49 @@ def masked_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def varlen_prefill_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    block_tables: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`varlen_prefill` in PyTorch, one sequence at a time: the reference, and the CPU's path."""
+    q_lens = cu_seqlens_q.diff().tolist()
+    k_lens = cu_seqlens_k.diff().tolist()
+    outs = []
+    q_start = 0
+    k_start = 0
+    for i, (q_len, k_len) in enumerate(zip(q_lens, k_lens, strict=True)):
+        query = q[q_start : q_start + q_len]
+        if block_tables is None:
+            keys = k[k_start : k_start + k_len]
+            values = v[k_start : k_start + k_len]
+        else:
+            assert k_cache is not None and v_cache is not None
+            blocks = block_tables[i, : -(-k_len // k_cache.shape[1])].long()
+            keys = k_cache[blocks].flatten(0, 1)[:k_len]
+            values = v_cache[blocks].flatten(0, 1)[:k_len]
+        q_start += q_len
+        k_start += k_len
+        # [batch, heads, tokens, head_dim], with as many KV heads as query heads
+        query = query.transpose(0, 1)[None]
+        group = q.shape[1] // keys.shape[1]
+        keys = keys.transpose(0, 1).repeat_interleave(group, dim=0)[None]
+        values = values.transpose(0, 1).repeat_interleave(group, dim=0)[None]
+        mask = causal_mask(q_len, k_len, window, q.device)
+        is_causal = mask is None and q_len > 1
+        out = masked_attention(query, keys, values, mask, scale, softcap, is_causal)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)

@@ -23,7 +23,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
-from nanovllm.kernels.torch_attention import causal_mask, masked_attention
+from nanovllm.kernels.prefill_parts import PartResults, leave_part
 
 # The phases of a program: which tiles of keys it goes through.
 LEFT_EDGE = tl.constexpr(0)
@@ -34,6 +34,9 @@ DIAGONAL = tl.constexpr(2)
 @triton.jit(
     do_not_specialize=[
         "tiles_ptr",
+        "part_out_ptr",
+        "part_lse_ptr",
+        "arrivals_ptr",
         "cu_seqlens_q_ptr",
         "cu_seqlens_k_ptr",
         "block_tables_ptr",
@@ -46,6 +49,9 @@ def _varlen_prefill_kernel(
     v_ptr,
     out_ptr,
     tiles_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    arrivals_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     block_tables_ptr,
@@ -64,21 +70,23 @@ def _varlen_prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
+    FIELDS: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program takes a tile of BLOCK_M queries of one head of one sequence.
 
     It takes the tile from a list, see prefill_tiles.py, or finds it in the sequences' borders if
-    `tiles_ptr` is None. A query sees the WINDOW keys up to its own; 0: all. `softcap_log2` is None
-    without a cap. With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
+    `tiles_ptr` is None. With a `part_out_ptr`, a tile of the list may be a part of one, which has
+    some of its keys, see prefill_parts.py. A query sees the WINDOW keys up to its own; 0: all.
+    `softcap_log2` is None without a cap. With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
     """
     # The head is the fastest index: heads that share a KV head run side by side, and find its keys
     # in the L2 cache.
     head = tl.program_id(0)
     if tiles_ptr is not None:
         # To this program, the sequence ends with the last query of the tile.
-        tile_ptr = tiles_ptr + tl.program_id(1) * 4
+        tile_ptr = tiles_ptr + tl.program_id(1) * FIELDS
         first_query = 0
         q_start = tl.load(tile_ptr)
         q_len = tl.load(tile_ptr + 1)
@@ -126,6 +134,15 @@ def _varlen_prefill_kernel(
         begin = first_seen // BLOCK_N * BLOCK_N
         first_seen_by_all = tl.maximum(first_query + BLOCK_M + earlier - WINDOW, 0)
         left_end = tl.minimum(tl.cdiv(first_seen_by_all, BLOCK_N) * BLOCK_N, first_masked)
+    if part_out_ptr is not None:
+        part = tl.load(tile_ptr + 4)
+        num_parts = tl.load(tile_ptr + 5)
+        part_begin = part * tl.load(tile_ptr + 6)
+        part_end = part_begin + tl.load(tile_ptr + 6)
+        begin = tl.maximum(begin, part_begin)
+        left_end = tl.minimum(tl.maximum(left_end, part_begin), part_end)
+        first_masked = tl.minimum(tl.maximum(first_masked, part_begin), part_end)
+        last = tl.minimum(last, part_end)
     scores_to_log2 = scale_log2 if softcap_log2 is None else 1.0
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -170,12 +187,12 @@ def _varlen_prefill_kernel(
                 if WINDOW:
                     is_seen = is_seen & (keys[None, :] > (queries + earlier - WINDOW)[:, None])
                 scores = tl.where(is_seen, scores, float("-inf"))
-            # Online softmax, as in `paged_decode`. Without a window the maximum is finite, since
-            # every query sees key 0. With one a query may have seen no key yet; -inf less -inf
-            # would be NaN.
+            # Online softmax, as in `paged_decode`. With all keys and without a window the maximum
+            # is finite, since every query sees key 0. Otherwise a query may have seen no key yet;
+            # -inf less -inf would be NaN.
             new_max = tl.maximum(row_max, tl.max(scores, 1) * scores_to_log2)
             finite_max = new_max
-            if WINDOW:
+            if WINDOW or part_out_ptr is not None:
                 finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             p = tl.exp2(scores * scores_to_log2 - finite_max[:, None])
             alpha = tl.exp2(row_max - finite_max)
@@ -185,10 +202,34 @@ def _varlen_prefill_kernel(
         begin = end
     launch_next(PDL)
     if tiles_ptr is not None:
-        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of padding, whose result is zeros
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+        # Padding, and queries that see no key of this part: their result is zeros.
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out = acc / row_sum[:, None]
+    if part_out_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+        if num_parts > 1:
+            leave_part(
+                out,
+                row_max + tl.log2(row_sum),  # the log-sum-exp
+                out_ptr,
+                part_out_ptr,
+                part_lse_ptr,
+                arrivals_ptr,
+                tl.load(tile_ptr + 7),
+                part,
+                num_parts,
+                q_start,
+                queries,
+                q_len,
+                dims,
+                head,
+                HEADS=HEADS,
+                HEAD_DIM=HEAD_DIM,
+                BLOCK_D=BLOCK_D,
+            )
+            q_len = 0  # nothing is left to be stored
+        q_mask = (queries < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     out_ptrs = out_ptr + (q_rows * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_ptrs, out, mask=q_mask)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 def _tile_descriptor(x: Tensor, tile_rows: int, tile_columns: int) -> TensorDescriptor:
@@ -263,6 +304,7 @@ def launch_prefill(
     grid: tuple[int, ...],
     *,
     tiles: Tensor | None = None,
+    parts: PartResults | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_tables: Tensor | None,
@@ -298,6 +340,9 @@ def launch_prefill(
         values,
         out,
         tiles,
+        None if parts is None else parts.out,
+        None if parts is None else parts.lse,
+        None if parts is None else parts.arrivals,
         cu_seqlens_q,
         cu_seqlens_k,
         block_tables,
@@ -316,55 +361,10 @@ def launch_prefill(
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
         WINDOW=window or 0,
+        FIELDS=0 if tiles is None else tiles.shape[1],
         TMA=uses_tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **({"PDL": False} if tiles is None else pdl_options()),
     )
     return out
-
-
-def varlen_prefill_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor | None,
-    v_cache: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    block_tables: Tensor | None = None,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`varlen_prefill` in PyTorch, one sequence at a time: the reference, and the CPU's path."""
-    q_lens = cu_seqlens_q.diff().tolist()
-    k_lens = cu_seqlens_k.diff().tolist()
-    outs = []
-    q_start = 0
-    k_start = 0
-    for i, (q_len, k_len) in enumerate(zip(q_lens, k_lens, strict=True)):
-        query = q[q_start : q_start + q_len]
-        if block_tables is None:
-            keys = k[k_start : k_start + k_len]
-            values = v[k_start : k_start + k_len]
-        else:
-            assert k_cache is not None and v_cache is not None
-            blocks = block_tables[i, : -(-k_len // k_cache.shape[1])].long()
-            keys = k_cache[blocks].flatten(0, 1)[:k_len]
-            values = v_cache[blocks].flatten(0, 1)[:k_len]
-        q_start += q_len
-        k_start += k_len
-        # [batch, heads, tokens, head_dim], with as many KV heads as query heads
-        query = query.transpose(0, 1)[None]
-        group = q.shape[1] // keys.shape[1]
-        keys = keys.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        values = values.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        mask = causal_mask(q_len, k_len, window, q.device)
-        is_causal = mask is None and q_len > 1
-        out = masked_attention(query, keys, values, mask, scale, softcap, is_causal)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)

@@ -13,8 +13,8 @@ from nanovllm.quantization.weight_format import PLAIN, Epilogue, uses_gemv
 class GateUpLinear(MergedColumnParallelLinear):
     """`act(x W_gate^T) * (x W_up^T)`, of x `[n, in]`: `[n, out / tp]`.
 
-    The two matrices, `[output_size, input_size]` each over all ranks, are stacked for one GEMM. For
-    a single token the activation, "silu" or "gelu_tanh", is a part of the GEMV.
+    The two matrices, `[output_size, input_size]` each over all ranks, are stacked for one GEMM. The
+    activation, "silu" or "gelu_tanh", is a part of it where the weight format can do that.
     """
 
     packed_modules_mapping = {"gate_proj": 0, "up_proj": 1}
@@ -27,7 +27,10 @@ class GateUpLinear(MergedColumnParallelLinear):
 
     def forward(self, x: Tensor | Normed) -> Any:
         """Multiply, and apply the activation."""
-        is_fused = uses_gemv(x.hidden if isinstance(x, Normed) else x)
+        hidden = x.hidden if isinstance(x, Normed) else x
+        is_fused = uses_gemv(hidden)
+        if self.tp.size == 1:  # several ranks may multiply some rows before others have arrived
+            is_fused = self.weight_format.applies_activation(self, hidden)
         product = self.project(x, self.gated if is_fused else PLAIN)
         if is_fused:
             return product

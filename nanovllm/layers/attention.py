@@ -23,9 +23,8 @@ class Attention(nn.Module):
     """RoPE and causal grouped-query attention of this rank's heads.
 
     After loading, the model runner sets the backend and this layer's part of the KV cache,
-    `[num_blocks, block_size, kv_heads, head_dim]` each for K and V. In the model's last layer it
-    also sets `only_last_tokens`: no later layer reads the other tokens of a prefill. A step whose
-    other tokens are wanted says `keeps_all_rows`.
+    `[num_blocks, block_size, kv_heads, head_dim]` each for K and V. In the last layer it also sets
+    `only_last_tokens`: nobody reads a prefill's other tokens, unless the step `keeps_all_rows`.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """`embed` and `score`: prompts of which no completion is wanted, but a vector or a number.
 
-Each prompt is a sequence that ends with its prefill. That step runs no LM head and samples nothing;
-what it reads instead is a `Readout`, see readout/. Its blocks are free when it ends.
+Each prompt is a sequence that ends with its prefill. What that step reads is a `Readout`, see
+readout/. It samples nothing, and for embeddings it runs no LM head either, unless it is so small
+that a CUDA graph runs it, which does both in any case. The blocks are free when it has ended.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.collector import collector_slowed
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
@@ -245,9 +247,8 @@ class PoolingEngine(LLMEngine):
         try:
             for seq in seqs:
                 self.scheduler.add(seq)
-            with progress_bar(
-                total=len(seqs), desc=what, disable=not use_tqdm, dynamic_ncols=True
-            ) as update:
+            options = dict(total=len(seqs), desc=what, disable=not use_tqdm, dynamic_ncols=True)
+            with collector_slowed(), progress_bar(**options) as update:
                 while not self.is_finished():
                     step = self._advance()
                     self._launch_behind()  # for the device to run while results are made

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate, gate_up_gemm
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.split_gemm import num_splits, split_gemm
 from nanovllm.quantization.weight_format import (
@@ -75,6 +76,12 @@ class Unquantized(WeightFormat):
         check_shape(loaded, shard.full_shape)
         param[shard.target_rows].copy_(loaded[shard.source_rows, shard.source_columns])
 
+    def applies_activation(self, layer: nn.Module, x: Tensor) -> bool:
+        """The GEMV does, and the GEMM of a large prefill on Hopper."""
+        if uses_gemv(x):
+            return True
+        return can_fuse_gate(x, cast(Tensor, layer.weight), get_context().in_graph)
+
     def matmul(
         self,
         layer: nn.Module,
@@ -109,6 +116,8 @@ class Unquantized(WeightFormat):
                 activation=epilogue.activation,
             )
         assert norm is None, "only the GEMV normalises its input"
+        if epilogue.activation is not None:
+            return gate_up_gemm(x, weight, epilogue.activation)
         if choice.kernel is MatmulKernel.SPLIT_K:
             # It is contiguous on a GPU. The activation on a CPU leaves a view of half a tensor, and
             # there the tests run this kernel in Triton's interpreter.

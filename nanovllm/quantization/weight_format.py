@@ -65,7 +65,8 @@ class Epilogue(NamedTuple):
 
     add_to: Tensor | None = None  # [n, out]: add the product to this, unless it is in partial sums
     reader_sums: bool = False  # whoever reads the product adds up partial sums, if there are any
-    activation: str | None = None  # W is a gate above an up projection: `act(gate) * up`; GEMV only
+    # W is a gate above an up projection: `act(gate) * up`. Only where `applies_activation` says so.
+    activation: str | None = None
     out: Tensor | None = None  # [n, out]: where the product is to be written
 
 
@@ -90,6 +91,10 @@ class WeightFormat(ABC):
         `loaded` is a tensor or a safetensors slice, of which only what is indexed is read. A tensor
         of the wrong shape is a ValueError.
         """
+
+    def applies_activation(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether `matmul` of this x `[n, in]` can apply an activation as it writes the product."""
+        return uses_gemv(x)
 
     @abstractmethod
     def matmul(

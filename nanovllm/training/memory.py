@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.engine.graphs import clear_all
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
 from nanovllm.training.virtual_memory import VirtualMemory, padded
 
@@ -114,7 +113,7 @@ class CudaMemory:
         """Free the KV cache, and the graphs if it will move."""
         runner.sampling.free_counts()
         if self.cache is None:
-            clear_all(runner.decode_graphs, runner.prefill_graphs)
+            runner.clear_graphs()
             detach(runner)
             give_back(runner)
         else:
@@ -178,7 +177,7 @@ class CudaMemory:
             runner.allocate_tables()
             runner.capture_graphs()
         except BaseException:
-            clear_all(runner.decode_graphs, runner.prefill_graphs)
+            runner.clear_graphs()
             gc.collect()
             assert self.cache is not None
             self.cache.unmap()

@@ -141,8 +141,8 @@ class Trainable(LLMEngine):
 
         Raises:
             ValueError: for another tag.
-            torch.OutOfMemoryError: if somebody else holds the memory. The engine sleeps on, if it
-                has one rank; of several, it has ended.
+            torch.cuda.OutOfMemoryError: if somebody else holds the memory. The engine sleeps on, if
+                it has one rank; of several, it has ended.
         """
         parts = checked_tags(tags)
         runner = self._idle_runner()

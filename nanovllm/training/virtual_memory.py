@@ -57,7 +57,7 @@ def driver() -> ctypes.CDLL:
 def check(result: int, what: str) -> None:
     """Raise for a result of the driver that is an error."""
     if result == OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError(f"the GPU has no memory left to {what}")
+        raise torch.cuda.OutOfMemoryError(f"the GPU has no memory left to {what}")
     if result:
         raise RuntimeError(f"the CUDA driver could not {what}: error {result}")
 
@@ -94,7 +94,7 @@ class VirtualMemory:
         finalize(self, _free, self._address, self._size, self._is_mapped).atexit = False
 
     def map(self) -> None:
-        """Take memory; torch.OutOfMemoryError if there is none. It holds anything."""
+        """Take memory; torch.cuda.OutOfMemoryError if there is none. It holds anything."""
         torch.cuda.empty_cache()  # what PyTorch keeps for later is nobody's
         handle = ctypes.c_ulonglong()
         check(

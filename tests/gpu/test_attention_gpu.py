@@ -9,7 +9,8 @@ from nanovllm.kernels._triton import has_tma
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import DecodeConfig, paged_decode, paged_decode_torch
 from nanovllm.kernels.split_gemm import split_gemm
-from nanovllm.kernels.varlen_prefill import varlen_prefill, varlen_prefill_torch
+from nanovllm.kernels.torch_attention import varlen_prefill_torch
+from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 pytestmark = [
     pytest.mark.gpu,

@@ -103,6 +103,53 @@ def test_ranks_give_the_tokens_of_transformers(
         llm.exit()
 
 
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_shared_prefixes(tmp_path: Path, eager: bool, nothing_left: None) -> None:
+    """Each rank finds the same groups by itself, while sequences end and join."""
+    saved = make_checkpoint(
+        tmp_path,
+        std=256**-0.5,
+        vocab_size=VOCAB,
+        hidden_size=256,
+        head_dim=128,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=512,
+    )
+    checkpoint = Checkpoint(saved.path, saved.model.to(DEVICE))
+    llm = make(
+        checkpoint,
+        dtype="float32",
+        attention_backend="triton",
+        enforce_eager=eager,
+        tensor_parallel_size=2,
+        kvcache_block_size=64,
+        num_kvcache_blocks=800,
+        max_num_seqs=256,
+    )
+    try:
+        sharing = llm.model_runner.prefix_sharing  # type: ignore[union-attr]
+        steps = []
+        send = sharing.upload
+
+        def recording(size: int) -> None:
+            steps.append(size)
+            send(size)
+
+        sharing.upload = recording  # type: ignore[method-assign]
+        members = 10 + sharing.cost.step_cost // 832
+        prefix = random_prompts(0, [840], VOCAB)[0]
+        prompts = [prefix + tail for tail in random_prompts(1, [1, 9, 60] * members, VOCAB)]
+        prompts = prompts[:members] + random_prompts(2, [5, 300], VOCAB)
+        expected = checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
+        lengths = [NUM_TOKENS - i % 5 * 4 for i in range(len(prompts))]
+        tokens = generate_ids(llm, prompts, [greedy(length) for length in lengths])
+        assert tokens == [e[:n] for e, n in zip(expected, lengths, strict=True)]
+        assert len(steps) >= 7
+    finally:
+        llm.exit()
+
+
 @pytest.mark.parametrize(
     "name",
     ["olmo2-shared-kv-head", "phi3-shared-kv-head-tied", "granite", "gemma3", "qwen3-moe"],

@@ -123,7 +123,7 @@ def test_it_sleeps_on_where_the_memory_is_taken(
     llm.sleep()
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - (64 << 20), dtype=torch.uint8, device="cuda")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         llm.wake_up()
     assert llm.is_sleeping()
     del taken

@@ -1,0 +1,103 @@
+"""The kernels that are for Hopper only, against their references."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanovllm.kernels._gluon import TILE_ROWS, can_run_gluon
+from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate, gate_up_gemm
+from nanovllm.kernels.hopper_prefill import hopper_prefill
+from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill_torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not can_run_gluon(), reason="needs a Hopper GPU"
+    ),
+]
+
+BATCHES = {
+    "mixed": [(17, 0), (1, 70), (400, 333), (5, 5), (1, 0), (129, 127), (128, 128), (300, 1000)],
+    "fresh": [(1, 0), (64, 0), (65, 0), (127, 0), (128, 0), (129, 0), (1000, 0)],
+    "one": [(700, 3000)],
+    "many": [(1 + i * 37 % 300, i * 53 % 700) for i in range(64)],
+}
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, dtype",
+    [(16, 8, 128, torch.bfloat16), (14, 2, 64, torch.float16)],
+    ids=["bf16", "fp16"],
+)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_hopper_prefill(
+    batch: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """From the cache and, where all tokens are new, from the QKV output; what nobody has stored is
+    NaN.
+    """
+    torch.manual_seed(0)
+    block_size = 256
+    num_padding = 40
+    num_new = np.array([new for new, _ in BATCHES[batch]])
+    num_total = np.array([sum(lengths) for lengths in BATCHES[batch]])
+    num_tokens = int(num_new.sum())
+    qkv = torch.randn(num_tokens + num_padding, heads + 2 * kv_heads, head_dim, device="cuda")
+    q, k, v = qkv.to(dtype).split((heads, kv_heads, kv_heads), dim=1)
+    width = -(-int(num_total.max()) // block_size)
+    num_blocks = width * len(num_new)
+    tables = torch.randperm(num_blocks).int().view(-1, width)
+    cache = torch.full((2, num_blocks, block_size, kv_heads, head_dim), torch.nan).to("cuda", dtype)
+    first_row = 0
+    for seq, (new, total) in enumerate(zip(num_new, num_total, strict=True)):
+        positions = torch.arange(total)
+        blocks = tables[seq, positions // block_size].long().cuda()
+        slots = positions.cuda() % block_size
+        cache[:, blocks, slots] = torch.randn(2, total, kv_heads, head_dim).to("cuda", dtype)
+        rows = slice(first_row, first_row + new)
+        cache[0, blocks[-new:], slots[-new:]] = k[rows]
+        cache[1, blocks[-new:], slots[-new:]] = v[rows]
+        first_row += new
+    made = make_tiles(num_new, num_total, num_tokens + num_padding, TILE_ROWS)
+    tiles = torch.zeros(len(made) + 3, 4, dtype=torch.int32)
+    tiles[: len(made)] = torch.from_numpy(made)
+    expected = tiled_prefill_torch(q.float(), *cache.float(), tiles, tables.cuda(), 0.1)
+    k_cache, v_cache = cache.flatten(1, 2)
+    sources = [(k_cache, v_cache, tables.t().contiguous().cuda().t())]
+    if batch == "fresh":
+        k[num_tokens:] = torch.nan
+        v[num_tokens:] = torch.nan
+        sources.append((k, v, None))
+    for keys, values, block_tables in sources:
+        out = hopper_prefill(q, keys, values, tiles.cuda(), block_tables, block_size, 0.1)
+        assert relative_error(out[:num_tokens], expected[:num_tokens]) < 5e-3
+        assert not out[num_tokens:].any()  # padding
+
+
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [("silu", torch.bfloat16), ("gelu_tanh", torch.float16)],
+    ids=["silu", "gelu_tanh"],
+)
+@pytest.mark.parametrize("num_tokens, inner, size", [(1024, 1024, 3072), (5000, 1000, 256)])
+def test_gate_up_gemm(
+    num_tokens: int, inner: int, size: int, activation: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, inner, device="cuda").to(dtype)
+    weight = (torch.randn(2 * size, inner, device="cuda") * 2 * inner**-0.5).to(dtype)
+    assert can_fuse_gate(x, weight, in_graph=True) == (num_tokens >= 2048)
+    expected = gate_mul_torch(F.linear(x.double(), weight.double()), activation)
+    out = gate_up_gemm(x, weight, activation)
+    assert out.shape == (num_tokens, size)
+    assert relative_error(out, expected) < (3e-3 if dtype == torch.bfloat16 else 1e-3)
+    large = x * 10  # gates of up to 100: the power overflows
+    expected = gate_mul_torch(F.linear(large.double(), weight.double()), activation)
+    assert relative_error(gate_up_gemm(large, weight, activation), expected) < 3e-3
