@@ -80,7 +80,7 @@ def count_replays(llm: LLM) -> Counter[int]:
     [
         dict(),
         dict(max_num_batched_tokens=100),
-        dict(kvcache_block_size=16, num_kvcache_blocks=64),
+        dict(kvcache_block_size=16, num_kvcache_blocks=48, max_model_len=768),
         dict(kvcache_block_size=48, max_num_seqs=3),
         dict(max_num_seqs=1),
     ],
