@@ -36,7 +36,7 @@ from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
-from nanovllm.sampling.masks import StepMasks, launch_sampling, wait_for_masks
+from nanovllm.sampling.masks import StepMasks, launch_sampling, waits_for_masks
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -116,9 +116,7 @@ class LLMEngine:
         self._check_process()
         # At the interpreter's end the finalizer runs without `exit`, and daemon threads go on.
         if self.model_runner is None or not self._finalizer.alive:
-            raise RuntimeError(
-                "this engine was shut down, by exit() or a failed rank; make a new LLM"
-            )
+            raise RuntimeError("the engine was shut down by exit() or a failed rank; make another")
         return self.model_runner
 
     @cached_property
@@ -150,9 +148,8 @@ class LLMEngine:
             absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
-            For each prompt a dict with `text`, `token_ids`, `finish_reason`, `stop_reason`,
-            `logprobs`, `prompt_token_ids` and `num_cached_tokens`, which outputs.py describes.
-            With n > 1 these are the first completion's, and `completions` is a list of n dicts.
+            For each prompt a dict, with `text`, `token_ids` and more: see results.py. With n > 1
+            these are the first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -162,8 +159,8 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
-        # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
         with collector_slowed():  # lists of tokens are many small objects, too
+            # Without the lock: a prompt may be an iterator of the user's, which takes its time.
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
@@ -200,7 +197,7 @@ class LLMEngine:
         results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with collector_slowed(), progress_bar(total=num_requests, **options) as update:
+        with progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
@@ -303,8 +300,7 @@ class LLMEngine:
 
     def _step(self) -> tuple[list[tuple[int, RequestOutput]], int]:
         step = self._advance()
-        results = self._results
-        self._results = []
+        results, self._results = self._results, []
         if step is None:
             return results, 0
         return results, step.num_tokens if step.is_prefill else -step.num_tokens
@@ -325,7 +321,7 @@ class LLMEngine:
             if tokens.readings is not None:  # before a sequence ends, whose result they are part of
                 tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
-            launch_sampling(self._pending, self._launch)
+            launch_sampling(self._pending, self._launch)  # if the next step waits for these tokens
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
             if len(self._pending) < self._max_pending:
@@ -340,14 +336,14 @@ class LLMEngine:
 
     def _launch_ahead(self) -> None:
         """Launch steps until `_max_pending` of them are queued behind the oldest."""
-        while len(self._pending) <= self._max_pending and not wait_for_masks(self._pending):
+        while len(self._pending) <= self._max_pending and not waits_for_masks(self._pending):
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
             if self._trace is not None:
                 self._trace.scheduled(step, self.scheduler)
             self._pending.append((step, self._launch(step)))
-            launch_sampling(self._pending, self._launch)
+            launch_sampling(self._pending, self._launch)  # at once, if its masks need no tokens
 
     def _launch(self, step: Step | StepMasks) -> PendingTokens:
         model_runner = self._check_alive()
