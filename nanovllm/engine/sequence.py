@@ -60,8 +60,8 @@ class Sequence:
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
         self.keeps_blocks = False  # whether its end leaves them to sequences that continue it
         self.num_registered_blocks = 0  # the leading blocks that others can share
-        self.num_cached_tokens = 0  # found in the prefix cache at the last admission
-        self.num_cached_prompt_tokens: int | None = None  # found at the first admission
+        self.num_cached_tokens = 0  # that it need not compute, as found at the last admission
+        self.num_cached_prompt_tokens: int | None = None  # the same, at the first admission
 
         # What the request asks for; the ids and `sampling_options` are set by the scheduler.
         self.params = params
