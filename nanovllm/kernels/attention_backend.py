@@ -323,12 +323,9 @@ class FlashBackend(AttentionBackend):
 
 TORCH = AttentionBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
 CPU = CpuBackend("torch", norm_rope_store_torch, varlen_prefill_torch, paged_decode_torch)
-TRITON = AttentionBackend(
-    "triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill, shared_prefix_decode
-)
-HOPPER = HopperBackend(
-    "triton", norm_rope_store, varlen_prefill, paged_decode, tiled_prefill, shared_prefix_decode
-)
+KERNELS = (norm_rope_store, varlen_prefill, paged_decode, tiled_prefill, shared_prefix_decode)
+TRITON = AttentionBackend("triton", *KERNELS)
+HOPPER = HopperBackend("triton", *KERNELS)
 FLASH_ATTN = FlashBackend("flash_attn", norm_rope_store, flash_prefill, flash_decode)
 FLASH_PREFILL = AttentionBackend(
     "flash_attn+triton",
