@@ -134,11 +134,7 @@ class LLMEngine:
         return self._inputs.default_params()
 
     def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-        **absent: Any,
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, **absent: Any
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the cache allows, and return a dict for each, in order.
 
@@ -172,15 +168,14 @@ class LLMEngine:
             made = [self._inputs.make_sequences(request, is_streamed=False) for request in requests]
             for seqs in job_order(made, self.config):
                 self._queue_sequences(seqs)
-            request_ids = [seqs[0].request_id for seqs in made]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
             self._reset()
             raise
-        if len(results) < len(request_ids):
+        if len(results) < len(made):
             raise RuntimeError("requests of generate were dropped by a reset() while it ran")
-        in_order = [results[request_id] for request_id in request_ids]
+        in_order = [results[seqs[0].request_id] for seqs in made]
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
