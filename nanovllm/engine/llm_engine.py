@@ -121,10 +121,9 @@ class LLMEngine:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer, of `transformers`; None if it has none.
+        """A copy of the checkpoint's tokenizer; None if it has none.
 
-        It is a copy. A call of a tokenizer changes it (truncation, padding), so in another thread
-        it would change how the engine reads prompts.
+        A call changes it (truncation, padding), which must not change how the engine reads prompts.
         """
         return copy.deepcopy(self._inputs.tokenizer)
 
@@ -133,11 +132,7 @@ class LLMEngine:
         return self._inputs.default_params()
 
     def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-        **absent: Any,
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, **absent: Any
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the cache allows, and return a dict for each, in order.
 
@@ -148,8 +143,8 @@ class LLMEngine:
             absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
-            For each prompt a dict, with `text`, `token_ids` and more: see results.py. With n > 1
-            these are the first completion's, and `completions` is a list of n dicts.
+            For each prompt a dict whose keys are described in results.py. With n > 1 they are the
+            first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -159,8 +154,8 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
-        with collector_slowed():  # lists of tokens are many small objects, too
-            # Without the lock: a prompt may be an iterator of the user's, which takes its time.
+        with collector_slowed():
+            # Others need not wait for the checks, and must not: a prompt may be a user's iterator.
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
@@ -171,15 +166,14 @@ class LLMEngine:
             made = [self._inputs.make_sequences(request, is_streamed=False) for request in requests]
             for seqs in job_order(made, self.config):
                 self._queue_sequences(seqs)
-            request_ids = [seqs[0].request_id for seqs in made]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
             self._reset()
             raise
-        if len(results) < len(request_ids):
+        if len(results) < len(made):
             raise RuntimeError("requests of generate were dropped by a reset() while it ran")
-        in_order = [results[request_id] for request_id in request_ids]
+        in_order = [results[seqs[0].request_id] for seqs in made]
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
