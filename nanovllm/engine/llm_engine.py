@@ -143,8 +143,8 @@ class LLMEngine:
             absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
-            For each prompt a dict whose keys are described in results.py. With n > 1 they are the
-            first completion's, and `completions` is a list of n dicts.
+            For each prompt a dict, with `text`, `token_ids` and more: see results.py. With n > 1
+            these are the first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -154,8 +154,8 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
-        with collector_slowed():
-            # Others need not wait for the checks, and must not: a prompt may be a user's iterator.
+        with collector_slowed():  # lists of tokens are many small objects, too
+            # Without the lock: a prompt may be an iterator of the user's, which takes its time.
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
