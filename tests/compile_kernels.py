@@ -19,7 +19,6 @@ from nanovllm.kernels import (
     _gluon,
     all_reduce,
     copy_blocks,
-    decode_config,
     expert_gemv,
     gate_mul,
     gate_up_gemm,
@@ -86,7 +85,7 @@ def compile_attention_options() -> None:
         caches = [numbers(4, 256, KV_HEADS, dim) for _ in range(2)]
         options: dict[str, Any] = {"window": window, "softcap": softcap}
         for splits in (1, 8):
-            config = decode_config.DecodeConfig(64, splits)
+            config = paged_decode.DecodeConfig(64, splits)
             tables = ints(16, 16).t()
             paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
         for block_tables in (None, ints(2, 16)):
@@ -127,7 +126,7 @@ def compile_shared_prefixes() -> None:
         )
         config = None
         if splits > 1:
-            config = decode_config.DecodeConfig(64, splits)
+            config = paged_decode.DecodeConfig(64, splits)
         tables = ints(16, 16).t()
         shared_prefix.shared_prefix_decode(
             q, *caches, prefixes, tables, 1.0, softcap=softcap, config=config
@@ -213,7 +212,7 @@ def main() -> None:
         )
     q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
-        config = decode_config.DecodeConfig(block_n, splits, max_registers=registers)
+        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
         paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
     for tables in (None, ints(2, 16)):
         varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)

@@ -83,9 +83,7 @@ def change_template(tokenizer: Any) -> None:
     tokenizer.chat_template = "nothing"
 
 
-@pytest.mark.parametrize(
-    "change", [change_calls, change_sides, change_vocabulary, change_template], ids=str
-)
+@pytest.mark.parametrize("change", [change_calls, change_sides, change_vocabulary, change_template])
 def test_what_is_done_to_the_tokenizer_does_not_reach_the_engine(change: Any, demo: LLM) -> None:
     text = "hello there " * 15
     params = SamplingParams(temperature=0, max_tokens=5, stop="never")

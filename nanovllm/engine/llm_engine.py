@@ -123,10 +123,9 @@ class LLMEngine:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer, of `transformers`; None if it has none.
+        """A copy of the checkpoint's tokenizer; None if it has none.
 
-        It is a copy. A call of a tokenizer changes it (truncation, padding), so in another thread
-        it would change how the engine reads prompts.
+        A call changes it (truncation, padding), which must not change how the engine reads prompts.
         """
         return copy.deepcopy(self._inputs.tokenizer)
 
@@ -150,9 +149,8 @@ class LLMEngine:
             absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
-            For each prompt a dict with `text`, `token_ids`, `finish_reason`, `stop_reason`,
-            `logprobs`, `prompt_token_ids` and `num_cached_tokens`, which outputs.py describes.
-            With n > 1 these are the first completion's, and `completions` is a list of n dicts.
+            For each prompt a dict whose keys are described in results.py. With n > 1 they are the
+            first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -162,8 +160,8 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
-        # Others need not wait for this, and must not: a prompt may be an iterator of the user's.
-        with collector_slowed():  # lists of tokens are many small objects, too
+        with collector_slowed():
+            # Others need not wait for the checks, and must not: a prompt may be a user's iterator.
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
@@ -200,7 +198,7 @@ class LLMEngine:
         results: dict[int, RequestOutput] = {}
         rates = {"prefill": "-", "decode": "-"}
         options = dict(desc="Generating", disable=not use_tqdm, dynamic_ncols=True)
-        with collector_slowed(), progress_bar(total=num_requests, **options) as update:
+        with progress_bar(total=num_requests, **options) as update:
             while not self.is_finished():
                 start = time.perf_counter()
                 finished, num_tokens = self._step()
