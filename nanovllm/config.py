@@ -140,7 +140,8 @@ class Config:
             source = HubSource(self.tokenizer_revision, self.download_dir)
             self.tokenizer = resolve_tokenizer(tokenizer, source)
         if self.hf_config is None:
-            is_named = "architectures" in (self.hf_overrides or {})  # then the file's do not count
+            # The file's architectures do not count then. What is no dict is refused below.
+            is_named = isinstance(self.hf_overrides, dict) and "architectures" in self.hf_overrides
             self.hf_config = read_hf_config(Path(self.model), () if is_named else architectures)
         elif not isinstance(self.hf_config, PretrainedConfig):
             raise TypeError(

@@ -37,11 +37,11 @@ class LLM(Trainable, BeamSearchEngine, PoolingEngine, VllmNames):
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
-        Options (`chat_template`, `add_generation_prompt`, `continue_final_message`, `tools`, and
-        the template's own, as `enable_thinking`, or in `chat_template_kwargs`) go to the
-        tokenizer's chat template; one that it does not know is a TypeError. Content is a string or
-        a list of text parts. Returns and raises what `generate` does, and a ValueError without a
-        template, or for messages that it refuses.
+        Other options go to the tokenizer's chat template: `chat_template`, `tools`,
+        `add_generation_prompt`, `continue_final_message`, and the template's own, such as
+        `enable_thinking`, also in `chat_template_kwargs`. One that it does not know is a TypeError.
+        Content is a string or a list of text parts. Returns and raises what `generate` does, and a
+        ValueError without a template, or for messages that it refuses.
         """
         options = {**(chat_template_kwargs or {}), **template_options}
         options = without_absent("LLM.chat", options, ABSENT_IN_CHAT).kept

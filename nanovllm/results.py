@@ -190,7 +190,8 @@ class RequestOutput(CompletionOutput):
     """What a request returns: its first completion, and what belongs to all of them."""
 
     prompt_token_ids: list[int] = item("prompt_token_ids")
-    # Tokens of the prompt that were found in the prefix cache.
+    # Tokens of the prompt that were not computed for it: they were in the prefix cache, or an equal
+    # prompt in the same step computed them.
     num_cached_tokens: int = item("num_cached_tokens")
     # If asked for, and the key is there only then: None for the first token of the prompt, and for
     # each other one a dict of token id -> log-probability, that token first.

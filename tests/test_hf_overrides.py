@@ -139,6 +139,7 @@ def test_another_architecture(checkpoint: Checkpoint, tmp_path: Path) -> None:
     "overrides, error, message",
     [
         ([("rope_theta", 1e4)], TypeError, "hf_overrides must be a dict or None"),
+        (lambda config: config, TypeError, "hf_overrides must be a dict or None"),  # as in vLLM
         ({"max_position_embedding": 64}, ValueError, "mean 'max_position_embeddings'"),
         ({"rope_scalings": YARN}, ValueError, "qwen3 has no such option.*mean 'rope_scaling'"),
         ({1: 2}, ValueError, "hf_overrides has 1"),

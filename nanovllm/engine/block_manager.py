@@ -77,8 +77,8 @@ class BlockManager:
         return -(-seq.num_tokens // self.block_size) - len(seq.block_table)
 
     def can_allocate(self, seq: Sequence) -> bool:
-        """Whether there are blocks for all tokens of a waiting sequence, cached ones included,
-        beside those that running ones will need for copies.
+        """Whether there are enough blocks, free or with its prefix, for all tokens of a waiting
+        sequence, and for the copies that running ones will need.
         """
         hits = self._find_cached_prefix(seq)
         num_held = sum(block.ref_count > 0 for block in hits)  # the other hits are free blocks
@@ -127,8 +127,8 @@ class BlockManager:
         return self.num_missing(seq) <= 0 and not self.tails.needs_copy(seq)
 
     def may_append(self, seq: Sequence) -> None:
-        """Give a running sequence a new block if its last token is the first of one, or a copy of
-        its last block if others hold that.
+        """Before it writes its last token: give a running sequence a new block if the token is the
+        first of one, or its own copy of its last block if others hold that, too.
         """
         if self.num_missing(seq) > 0:
             seq.block_table.append(self.take_free_block())
@@ -176,7 +176,7 @@ class BlockManager:
         self.cached_blocks.clear()
 
     def take_free_block(self) -> int:
-        """The first free block, with nothing known of its contents any more."""
+        """Take the first free block; whatever it holds can no longer be found."""
         block_id, _ = self.free_block_ids.popitem(last=False)
         self._shared_tails.discard(block_id)
         block = self.blocks[block_id]

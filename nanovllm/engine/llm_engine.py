@@ -36,7 +36,7 @@ from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
-from nanovllm.sampling.masks import StepMasks, launch_sampling, wait_for_masks
+from nanovllm.sampling.masks import StepMasks, launch_sampling, waits_for_masks
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import uninterrupted
 
@@ -116,9 +116,7 @@ class LLMEngine:
         self._check_process()
         # At the interpreter's end the finalizer runs without `exit`, and daemon threads go on.
         if self.model_runner is None or not self._finalizer.alive:
-            raise RuntimeError(
-                "this engine was shut down, by exit() or a failed rank; make a new LLM"
-            )
+            raise RuntimeError("the engine was shut down by exit() or a failed rank; make another")
         return self.model_runner
 
     @cached_property
@@ -134,11 +132,7 @@ class LLMEngine:
         return self._inputs.default_params()
 
     def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-        **absent: Any,
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, **absent: Any
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the cache allows, and return a dict for each, in order.
 
@@ -149,8 +143,8 @@ class LLMEngine:
             absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
-            For each prompt a dict whose keys are described in results.py. With n > 1 they are the
-            first completion's, and `completions` is a list of n dicts.
+            For each prompt a dict, with `text`, `token_ids` and more: see results.py. With n > 1
+            these are the first completion's, and `completions` is a list of n dicts.
 
         Raises:
             TypeError, ValueError: for a wrong prompt or parameter; nothing is queued then.
@@ -160,8 +154,8 @@ class LLMEngine:
                 `generate` of another thread is waited for.
         """
         refuse_others("LLM.generate", absent, ABSENT_IN_GENERATE)
-        with collector_slowed():
-            # Others need not wait for the checks, and must not: a prompt may be a user's iterator.
+        with collector_slowed():  # lists of tokens are many small objects, too
+            # Without the lock: a prompt may be an iterator of the user's, which takes its time.
             return self._generate(self._check_requests(prompts, sampling_params), use_tqdm)
 
     @exclusive
@@ -172,15 +166,14 @@ class LLMEngine:
             made = [self._inputs.make_sequences(request, is_streamed=False) for request in requests]
             for seqs in job_order(made, self.config):
                 self._queue_sequences(seqs)
-            request_ids = [seqs[0].request_id for seqs in made]
             results = self._run_to_the_end(len(requests), use_tqdm)
         except BaseException:
             # Ctrl-C too: the abandoned requests must not come back in the next call.
             self._reset()
             raise
-        if len(results) < len(request_ids):
+        if len(results) < len(made):
             raise RuntimeError("requests of generate were dropped by a reset() while it ran")
-        in_order = [results[request_id] for request_id in request_ids]
+        in_order = [results[seqs[0].request_id] for seqs in made]
         if in_order and all(has_failed(result) for result in in_order):
             raise RuntimeError(f"no request could be completed: {in_order[0]['stop_reason']}")
         return in_order
@@ -301,8 +294,7 @@ class LLMEngine:
 
     def _step(self) -> tuple[list[tuple[int, RequestOutput]], int]:
         step = self._advance()
-        results = self._results
-        self._results = []
+        results, self._results = self._results, []
         if step is None:
             return results, 0
         return results, step.num_tokens if step.is_prefill else -step.num_tokens
@@ -323,7 +315,7 @@ class LLMEngine:
             if tokens.readings is not None:  # before a sequence ends, whose result they are part of
                 tokens.readings.deliver(step.seqs)
             finished = self.scheduler.postprocess(step, token_ids, logprobs)
-            launch_sampling(self._pending, self._launch)
+            launch_sampling(self._pending, self._launch)  # if the next step waits for these tokens
             if self._trace is not None:
                 self._trace.completed(step, tokens, finished, start)
             if len(self._pending) < self._max_pending:
@@ -338,14 +330,14 @@ class LLMEngine:
 
     def _launch_ahead(self) -> None:
         """Launch steps until `_max_pending` of them are queued behind the oldest."""
-        while len(self._pending) <= self._max_pending and not wait_for_masks(self._pending):
+        while len(self._pending) <= self._max_pending and not waits_for_masks(self._pending):
             step = self.scheduler.schedule()
             if step is None:  # nothing is left, or only the end of a pending step makes room
                 return
             if self._trace is not None:
                 self._trace.scheduled(step, self.scheduler)
             self._pending.append((step, self._launch(step)))
-            launch_sampling(self._pending, self._launch)
+            launch_sampling(self._pending, self._launch)  # at once, if its masks need no tokens
 
     def _launch(self, step: Step | StepMasks) -> PendingTokens:
         model_runner = self._check_alive()

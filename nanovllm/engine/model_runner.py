@@ -144,7 +144,7 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
     def call(self, method: str | Callable[..., Any], *args: Any) -> Any:
-        """Call a method on every rank, or a module's function of a runner; returns this rank's."""
+        """Call a method, or a function of a runner, on every rank; returns this one's result."""
         if self.channel is not None and self.rank == 0:
             self.channel.send(method, args)
         function = getattr(self, method) if isinstance(method, str) else partial(method, self)
@@ -175,7 +175,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def launch(self, step: Step | StepMasks) -> PendingTokens:
-        """Rank 0: queue a step on every device; or the sampling of the last one, with its masks.
+        """Rank 0: queue a step on every device, or the draw of one that has waited for its masks.
 
         The modes that the user's thread is in are not the model's: autocast would round, and on
         another stream a step would not wait for the one before it.
@@ -227,10 +227,10 @@ class ModelRunner:
         reader = StepReader.of(seqs, self.sampler, self._to_device)
         padded = self.padded_prefill
         size = self.prefill_graphs.padded_size(len(batch.input_ids))
-        # Sequences that compute nothing may make them more than there are tokens.
-        has_room = len(seqs) <= min(size, padded.max_seqs)
-        has_room = has_room and (reader is None or reader.reads_output_only)
-        if has_room and size in self.prefill_graphs:
+        # Followers have no tokens of their own, so there may be more sequences than tokens.
+        fits_graph = len(seqs) <= min(size, padded.max_seqs)
+        fits_graph = fits_graph and (reader is None or reader.reads_output_only)
+        if fits_graph and size in self.prefill_graphs:
             padded.upload(batch, size)
             output = self.prefill_graphs.replay(size)
             if reader is not None:
@@ -292,7 +292,7 @@ class ModelRunner:
         self.buffers.upload(inputs, block_tables, {SEQUENCE: size})
 
     def _decode_inputs(self, size: int, shares: bool = False) -> StepInputs:
-        """The first `size` rows of the decode buffers. shares: with what groups share read once."""
+        """The first `size` rows of the decode buffers. shares: read what groups share once."""
         rows = self.buffers.on_device({SEQUENCE: size})
         plan = self.backend.plan_decode(rows["context_lens"], rows["block_tables"])
         if shares:
@@ -310,7 +310,7 @@ class ModelRunner:
 
     def capture_graphs(self) -> None:
         """Capture all graphs, on buffers that hold nothing but padding."""
-        # Compiling runs all sizes on them; the tiles of a real step name rows that others lack.
+        # A real step's tiles would name rows that smaller sizes, run on the same buffers, lack.
         pool = None
         if self.backend.tiled_prefill is not None and self.config.tensor_parallel_size == 1:
             sizes = self.padded_prefill.sizes
@@ -320,7 +320,7 @@ class ModelRunner:
         pool = self.decode_graphs.capture(self._decode, sizes, to_compile, pool)
         if self.prefix_sharing.is_on:
             sizes = self.prefix_sharing.graph_sizes(sizes)
-            to_compile = [sizes[0], sizes[-1]]  # with splits, and without
+            to_compile = [sizes[0], sizes[-1]]  # kernels with splits, and without
             decode = partial(self._decode, shares=True)
             self.shared_decode_graphs.capture(decode, sizes, to_compile, pool)
 
@@ -368,7 +368,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, inputs: StepInputs, extras: Extras) -> Sampled | None:
-        """Draw the next tokens, and keep them on the device for the next step. None: they wait."""
+        """Draw the next tokens, and keep them on the device for the next step. None if the masks of
+        some are not there yet: `sample_masked` draws them when they are.
+        """
         if extras is not None and extras.waits_for_masks:
             self._held = (logits, inputs, extras)
             return None

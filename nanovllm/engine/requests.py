@@ -32,7 +32,7 @@ class Request:
     """A prompt and its parameters, both checked."""
 
     token_ids: list[int]  # of the prompt
-    packed: "array[int]"  # the same, as 32-bit integers
+    packed: "array[int]"  # the same as 32-bit integers, which are faster to hash
     params: SamplingParams
     prompt: str | None = None  # its text, if that was passed
     rules: RequestRules | None = None  # which tokens may be drawn, if not all
@@ -104,7 +104,7 @@ class InputProcessor:
             )
         kept = snapshots(sampling_params, self.vocab_size, self.config.max_logprobs)
         requests = [self._check_one(i, prompt, kept[i]) for i, prompt in enumerate(prompts)]
-        return compiled(requests)
+        return compiled(requests)  # grammars, which threads have begun to compile
 
     def _check_one(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         parts = split_prompt(index, prompt)

@@ -24,13 +24,13 @@ NO_NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one forward pass computes: parts of prompts, or one token of each running sequence."""
+    """What one forward pass computes: prompts or parts of them, or a token of each sequence."""
 
     seqs: list[Sequence]  # each knows which of its tokens: see Sequence.scheduled_token_ids
     yields: list[bool]  # for each: whether its last token is computed and so the next one sampled
     num_tokens: int  # that are computed, of all sequences together
     is_prefill: bool  # else it is a decode step
-    copies: list[BlockCopy]  # to be made before it, one after the other
+    copies: list[BlockCopy]  # of cache blocks, which the device makes before it, in this order
 
 
 class Scheduler:
@@ -99,26 +99,26 @@ class Scheduler:
     def _schedule_prefill(self) -> Step | None:
         """Waiting sequences, oldest first, while rows, blocks and the budget of tokens last.
 
-        One with the same tokens as another of this step computes nothing. It follows that one in
-        `Step.seqs`, has its blocks, and draws its own token from the same logits.
+        Of those with the same tokens the first computes them. The others, its followers, compute
+        nothing: they come behind it in `Step.seqs`, share its blocks, and draw from its logits.
         """
         groups = PrefillGroups(only_siblings=not self.block_manager.enable_prefix_caching)
         budget = self.max_num_batched_tokens  # tokens that the step may still compute
         is_complete = True
         while self.waiting and is_complete and len(self.running) < self.max_num_seqs:
             seq = next(iter(self.waiting))
-            group = groups.find(seq)
+            group = groups.find(seq)  # those with the same tokens that are in this step already
             if group:
                 if not self._admit_follower(seq, group[0]):
                     break
             elif budget == 0 or not (seq.block_table or self._admit(seq)):
-                break  # with blocks, it was admitted before
+                break  # (one that has blocks was admitted by an earlier step, for a chunk)
             group.append(seq)
-            # Only now is it known how many tokens the prefix cache leaves to compute.
+            # Only now is it known how many tokens are left to compute; of a follower none are.
             num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new
             seq.sampling_options = seq.make_sampling_options()
-            # Else the budget is spent; the rest of this prompt comes first in the next step.
+            # If not, the budget is spent; the rest of this prompt comes first in the next step.
             is_complete = seq.schedule(num_new)
             if seq.readout is not None:
                 seq.reading = seq.readout.plan(seq)
@@ -149,8 +149,8 @@ class Scheduler:
         return True
 
     def _admit_follower(self, seq: Sequence, leader: Sequence) -> bool:
-        """Give a waiting sequence the blocks of one with the same tokens, which this step computes;
-        False if there would be no block for its copy of the last one.
+        """Let a waiting sequence share all blocks of one with the same tokens, which this step
+        computes; False if no block would be left for its own copy of the last, partial one.
         """
         tails = self.block_manager.tails
         if tails.num_due() >= len(self.block_manager.free_block_ids):
@@ -220,7 +220,7 @@ class Scheduler:
         return True
 
     def _release(self, seq: Sequence) -> None:
-        if not seq.keeps_blocks:
+        if not seq.keeps_blocks:  # else another sequence goes on with them: see beam_search/
             self.block_manager.deallocate(seq)
         self.free_rows.append(seq.row)
 

@@ -47,7 +47,7 @@ class Sequence:
 
         # Tokens, and how far they are computed: see the class's docstring.
         self.token_ids = list(token_ids)
-        self.packed_prompt = array("i")  # the prompt's, where they are known as 32-bit integers
+        self.packed_prompt = array("i")  # the prompt again, faster to hash; empty if not given
         self.num_prompt_tokens = len(token_ids)
         self.num_tokens = len(token_ids)
         self.num_computed_tokens = 0
@@ -58,25 +58,25 @@ class Sequence:
         self.row = -1  # its row in the model runner's arrays, which it has while it holds blocks
         self.block_table: list[int] = []  # ids of its blocks, in the order of its tokens
         self.block_hashes: list[int] = []  # of its full blocks, as far as they were asked for
-        self.keeps_blocks = False  # whether it has them after its end, for who continues it
+        self.keeps_blocks = False  # whether its end leaves them to sequences that continue it
         self.num_registered_blocks = 0  # the leading blocks that others can share
-        self.num_cached_tokens = 0  # found in the prefix cache at the last admission
-        self.num_cached_prompt_tokens: int | None = None  # found at the first admission
+        self.num_cached_tokens = 0  # that it need not compute, as found at the last admission
+        self.num_cached_prompt_tokens: int | None = None  # the same, at the first admission
 
         # What the request asks for; the ids and `sampling_options` are set by the scheduler.
         self.params = params
         self.max_tokens = params.max_tokens  # the engine makes it fit max_model_len
         self.end_ids: dict[int, int | None] = {}  # id that ends it -> its stop_reason
-        # Not drawn before there are `min_tokens`: the ids that end it, or would but for ignore_eos.
+        # All ids that end it, or would without ignore_eos: not drawn before there are `min_tokens`.
         self.early_ids: tuple[int, ...] = ()
         self.temperature = 0.0 if params.is_greedy else params.temperature
         self.seed = seed
         self.sampling_options: SamplingOptions | None = None  # in prefill steps, if it has any
         self.rules: CompletionRules | None = None  # which tokens may be drawn, if not all
 
-        # What it reads of its prompt's last hidden states, besides the next token: see readout/.
+        # What it wants of the model besides next tokens, such as an embedding: see readout/.
         self.readout: Readout | None = None
-        self.reading: Reading | None = None  # of that, what the last scheduled prefill reads
+        self.reading: Reading | None = None  # the part of it that the last scheduled prefill reads
 
         # What it returns.
         self.detokenizer: Detokenizer | None = None  # if its text is needed while it runs
@@ -184,7 +184,7 @@ class Sequence:
     def fail(self, reason: str) -> None:
         """End it with what went wrong; the other sequences go on."""
         if self.rules is not None and self.rules.problem:
-            reason = self.rules.problem
+            reason = self.rules.problem  # what left no token to draw
         self.finish("error", reason)
 
     # For a prefill step rank 0 pickles its sequences and sends them to the other ranks. They get

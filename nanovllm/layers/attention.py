@@ -86,8 +86,8 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention
         rows = None
-        keeps_last = self.only_last_tokens and not step.keeps_all_rows
-        if keeps_last and isinstance(plan, (PrefillPlan, TiledPlan)):
+        drops_others = self.only_last_tokens and not step.keeps_all_rows
+        if drops_others and isinstance(plan, (PrefillPlan, TiledPlan)):
             rows = step.last_token_rows
             q = q[rows]
             plan = self.backend.last_tokens_plan(plan)

@@ -61,7 +61,7 @@ class Sampler(nn.Module):
         logits = self.gather_vocabulary(logits)
         changed = stages.bias_and_penalize(logits, extras)
         changed = stages.mask(logits, changed, extras)
-        thresholds = stages.find_thresholds(changed, temperatures, extras)
+        thresholds = stages.find_thresholds(changed, temperatures, extras)  # the filters
         draw = gumbel_argmax if changed.is_cuda else gumbel_argmax_torch
         _, token_ids = draw(changed, temperatures, seeds, positions, thresholds=thresholds)
 

@@ -52,14 +52,14 @@ def _unpack(rows: np.ndarray, distinct: np.ndarray, numbers: np.ndarray) -> Step
     return StepMasks(rows, distinct[numbers])
 
 
-def wait_for_masks(pending: Pending) -> bool:
+def waits_for_masks(pending: Pending) -> bool:
     """Whether the last of these launched steps has to be sampled before another can follow it."""
     return len(pending) > 0 and pending[-1][1].waits_for_masks
 
 
 def launch_sampling(pending: Pending, launch: Callable[[StepMasks], PendingTokens]) -> None:
     """Sample the last of these steps, if it waits for masks and they can be made by now."""
-    if not wait_for_masks(pending):
+    if not waits_for_masks(pending):
         return  # nearly always
     step, launched = pending[-1]
     masked = _find_masked(step)
