@@ -36,7 +36,9 @@ class PrefillGroups:
         if group and group[0].token_ids != token_ids:
             # The key of all tokens begins with 0, which is no number of tokens.
             group = self._groups.setdefault((0, owner, *token_ids), [])
-        if group and seq.needs_whole_prompt:  # it may be followed, and follows nobody
+        # It may be followed, and follows nobody: it has to compute its prompt itself, or it has
+        # blocks of its own already, as the beams of two searches for one prompt have.
+        if group and (seq.needs_whole_prompt or seq.block_table):
             group = self._groups.setdefault((0, seq.seq_id), [])
         return group
 

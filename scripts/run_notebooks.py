@@ -5,10 +5,12 @@
 
 It needs the extra `notebook`. The kernel is this interpreter, whatever kernels are registered.
 Cells get fixed ids; execution times, the kernel's version and anything with a path of this machine
-in it are not kept.
+in it are not kept. The figure of a cell whose first line is a path, "# docs/work_list.png", is
+written there too: README shows it.
 """
 
 import argparse
+import base64
 import os
 import re
 import sys
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTION = re.compile(r"<details>.*?</details>", re.DOTALL)
 CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PICTURE_PATH = re.compile(r"# (docs/\w+\.png)\n")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -83,6 +86,16 @@ def clean(notebook: NotebookNode) -> None:
             raise ValueError(f"the output of a cell contains {path}")
 
 
+def pictures(notebook: NotebookNode) -> dict[str, bytes]:
+    """The figures that have a file of their own: its path, and the PNG."""
+    found = {}
+    for cell in notebook.cells:
+        if path := PICTURE_PATH.match(cell.source):
+            (figure,) = (output for output in cell.outputs if "image/png" in output.get("data", {}))
+            found[path[1]] = base64.b64decode(figure.data["image/png"])
+    return found
+
+
 def main() -> None:
     """Execute the notebooks that the command line names, or all."""
     parser = argparse.ArgumentParser(description="Execute notebooks and store their outputs.")
@@ -93,6 +106,8 @@ def main() -> None:
         execute(notebook)
         clean(notebook)
         nbformat.write(notebook, path)
+        for picture_path, png in pictures(notebook).items():
+            (ROOT / picture_path).write_bytes(png)
         seconds = time.perf_counter() - start
         print(f"{path.name}: {seconds:.1f} s, {path.stat().st_size / 1024:.0f} KiB")
 

@@ -133,6 +133,23 @@ def test_beams_do_not_depend_on_how_the_work_is_cut(small: Checkpoint, llm: LLM,
     other.exit()
 
 
+def test_searches_that_meet(llm: LLM) -> None:
+    """Beams of two searches may have the same tokens, and each has blocks of its own."""
+    llm.config.eos = (6,)
+    params = BeamSearchParams(3, 8, ignore_eos=True)
+    prompt = PROMPTS[0]
+    (alone,) = llm.beam_search([prompt], params)
+    beam = alone.sequences[0].token_ids
+    prompts = [prompt, [*prompt, *beam[:2]], prompt]
+    outputs = llm.beam_search(prompts, params)
+    expected = [llm.beam_search([each], params)[0] for each in prompts]
+    for output, other in zip(outputs, expected, strict=True):
+        assert [one.token_ids for one in output.sequences] == [
+            one.token_ids for one in other.sequences
+        ]
+    assert_idle(llm)
+
+
 def test_a_step_computes_one_token_of_each_beam(llm: LLM) -> None:
     llm.reset()
     llm.config.eos = (6,)

@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from run_notebooks import CODE, NOTEBOOKS, SOLUTION, clean, execute, with_solutions  # noqa: E402
+from run_notebooks import CODE, NOTEBOOKS, SOLUTION, clean, execute, pictures, with_solutions  # noqa: E402
 
 SECONDS = 60  # each, its solutions included; a tenth of that on an idle machine
 
@@ -67,6 +67,15 @@ def test_it_is_stored_with_outputs_and_nothing_of_the_machine(path: Path) -> Non
     solutions = SOLUTION.findall(last)
     assert 2 <= len(exercises) == len(solutions) <= 3
     assert all(CODE.search(solution) and "<summary>" in solution for solution in solutions)
+
+
+def test_readme_shows_pictures_of_the_stored_notebooks() -> None:
+    readme = (ROOT / "README.md").read_text()
+    stored = {path: png for notebook in NOTEBOOKS for path, png in pictures(read(notebook)).items()}
+    assert len(stored) >= 2
+    for path, png in stored.items():
+        assert (ROOT / path).read_bytes() == png, "run scripts/run_notebooks.py"
+        assert len(png) < 200_000 and f"]({path})" in readme, path
 
 
 def test_every_class_is_met_by_name() -> None:

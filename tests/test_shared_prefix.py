@@ -271,6 +271,29 @@ def test_what_a_graph_reads(seed: int) -> None:
     assert int(parts.max()) == int(sent.num_parts.max()) - 1
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 64), (torch.float32, 16)])
+def test_a_member_fits_into_a_tile(dtype: torch.dtype, most: int) -> None:
+    """With more query heads a KV head than a tile has rows, nothing is shared."""
+    config = SimpleNamespace(
+        max_num_seqs=256,
+        max_model_len=4096,
+        kvcache_block_size=256,
+        dtype=dtype,
+        enforce_eager=False,
+    )
+    for group in (most, 2 * most):
+        layer = SimpleNamespace(
+            num_heads=group,
+            num_kv_heads=1,
+            head_dim=128,
+            options=AttentionOptions(scale=1.0),
+            backend=TRITON,
+        )
+        with patch("nanovllm.kernels.prefix_sharing.device_limits", lambda device: (132, 0)):
+            sharing = PrefixSharing(config, [layer], torch.device("cpu"))  # type: ignore
+        assert sharing.is_on == (group == most)
+
+
 # --- the kernels ----------------------------------------------------------------------------------
 
 

@@ -48,8 +48,9 @@ class PrefixSharing:
         self.block_size = config.kvcache_block_size
         tiles = prefix_config(layer.head_dim, config.dtype, device, self.block_size)
         num_multiprocessors, _ = device_limits(device)
+        group = layer.num_heads // kv_heads
         self.limits = TileLimits(
-            members=max(1, tiles.block_m // (layer.num_heads // kv_heads)),
+            members=max(1, tiles.block_m // group),
             key_step=tiles.block_n,
             min_keys=MIN_KEYS_IN_PART,
             max_parts=MAX_PARTS,
@@ -66,6 +67,8 @@ class PrefixSharing:
             for layer in layers
         )
         most_to_save = self.cost.saving(np.array(config.max_num_seqs), config.max_model_len)
+        # A tile holds whole members. Of more query heads a KV head the last ones would be in none.
+        can_share = can_share and group <= tiles.block_m
         self.is_on = can_share and bool(most_to_save > self.cost.step_cost)
         num_numbers = FIELDS * self.max_tiles(config.max_num_seqs) + 3 * config.max_num_seqs
         self.numbers = torch.zeros(num_numbers, dtype=torch.int32, device=device)
