@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +20,29 @@ def largest_prefill(
 ) -> StepInputs:
     """Make the inputs of the largest prefill there can be."""
     num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-    num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
+    num_tokens = most_tokens(config)
     lengths = [(num_tokens + i) // num_seqs for i in range(num_seqs)]  # as equal as can be
     return dummy_prefill(backend, to_device, lengths, lengths)
+
+
+def most_tokens(config: Config) -> int:
+    """Return how many tokens a step computes at most."""
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    return min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
+
+
+def cached_prefills(
+    config: Config, backend: AttentionBackend, to_device: Callable[..., Tensor]
+) -> Iterator[StepInputs]:
+    """Make the inputs of prefills that read the cache, one for each kernel that does that. Running
+    them compiles the kernels, so that no step of a request waits for it.
+    """
+    for size in backend.prefill_sizes:
+        if size > most_tokens(config):
+            continue
+        columns = -(-(size + 1) // config.kvcache_block_size)
+        tables = np.zeros((1, columns), dtype=np.int32)
+        yield dummy_prefill(backend, to_device, [size], [size + 1], block_tables=tables)
 
 
 def dummy_prefill(

@@ -1,5 +1,8 @@
 """The attention backend for Hopper on a CPU, with a reference in its kernel's place."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,13 @@ from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.kernels.hopper_prefill import serves_hopper_prefill
 from nanovllm.kernels.prefill_tiles import tiled_prefill_torch
 from nanovllm.quantization.unquantized import UNQUANTIZED
+from nanovllm.warm_up import cached_prefills
 
 BACKEND = HopperBackend("torch", TORCH.norm_rope_store, TORCH.prefill, TORCH.decode)
+
+
+def to_device(values: Any, dtype: Any = None) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=dtype))
 
 
 class Reference:
@@ -108,3 +116,21 @@ def test_other_devices_do_without() -> None:
     assert not can_fuse_gate(x, torch.zeros(512, 64), in_graph=False)
     layer = torch.nn.Linear(64, 512)
     assert not UNQUANTIZED.applies_activation(layer, x)
+
+
+@pytest.mark.parametrize("most_tokens, sizes", [(4095, [1]), (4096, [1, 4096])])
+def test_start_up_compiles_what_reads_the_cache(most_tokens: int, sizes: list[int]) -> None:
+    """Else the first large prefill behind a cached prefix would wait for the compiler."""
+    config: Any = SimpleNamespace(
+        max_num_seqs=8,
+        max_num_batched_tokens=most_tokens,
+        max_model_len=4096,
+        kvcache_block_size=256,
+    )
+    made = list(cached_prefills(config, BACKEND, to_device))
+    plans = [inputs.attention for inputs in made]
+    assert [plan.max_seqlen_q for plan in plans] == sizes
+    assert [plan.tiles is not None for plan in plans] == [size >= 4096 for size in sizes]
+    for plan in plans:
+        assert plan.max_seqlen_k == plan.max_seqlen_q + 1 <= 256 * plan.block_tables.shape[1]
+    assert len(list(cached_prefills(config, TORCH, to_device))) == 1

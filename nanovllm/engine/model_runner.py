@@ -43,7 +43,7 @@ from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
 from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
-from nanovllm.warm_up import dummy_prefill, largest_prefill
+from nanovllm.warm_up import cached_prefills, largest_prefill
 
 
 class ModelRunner:
@@ -82,10 +82,9 @@ class ModelRunner:
         self.kv_cache = allocate_kv_cache(config, self.attention_layers, self.device)
         self.allocate_tables()
         if self.is_cuda:
-            # Compiles the kernels of a prefill that reads the cache, so that no step waits for it.
-            tables = np.zeros((1, 2), dtype=np.int32)
-            inputs = dummy_prefill(self.backend, self._to_device, [1], [2], block_tables=tables)
-            self._forward(inputs)
+            for inputs in cached_prefills(config, self.backend, self._to_device):
+                self._forward(inputs)
+            self.copy_blocks([BlockCopy(0, 0, 1)])  # compiles this kernel, too
         if self.is_cuda and not config.enforce_eager:
             self.capture_graphs()
 

@@ -110,6 +110,11 @@ class AttentionBackend:
     tiled_prefill: Callable[..., Tensor] | None = None  # None: prefills cannot run as CUDA graphs
     shared_decode: Callable[..., Tensor] | None = None  # None: shared prefixes are read as any
 
+    @property
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """The fewest tokens of prefills that have a kernel of their own."""
+        return (1,)
+
     def plan_prefill(
         self,
         num_queries: list[int],
@@ -270,6 +275,11 @@ class CpuBackend(AttentionBackend):
 
 class HopperBackend(AttentionBackend):
     """Large prefills by `hopper_prefill`, the rest as the Triton backend does it."""
+
+    @property
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """The fewest tokens of prefills that have a kernel of their own."""
+        return (1, HOPPER_MIN_TOKENS)
 
     def plan_prefill(
         self,
