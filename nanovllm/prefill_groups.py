@@ -36,7 +36,8 @@ class PrefillGroups:
         if group and group[0].token_ids != token_ids:
             # The key of all tokens begins with 0, which is no number of tokens.
             group = self._groups.setdefault((0, owner, *token_ids), [])
-        if group and seq.needs_whole_prompt:  # it may be followed, and follows nobody
+        # These may be followed, and follow nobody: the second kind is a beam, which has its blocks.
+        if group and (seq.needs_whole_prompt or seq.block_table):
             group = self._groups.setdefault((0, seq.seq_id), [])
         return group
 
