@@ -17,8 +17,8 @@ class BeamSearchParams:
     # Beams are the likeliest, not drawn: 0 is all there is. It is here since vLLM has it.
     temperature: Annotated[float, Range(0, 0)] = 0.0
     # Beams are compared by their log-probability over (number of tokens) ** length_penalty. Above
-    # 0 long ones gain, below 0 short ones do.
-    length_penalty: Annotated[float, Range(-(10**3), 10**3)] = 1.0
+    # 0 long ones gain, below 0 short ones do. Beyond these limits, floats would overflow.
+    length_penalty: Annotated[float, Range(-50, 50)] = 1.0
     include_stop_str_in_output: bool = False  # whether the text keeps the token that ends it
 
     def __post_init__(self) -> None:

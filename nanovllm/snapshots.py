@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm.sampling_params import SamplingParams
 
 NUMBERS_OF_LOGPROBS = ("logprobs", "prompt_logprobs")  # of which -1 means all tokens
+TOKEN_IDS = ("stop_token_ids", "logit_bias", "allowed_token_ids")  # each holds some, or is None
 
 
 def snapshots(
@@ -18,13 +19,15 @@ def snapshots(
 
     Raises:
         TypeError: for what is no SamplingParams.
-        ValueError: for more log-probabilities a token than the engine's `max_logprobs`.
+        ValueError: for more log-probabilities a token than the engine's `max_logprobs`, and for a
+            token id that the vocabulary does not have.
     """
     copies: dict[int, SamplingParams] = {}  # id of what was passed -> its copy
     for index, params in enumerate(all_params):
         if id(params) not in copies:
             copies[id(params)] = snapshot(index, params, vocab_size)
             check_numbers_of_logprobs(index, copies[id(params)], max_logprobs)
+            check_for_model(index, copies[id(params)], vocab_size)
     return [copies[id(params)] for params in all_params]
 
 
@@ -49,3 +52,19 @@ def check_numbers_of_logprobs(index: int, params: SamplingParams, limit: int) ->
                 f"{name} of prompt {index} must be at most max_logprobs {limit}, not {number}; "
                 f"raise it by LLM(..., max_logprobs={number}), where -1 is no limit"
             )
+
+
+def check_for_model(index: int, params: SamplingParams, vocab_size: int) -> None:
+    """Raise a ValueError for token ids that the vocabulary lacks, or a prompt cut to nothing."""
+    for name in TOKEN_IDS:
+        for token_id in getattr(params, name) or ():
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{name} of prompt {index} has the token id {token_id}; the vocabulary is 0 to "
+                    f"{vocab_size - 1}"
+                )
+    if params.truncate_prompt_tokens == 0:
+        raise ValueError(
+            f"truncate_prompt_tokens of prompt {index} must be at least 1, or -1 for as many as "
+            "fit, not 0"
+        )

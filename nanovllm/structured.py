@@ -57,6 +57,9 @@ class StructuredOutputsParams:
         pattern = self.whitespace_pattern
         if pattern is not None and not isinstance(pattern, str):
             raise TypeError(f"whitespace_pattern must be a string or None, not {pattern!r}")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     @property
     def kind(self) -> str:

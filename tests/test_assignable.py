@@ -172,7 +172,7 @@ def test_a_prompt_is_cut_to_what_fits(llm: LLM) -> None:
     (prompt,) = random_prompts(4, [400])
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     assert output.prompt_token_ids == prompt[-255:] and len(output.token_ids) == 1
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="truncate_prompt_tokens of prompt 0 .* not 0"):
         llm.generate([prompt], SamplingParams(truncate_prompt_tokens=0), use_tqdm=False)
 
 
@@ -201,3 +201,11 @@ def test_texts_in_dicts_and_completions_without_text() -> None:
     with pytest.raises(ValueError, match="stop must be None where detokenize is False"):
         SamplingParams(detokenize=False, stop=["x"])
     llm.exit()
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logit_bias"])
+def test_a_token_id_that_the_vocabulary_lacks_is_named_with_its_option(llm: LLM, name: str) -> None:
+    value = {9999: 1.0} if name == "logit_bias" else [9999]
+    params = SamplingParams(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} of prompt 1 has the token id 9999; .* 0 to"):
+        llm.generate([[1], [1]], [SamplingParams(), params], use_tqdm=False)

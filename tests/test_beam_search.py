@@ -1,6 +1,7 @@
 """Beam search gives the beams and scores of `transformers`, however the work is cut."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,22 @@ def test_a_step_computes_one_token_of_each_beam(llm: LLM) -> None:
     assert steps == [sum(LENGTHS)] + [4 * len(PROMPTS)] * 5
     # The last tokens of four beams lie in four blocks at most, beside those of the prompt.
     assert max(step.blocks["blocks_in_use"] for step in trace.steps) <= 1 + 3 + 1 + 4 * 3
+
+
+def test_equal_prompts_have_equal_beams(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=NUM_TOKENS)
+    (alone,) = llm.beam_search(PROMPTS[1:2], params, use_tqdm=False)
+    outputs = llm.beam_search(PROMPTS[1:2] * 3, params, use_tqdm=False)
+    assert [[beam.token_ids for beam in output.sequences] for output in outputs] == [
+        [beam.token_ids for beam in alone.sequences]
+    ] * 3
+
+
+@pytest.mark.parametrize("length_penalty", [-50, 50])
+def test_scores_are_numbers_at_the_limits(llm: LLM, length_penalty: int) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=30, length_penalty=length_penalty)
+    (output,) = llm.beam_search(PROMPTS[:1], params, use_tqdm=False)
+    assert all(-math.inf < beam.score < 0 for beam in output.sequences)
 
 
 def test_what_is_returned(llm: LLM) -> None:

@@ -164,6 +164,14 @@ def test_a_schema_in_all_its_ways(llm: LLM) -> None:
     assert SamplingParams(structured_outputs=as_dict).structured_outputs.json == json.dumps(PERSON)
 
 
+def test_an_empty_whitespace_pattern_allows_none(llm: LLM) -> None:
+    form = StructuredOutputsParams(json=PERSON, whitespace_pattern="")
+    params = SamplingParams(temperature=1.5, seed=3, max_tokens=200, structured_outputs=form)
+    (output,) = llm.generate("Who?", params, use_tqdm=False)
+    compact = SamplingParams(temperature=1.5, seed=3, max_tokens=200, structured_outputs=COMPACT)
+    assert output.token_ids == llm.generate("Who?", compact, use_tqdm=False)[0].token_ids
+
+
 def test_objects_are_closed_where_that_is_asked_for() -> None:
     part = {"properties": {"properties": {"type": "integer"}}}
     schema = {
@@ -390,6 +398,8 @@ def test_a_form_that_cannot_be_compiled_is_refused_before_anything_is_queued(
         ({"choice": "yes"}, TypeError, "list of strings, not 'yes'"),
         ({"json_object": 1}, TypeError, "json_object must be True"),
         ({"json": {}, "whitespace_pattern": 1}, TypeError, "whitespace_pattern"),
+        ({"json": {}, "disable_any_whitespace": "no"}, TypeError, "disable_any_whitespace.*'no'"),
+        ({"json": {}, "disable_additional_properties": 1}, TypeError, "properties must be True"),
     ],
 )
 def test_wrong_forms(form: dict[str, Any], error: type[Exception], fault: str) -> None:

@@ -120,7 +120,7 @@ class InputProcessor:
         if room is not None:
             room = self.config.max_model_len - 1 if room == -1 else room
             token_ids = token_ids[max(len(token_ids) - room, 0) :]
-        self._check_token_ids(index, token_ids, params)
+        self._check_token_ids(index, token_ids)
         rules = self.rule_maker.make(index, params) if params.has_token_rules else None
         return Request(listed(parts.content, token_ids), token_ids, params, parts.text, rules)
 
@@ -129,15 +129,12 @@ class InputProcessor:
         with self.lock:
             return encode(self.tokenizer, text, self.bos_ids)
 
-    def _check_token_ids(self, index: int, token_ids: "array[int]", params: SamplingParams) -> None:
-        """Check the prompt's length and token ids, and the token ids that its parameters name."""
+    def _check_token_ids(self, index: int, token_ids: "array[int]") -> None:
+        """Check a prompt's length and token ids."""
         if not token_ids:
             raise ValueError(f"prompt {index} is empty; it must have at least one token")
         ids = np.frombuffer(token_ids, np.int32)  # a loop in Python would take 30 times as long
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)].tolist()
-        named = [*(params.stop_token_ids or ()), *(params.logit_bias or ())]
-        named += params.allowed_token_ids or ()
-        unknown += [token_id for token_id in named if not 0 <= token_id < self.vocab_size]
         if unknown:
             raise ValueError(
                 f"prompt {index} has the token id {unknown[0]}; "

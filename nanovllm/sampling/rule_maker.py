@@ -211,15 +211,16 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
     kind: Any = structure.kind
     try:
         if kind in ("json", "json_object"):
-            options: Any = {"whitespace_pattern": structure.whitespace_pattern or WHITESPACE}
-            if structure.disable_any_whitespace:
+            pattern = structure.whitespace_pattern
+            options: Any = {"whitespace_pattern": WHITESPACE if pattern is None else pattern}
+            if structure.disable_any_whitespace or pattern == "":
                 options = {"whitespace_flexible": False}
             schema = structure.json or '{"type": "object"}'
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         elif kind == "regex":
             # Digits, words and blanks are those of ASCII, as in JSON schemas.
-            pattern = regex_to_lark(structure.regex or "", use_ascii="dws")
-            grammar = grammar_from("lark", f"start: /{pattern}/")
+            regex = regex_to_lark(structure.regex or "", use_ascii="dws")
+            grammar = grammar_from("lark", f"start: /{regex}/")
         else:
             grammar = grammar_from(kind, getattr(structure, kind))
     except ValueError as error:
