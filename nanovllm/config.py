@@ -10,16 +10,16 @@ from typing import Annotated, Any
 import torch
 from transformers import PretrainedConfig
 
-from nanovllm.checkpoint import (
+from nanovllm.checkpoints.checkpoint import (
     check_architecture,
     read_hf_config,
     stored_dtype,
     unwrap,
 )
-from nanovllm.hf_overrides import override_config
-from nanovllm.hub import HubSource, resolve_model, resolve_tokenizer
+from nanovllm.checkpoints.hf_overrides import override_config
+from nanovllm.checkpoints.hub import HubSource, resolve_model, resolve_tokenizer
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
-from nanovllm.vllm_options import our_options
+from nanovllm.vllm_compat.vllm_options import our_options
 
 DTYPES = Choice("auto", "bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as PyTorch and vLLM call them, too

@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.absent import ABSENT_IN_CHAT, without_absent
 from nanovllm.beam_search.engine import BeamSearchEngine
 from nanovllm.engine.requests import Params, Request
 from nanovllm.engine.scheduler import Scheduler
@@ -17,7 +16,8 @@ from nanovllm.text.chat import Conversation, chat_prompts
 from nanovllm.text.stream import StreamedCompletion
 from nanovllm.training.trainable import Trainable
 from nanovllm.utils.interrupts import uninterrupted
-from nanovllm.vllm_names import VllmNames
+from nanovllm.vllm_compat.absent import ABSENT_IN_CHAT, without_absent
+from nanovllm.vllm_compat.vllm_names import VllmNames
 
 
 class LLM(Trainable, BeamSearchEngine, PoolingEngine, VllmNames):

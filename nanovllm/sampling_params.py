@@ -4,18 +4,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from nanovllm.absent import ABSENT_PARAMS
-from nanovllm.assignable import Assignable, checked_assignment
-from nanovllm.beam_params import BeamSearchParams as BeamSearchParams  # as in vLLM
-from nanovllm.param_checks import (
+from nanovllm.params.assignable import Assignable, checked_assignment
+from nanovllm.params.beam_params import BeamSearchParams as BeamSearchParams  # as in vLLM
+from nanovllm.params.param_checks import (
     TOKEN_RULES,
     check_token_rules,
     checked_logit_bias,
     checked_stop,
     checked_stop_token_ids,
 )
-from nanovllm.structured import StructuredOutputsParams
+from nanovllm.params.structured import StructuredOutputsParams
 from nanovllm.utils.checks import ABOVE_0, Range, check_fields
+from nanovllm.vllm_compat.absent import ABSENT_PARAMS
 
 GREEDY_BELOW = 1e-5  # temperatures below count as 0: dividing logits by them overflows
 

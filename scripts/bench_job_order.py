@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.job_order import job_order
+from nanovllm.sharing.job_order import job_order
 
 BLOCK_SIZE = 16
 

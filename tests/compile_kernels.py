@@ -14,7 +14,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.copy_on_write import BlockCopy
 from nanovllm.kernels import (
     _gluon,
     all_reduce,
@@ -45,6 +44,7 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
+from nanovllm.sharing.copy_on_write import BlockCopy
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
 PDL = {"PDL": True, "launch_pdl": True}

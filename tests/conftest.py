@@ -24,10 +24,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.copy_on_write import SharedTails
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sharing.copy_on_write import SharedTails
 
 # Processes that test side by side (pytest -n) tell their shared memory apart by its name.
 SHARED_MEMORY_PREFIX = "psm_" + os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -18,7 +18,7 @@ import torch
 import bench
 import example
 from nanovllm import StructuredOutputsParams
-from nanovllm.checkpoint import load_tokenizer
+from nanovllm.checkpoints.checkpoint import load_tokenizer
 from nanovllm.config import Config
 from nanovllm.models import MODELS, model_class
 from nanovllm.sampling.rule_maker import compile_grammar

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nanovllm import DEMO_MODEL, LLM
-from nanovllm.checkpoint import weight_files
+from nanovllm.checkpoints.checkpoint import weight_files
 from nanovllm.config import Config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import load_model

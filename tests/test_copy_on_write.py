@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from test_families import FAMILIES, need
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.copy_blocks import copy_blocks, copy_blocks_triton, independent
-from nanovllm.prefill_groups import PrefillGroups
+from nanovllm.sharing.copy_on_write import BlockCopy
+from nanovllm.sharing.prefill_groups import PrefillGroups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 5

@@ -13,7 +13,7 @@ from real_prompts import PROMPTS
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams
-from nanovllm.checkpoint import load_tokenizer
+from nanovllm.checkpoints.checkpoint import load_tokenizer
 from nanovllm.text.chat import apply_chat_template
 from nanovllm.text.decoder import TextDecoder, decoder_of
 from nanovllm.text.detokenizer import Detokenizer

@@ -19,8 +19,8 @@ from conftest import (
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from nanovllm import LLM
+from nanovllm.checkpoints.hf_overrides import override_config
 from nanovllm.config import Config
-from nanovllm.hf_overrides import override_config
 from nanovllm.models.rope import Rope, rope_frequencies
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)

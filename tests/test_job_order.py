@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.job_order import job_order, walk_prefixes
+from nanovllm.sharing.job_order import job_order, walk_prefixes
 from scripts.bench_job_order import Job, run
 
 BLOCK_SIZE = 4

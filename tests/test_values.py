@@ -17,7 +17,7 @@ from conftest import Checkpoint, assert_idle, make_checkpoint, make_llm
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
-from nanovllm.frozen import FrozenDict, FrozenList
+from nanovllm.params.frozen import FrozenDict, FrozenList
 
 REPO = Path(__file__).resolve().parent.parent
 DEFAULTS = SamplingParams()

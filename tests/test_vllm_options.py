@@ -13,7 +13,7 @@ from conftest import Checkpoint, greedy, make_llm
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.vllm_options import ABSENT_OPTIONS, our_options
+from nanovllm.vllm_compat.vllm_options import ABSENT_OPTIONS, our_options
 
 WITHOUT_EFFECT: dict[str, Any] = dict(
     disable_log_stats=True,

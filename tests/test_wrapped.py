@@ -22,8 +22,8 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from test_text import byte_fallback
 
+from nanovllm.checkpoints.wrappers import TEXT_MODELS
 from nanovllm.config import Config
-from nanovllm.wrappers import TEXT_MODELS
 
 GEMMA, MISTRAL = "Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"
 LENGTHS = [1, 5, 16, 17, 40]

@@ -2,8 +2,8 @@
 
 In each step a beam is a sequence of its own, with all tokens so far. It computes one of them, and
 ends with the next one's log-probabilities. Its blocks outlive it: the beams that continue it are
-forked from it (see copy_on_write.py), so that beams share all blocks up to where they part. In a
-trace each of these sequences is a request.
+forked from it (see sharing/copy_on_write.py), so that beams share all blocks up to where they part.
+In a trace each of these sequences is a request.
 """
 
 from collections import deque
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.absent import ABSENT_IN_BEAM_SEARCH, refuse_others
-from nanovllm.beam_params import BeamSearchParams
 from nanovllm.beam_search.hypotheses import Hypothesis, Search
 from nanovllm.beam_search.results import BeamSearchOutput, BeamSearchSequence
 from nanovllm.engine.llm_engine import LLMEngine
@@ -20,9 +18,11 @@ from nanovllm.engine.requests import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompts
+from nanovllm.params.beam_params import BeamSearchParams
 from nanovllm.progress import progress_bar
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.decoder import decoder_of
+from nanovllm.vllm_compat.absent import ABSENT_IN_BEAM_SEARCH, refuse_others
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ from itertools import count
 
 import xxhash
 
-from nanovllm.copy_on_write import SharedTails
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sharing.copy_on_write import SharedTails
 
 NO_PREFIX = 0  # prefix_id of the empty prefix, and of a block that is not full (yet)
 

@@ -18,7 +18,7 @@ from weakref import finalize
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nanovllm.absent import ABSENT_IN_GENERATE, refuse_others
+from nanovllm.checkpoints.headless import check_head
 from nanovllm.collector import collector_slowed
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
@@ -29,16 +29,16 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
-from nanovllm.headless import check_head
 from nanovllm.inputs import Prompt, Prompts
-from nanovllm.job_order import job_order
 from nanovllm.models import MODELS, model_class
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
 from nanovllm.sampling.masks import StepMasks, launch_sampling, waits_for_masks
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.sharing.job_order import job_order
 from nanovllm.utils.interrupts import uninterrupted
+from nanovllm.vllm_compat.absent import ABSENT_IN_GENERATE, refuse_others
 
 COUNTERS = ("requests", "prompt_tokens", "completion_tokens", "prefix_hit_tokens", "preemptions")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.graphs import (
     SIZES_TO_COMPILE,
     StepGraphs,
@@ -41,6 +40,7 @@ from nanovllm.readout.step_reader import Readings, StepReader
 from nanovllm.sampling.extras import Extras, copying_extras
 from nanovllm.sampling.masks import StepMasks
 from nanovllm.sampling.table import SamplingTable
+from nanovllm.sharing.copy_on_write import BlockCopy
 from nanovllm.utils.context import StepInputs, running
 from nanovllm.utils.tensor_parallel import tensor_parallel
 from nanovllm.warm_up import cached_prefills, largest_prefill

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nanovllm.checkpoint import load_tokenizer, read_json
+from nanovllm.checkpoints.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs import Prompt, Prompts, listed, split_prompt, token_ids_of
+from nanovllm.params.snapshots import snapshots
 from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling.rule_maker import RequestRules, RuleMaker, compiled
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.snapshots import snapshots
 from nanovllm.text.decoder import decoder_of
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.encoder import encode, find_bos

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from nanovllm.copy_on_write import BlockCopy
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.prefill_groups import PrefillGroups
+from nanovllm.sharing.copy_on_write import BlockCopy
+from nanovllm.sharing.prefill_groups import PrefillGroups
 
 # Config imports torch; the scheduler can be read, tested and simulated without it.
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanovllm.kernels._triton import tl, triton
 
 if TYPE_CHECKING:
-    from nanovllm.copy_on_write import BlockCopy
+    from nanovllm.sharing.copy_on_write import BlockCopy
 
 TILE = 4096  # numbers that a program copies
 

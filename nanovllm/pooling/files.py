@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanovllm.checkpoint import read_json
+from nanovllm.checkpoints.checkpoint import read_json
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.params.structured import StructuredOutputsParams
 from nanovllm.sampling.token_rules import (
     AllowedTokens,
     BadWords,
@@ -20,7 +21,6 @@ from nanovllm.sampling.token_rules import (
     mask_of,
 )
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.checkpoint import EMBEDDING, HEAD, find_tensors, open_weights, read_json
+from nanovllm.checkpoints.checkpoint import EMBEDDING, HEAD, find_tensors, open_weights, read_json
+from nanovllm.checkpoints.wrappers import is_wrapper, text_name
 from nanovllm.utils.loader import LoadTensor, expected_tensors, name_some
-from nanovllm.wrappers import is_wrapper, text_name
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.checkpoint import (
+from nanovllm.checkpoints.checkpoint import (
     EMBEDDING,
     HEAD,
     Stored,

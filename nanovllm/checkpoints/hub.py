@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanovllm.checkpoint import PROCESSOR_TEMPLATE, weight_files
+from nanovllm.checkpoints.checkpoint import PROCESSOR_TEMPLATE, weight_files
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 # Files of the hub that are read, if a model has them, besides its weights.

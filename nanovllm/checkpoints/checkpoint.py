@@ -17,14 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from nanovllm.headless import (
+from nanovllm.checkpoints.headless import (
     has_bare_names,
     may_lack_head,
     settle_missing_head,
     whole_architectures,
     whole_name,
 )
-from nanovllm.wrappers import TEXT_MODELS, WRAPPERS, is_wrapper, text_name
+from nanovllm.checkpoints.wrappers import TEXT_MODELS, WRAPPERS, is_wrapper, text_name
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which shard holds which tensor

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import wraps
 from typing import Any, TypeVar
 
-from nanovllm.absent import Absent, without_absent
+from nanovllm.vllm_compat.absent import Absent, without_absent
 
 T = TypeVar("T", bound="Assignable")
 

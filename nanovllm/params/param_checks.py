@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nanovllm.frozen import FrozenDict, FrozenList
-from nanovllm.structured import StructuredOutputsParams
+from nanovllm.params.frozen import FrozenDict, FrozenList
+from nanovllm.params.structured import StructuredOutputsParams
 from nanovllm.utils.checks import Range, check_value, plain_number
 
 NOTHING = FrozenList()  # as `stop` and `stop_token_ids`

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from nanovllm.absent import Absent, without_absent
+from nanovllm.vllm_compat.absent import Absent, without_absent
 
 LOGGER = logging.getLogger("nanovllm")  # not set up any further: it prints lines to stderr
 

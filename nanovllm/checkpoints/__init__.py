@@ -1,0 +1,1 @@
+"""The files of a model: where they are, which of them count, and what they mean."""

@@ -1,0 +1,1 @@
+"""What the fields of a request's parameters have in common: checks, assignment, copies."""

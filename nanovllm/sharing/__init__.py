@@ -1,0 +1,1 @@
+"""What requests share: their prompts' cache blocks, one computation of equal prompts, an order."""

@@ -1,0 +1,1 @@
+"""What scripts written for vLLM expect: its options and methods, and what is absent here."""
