@@ -355,6 +355,7 @@ def test_a_grammar_that_grows_too_large_ends_its_sequence_alone(
     outputs = run(llm, [of_form(form), of_form(seed=1)])
     assert outputs[0]["finish_reason"] == "error"
     assert outputs[0]["stop_reason"].startswith("structured_outputs: ")
+    assert "\n" not in outputs[0]["stop_reason"]
     assert ids_of(outputs)[1] == ids_of(alone)[0]
 
 

@@ -225,7 +225,7 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
             grammar = grammar_from(kind, getattr(structure, kind))
     except ValueError as error:
         raise ValueError(f"structured_outputs: {kind} is not right: {error}") from error
-    matcher = LLMatcher(tokenizer, grammar)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)  # what goes wrong is a stop_reason
     if matcher.is_error():
         raise ValueError(f"structured_outputs: {kind} is not right: {matcher.get_error()}")
     return matcher
