@@ -408,6 +408,21 @@ def test_wrong_forms(form: dict[str, Any], error: type[Exception], fault: str) -
         StructuredOutputsParams(**form)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"choice": ["yes", "a<|im_end|>"]},
+        {"regex": r"x<\|im_end\|>"},
+        {"json": {"enum": ["<|im_end|>", "b"]}},
+    ],
+)
+def test_a_form_that_spells_a_special_token_is_refused(llm: LLM, form: dict[str, Any]) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
+    with pytest.raises(ValueError, match=r"holds '<\|im_end\|>', which is a special token"):
+        llm.generate("Hello", params, use_tqdm=False)
+    assert llm.is_finished()
+
+
 def test_wrong_combinations() -> None:
     with pytest.raises(ValueError, match="min_tokens 3 cannot be combined"):
         of_form(COMPACT, min_tokens=3)
