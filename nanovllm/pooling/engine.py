@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.absent import ABSENT_IN_POOLING, refuse_others
 from nanovllm.collector import collector_slowed
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
@@ -27,6 +26,7 @@ from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutpu
 from nanovllm.progress import progress_bar
 from nanovllm.readout.readout import LastHidden, MeanHidden, NextLogits
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_compat.absent import ABSENT_IN_POOLING, refuse_others
 
 PREFILL_ONLY = SamplingParams(temperature=0, max_tokens=1)
 Params = PoolingParams | SequenceOf[PoolingParams] | None
