@@ -714,6 +714,7 @@ def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(
     for module in (attention_backend, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     backend = attention_backend.select_backend("auto", "cuda", 256, head_dim, dtype)
     assert (backend.name, backend.decode) == (name, paged_decode)
