@@ -177,6 +177,6 @@ class Config:
             raise ValueError(
                 f"a KV cache of {max(num_blocks, 0)} blocks of {self.kvcache_block_size} tokens "
                 f"cannot hold one sequence of max_model_len {self.max_model_len}, which takes "
-                f"{needed} blocks; lower max_model_len, or raise num_kvcache_blocks or "
-                "gpu_memory_utilization"
+                f"{needed} blocks; lower max_model_len, or raise num_kvcache_blocks, "
+                "kv_cache_memory_bytes or gpu_memory_utilization, whichever sets it"
             )

@@ -2,6 +2,7 @@
 
 So `outputs[0]["text"]`, which is the design here, and `outputs[0].outputs[0].text`, which scripts
 written for vLLM read, are the same item: what is changed in one is changed in the other.
+With n above 1 the first completion is a dict of its own, of which the result begins as a copy.
 """
 
 from __future__ import annotations

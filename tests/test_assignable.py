@@ -209,3 +209,11 @@ def test_a_token_id_that_the_vocabulary_lacks_is_named_with_its_option(llm: LLM,
     params = SamplingParams(**{name: value})
     with pytest.raises(ValueError, match=f"{name} of prompt 1 has the token id 9999; .* 0 to"):
         llm.generate([[1], [1]], [SamplingParams(), params], use_tqdm=False)
+
+
+def test_absent_options_are_refused_with_their_remedy_when_assigned() -> None:
+    params = SamplingParams()
+    params.best_of = 1  # asks for nothing
+    with pytest.raises(TypeError, match="no option best_of=4; sample n completions"):
+        params.best_of = 4
+    assert params == SamplingParams()

@@ -355,6 +355,7 @@ def test_a_grammar_that_grows_too_large_ends_its_sequence_alone(
     outputs = run(llm, [of_form(form), of_form(seed=1)])
     assert outputs[0]["finish_reason"] == "error"
     assert outputs[0]["stop_reason"].startswith("structured_outputs: ")
+    assert "\n" not in outputs[0]["stop_reason"]
     assert ids_of(outputs)[1] == ids_of(alone)[0]
 
 
@@ -405,6 +406,21 @@ def test_a_form_that_cannot_be_compiled_is_refused_before_anything_is_queued(
 def test_wrong_forms(form: dict[str, Any], error: type[Exception], fault: str) -> None:
     with pytest.raises(error, match=fault):
         StructuredOutputsParams(**form)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"choice": ["yes", "a<|im_end|>"]},
+        {"regex": r"x<\|im_end\|>"},
+        {"json": {"enum": ["<|im_end|>", "b"]}},
+    ],
+)
+def test_a_form_that_spells_a_special_token_is_refused(llm: LLM, form: dict[str, Any]) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
+    with pytest.raises(ValueError, match=r"holds '<\|im_end\|>', which is a special token"):
+        llm.generate("Hello", params, use_tqdm=False)
+    assert llm.is_finished()
 
 
 def test_wrong_combinations() -> None:

@@ -219,6 +219,9 @@ def test_a_spoilt_directory_changes_nothing(llm: LLM, tmp_path: Path) -> None:
         llm.load_weights(narrow.path)
     with pytest.raises(ValueError, match="lacks weight files"):
         llm.load_weights(tmp_path.parent)
+    for wrong in ([1], [("model.norm.weight",)], [("model.norm.weight", torch.zeros(64), 3)]):
+        with pytest.raises(TypeError, match="weights must be pairs of a name and a tensor, not "):
+            llm.load_weights(wrong)
     with pytest.raises(TypeError, match="a directory, not 3"):
         llm.load_weights(3)  # type: ignore[arg-type]
     assert changed_names(llm, before) == []
@@ -392,6 +395,8 @@ def test_sleep_in_every_order(llm: LLM, checkpoint: Checkpoint) -> None:
         with pytest.raises(ValueError, match="level must be 1"):
             llm.sleep(level)  # type: ignore[arg-type]
     llm.sleep()
+    with pytest.raises(TypeError, match="tags must be a string, a list of strings or None, not 5"):
+        llm.wake_up(5)
     for tags in ("cache", ["weights", "kv"]):
         with pytest.raises(ValueError, match="tags must be of weights, kv_cache"):
             llm.wake_up(tags)

@@ -3,6 +3,7 @@ one's own, revisions, and names of methods.
 """
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import Checkpoint, greedy, make_llm
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.config import Config
+from nanovllm.vllm_compat.vllm_names import ABSENT_METHODS
 from nanovllm.vllm_compat.vllm_options import ABSENT_OPTIONS, our_options
 
 WITHOUT_EFFECT: dict[str, Any] = dict(
@@ -298,4 +300,27 @@ def test_options_of_chat() -> None:
     assert len(cut.prompt_token_ids) == 3 and cut.prompt is None
     with pytest.raises(TypeError, match="LLM.chat has no option lora_request=.*merge"):
         llm.chat(messages, greedy(8), lora_request="adapter")
+    llm.exit()
+
+
+def test_options_of_embed_and_score() -> None:
+    llm = make_llm(DEMO_MODEL)
+    options: dict[str, Any] = dict(use_tqdm=False, lora_request=None, tokenization_kwargs=None)
+    (output,) = llm.embed("Hello", **options)
+    assert output.outputs.hidden_size == len(output.outputs.embedding) == 256
+    with pytest.raises(TypeError, match="LLM.embed has no option lora_request=3; merge"):
+        llm.embed("Hello", lora_request=3)
+    with pytest.raises(TypeError, match="LLM.score has no option 'template_'"):
+        llm.score("Hello", "Hello", template_="")
+    llm.exit()
+
+
+def test_absent_methods_say_what_to_use() -> None:
+    llm = make_llm(DEMO_MODEL)
+    for name, remedy in ABSENT_METHODS.items():
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'; {re.escape(remedy)}"):
+            getattr(llm, name)
+        assert not hasattr(llm, name)
+    with pytest.raises(AttributeError, match="'LLM' object has no attribute 'genrate'$"):
+        llm.genrate  # noqa: B018
     llm.exit()

@@ -37,7 +37,7 @@ def checked_assignment(absent: dict[str, Absent]) -> Callable[[type[T]], type[T]
     for every field. What is assigned must be right beside the other fields as they are then: for
     more `min_tokens` than `max_tokens`, raise `max_tokens` first.
 
-    absent: options that its `__init__` is to refuse, or to leave out, by name.
+    absent: options that `__init__` and assignments refuse, or leave out, by name.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -50,6 +50,9 @@ def checked_assignment(absent: dict[str, Absent]) -> Callable[[type[T]], type[T]
             init(self, *args, **options)
 
         def assign(self: T, name: str, value: Any) -> None:
+            if name in absent:  # harmless, or an error with its remedy
+                without_absent(cls.__name__, {name: value}, absent)
+                return
             names = [field.name for field in fields(self)]  # type: ignore[arg-type]
             if name not in names:
                 raise AttributeError(

@@ -26,6 +26,7 @@ from nanovllm.pooling.results import EmbeddingRequestOutput, ScoringRequestOutpu
 from nanovllm.progress import progress_bar
 from nanovllm.readout.readout import LastHidden, MeanHidden, NextLogits
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_compat.absent import ABSENT_IN_POOLING, refuse_others
 
 PREFILL_ONLY = SamplingParams(temperature=0, max_tokens=1)
 Params = PoolingParams | SequenceOf[PoolingParams] | None
@@ -46,6 +47,7 @@ class PoolingEngine(LLMEngine):
         prompt_name: str | None = None,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
+        **absent: Any,
     ) -> list[EmbeddingRequestOutput]:
         """Embed prompts, batched as the cache allows, and return a result for each, in order.
 
@@ -60,6 +62,7 @@ class PoolingEngine(LLMEngine):
             truncate_prompt_tokens: take only so many tokens at the end of a prompt; -1: as many as
                 fit. None: all.
             use_tqdm: whether to show a progress bar.
+            absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
             For each prompt a dict with `embedding` (a list of floats), `prompt_token_ids` and
@@ -70,6 +73,7 @@ class PoolingEngine(LLMEngine):
                 are made in a way that is not supported.
             RuntimeError: as for `generate`.
         """
+        refuse_others("LLM.embed", absent, ABSENT_IN_POOLING)
         self._check_alive()
         before = self._embedding_files.prompt(prompt_name)
         if before:
@@ -96,6 +100,7 @@ class PoolingEngine(LLMEngine):
         instruction: str = INSTRUCTION,
         template: str | None = None,
         use_tqdm: bool = True,
+        **absent: Any,
     ) -> list[ScoringRequestOutput]:
         """Score how well documents answer queries, and return a result for each pair, in order.
 
@@ -110,6 +115,7 @@ class PoolingEngine(LLMEngine):
             template: of the prompt, with {instruction}, {query} and {document} in it; None for
                 Qwen3-Reranker's.
             use_tqdm: whether to show a progress bar.
+            absent: options of vLLM's, if their values ask for nothing.
 
         Returns:
             For each pair a dict with `score`, `prompt_token_ids` and `num_cached_tokens`;
@@ -119,6 +125,7 @@ class PoolingEngine(LLMEngine):
             TypeError, ValueError: for texts that make no pairs, or a model that cannot be asked.
             RuntimeError: as for `generate`.
         """
+        refuse_others("LLM.score", absent, ABSENT_IN_POOLING)
         pairs = make_pairs(queries, documents)
         if self._embedding_files.are_there and template is None:
             return self._score_by_cosine(pairs, use_tqdm)

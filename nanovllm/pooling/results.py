@@ -22,6 +22,11 @@ class EmbeddingRequestOutput(PoolingOutput):
     embedding: list[float] = item("embedding")
 
     @property
+    def hidden_size(self) -> int:
+        """How many numbers the vector has."""
+        return len(self.embedding)
+
+    @property
     def outputs(self) -> "EmbeddingRequestOutput":
         """This result itself, of which scripts written for vLLM read `.outputs.embedding`."""
         return self

@@ -133,7 +133,9 @@ def _match(masked: list[Masked], words: np.ndarray) -> None:
     threads.unsafe_compute_mask_ptr(to_fill, words.ctypes.data, num_bytes, len(words))
     for matcher, index in to_fill:
         if matcher.is_error():
-            masked[index].rules.problem = f"structured_outputs: {matcher.get_error()}"
+            # What went wrong, without llguidance's state and the whole grammar behind it.
+            reason = matcher.get_error().partition("\n<state>")[0]
+            masked[index].rules.problem = f"structured_outputs: {reason}"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections import OrderedDict
@@ -164,7 +165,28 @@ class RuleMaker:
     def _compile(self, structure: StructuredOutputsParams) -> Future[Any]:
         """Start compiling."""
         grammar_tokenizer = self._grammar_tokenizer
+        self._check_spelling(structure)
         return self._pool.submit(compile_grammar, structure, grammar_tokenizer)
+
+    def _check_spelling(self, structure: StructuredOutputsParams) -> None:
+        """Raise a ValueError for a form that spells a special token. Where a form leaves no choice,
+        llguidance takes the tokenizer's tokens for the text, and such a token ends the completion,
+        or leaves a gap in its text. (A grammar may name special tokens on purpose.)
+        """
+        if structure.kind not in ("choice", "json", "regex"):
+            return
+        assert self.tokenizer is not None  # `_grammar_tokenizer` has seen to it
+        # Without backslashes, as a regex escapes "|", and JSON what is not ASCII.
+        text = " ".join(structure.choice or (structure.json or structure.regex or "",))
+        text = text.replace("\\", "")
+        for token in self.tokenizer.added_tokens_decoder.values():
+            spellings = (token.content, json.dumps(token.content)[1:-1].replace("\\", ""))
+            if token.special and any(spelling in text for spelling in spellings):
+                raise ValueError(
+                    f"structured_outputs: {structure.kind} holds {token.content!r}, which is a "
+                    f"special token of {self.config.model} and cannot be part of a text of that "
+                    "form; leave it out"
+                )
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -225,7 +247,7 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
             grammar = grammar_from(kind, getattr(structure, kind))
     except ValueError as error:
         raise ValueError(f"structured_outputs: {kind} is not right: {error}") from error
-    matcher = LLMatcher(tokenizer, grammar)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)  # what goes wrong is a stop_reason
     if matcher.is_error():
         raise ValueError(f"structured_outputs: {kind} is not right: {matcher.get_error()}")
     return matcher

@@ -57,6 +57,8 @@ def checked_tags(tags: str | list[str] | None) -> tuple[str, ...]:
     """The tags as a tuple, all of them for None; a ValueError for one that does not exist."""
     if tags is None:
         return TAGS
+    if not isinstance(tags, (str, list, tuple, set)):
+        raise TypeError(f"tags must be a string, a list of strings or None, not {tags!r}")
     listed = (tags,) if isinstance(tags, str) else tuple(tags)
     for tag in listed:
         if tag not in TAGS:

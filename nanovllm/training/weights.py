@@ -153,7 +153,14 @@ def pairs_of(weights: Weights) -> Iterable[tuple[str, Tensor]]:
         raise TypeError(
             f"weights must be a dict, pairs of names and tensors, or a directory, not {weights!r}"
         )
-    return weights
+    return map(checked_pair, weights)
+
+
+def checked_pair(pair: Any) -> tuple[str, Tensor]:
+    """Return what is a pair, whatever it holds; a TypeError otherwise."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"weights must be pairs of a name and a tensor, not {pair!r:.100}")
+    return pair[0], pair[1]
 
 
 def read_checkpoint(path: Path) -> Iterator[tuple[str, Tensor]]:

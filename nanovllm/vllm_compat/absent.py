@@ -83,6 +83,12 @@ ABSENT_IN_GENERATE = {
     "priority": Absent("requests run in the order of arrival"),
     "tokenization_kwargs": Absent("pass truncate_prompt_tokens to SamplingParams", (None, {})),
 }
+# Of LLM.embed and LLM.score.
+ABSENT_IN_POOLING = {
+    "lora_request": ABSENT_IN_GENERATE["lora_request"],
+    "pooling_task": Absent("call embed or score", (None, "embed")),
+    "tokenization_kwargs": Absent("pass truncate_prompt_tokens to embed", (None, {})),
+}
 # Of LLM.beam_search.
 ABSENT_IN_BEAM_SEARCH = {
     "lora_request": ABSENT_IN_GENERATE["lora_request"],
