@@ -1,4 +1,4 @@
-"""Python's garbage collector, while results pile up."""
+"""Python's garbage collector, while prompts and results pile up."""
 
 import gc
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ RARELY = 100_000  # objects that are made between two runs; Python's own number 
 def collector_slowed() -> Iterator[None]:
     """Have the garbage collector run less often inside the `with`.
 
-    The results of a job are many small objects that all stay, such as a dict for each token whose
-    log-probabilities are asked for. The collector goes through all of them again each time their
-    number has grown by a quarter, and through the new ones several times more: that took about
-    half of the time in which a million entries were made.
+    A job has many small objects that all stay, such as the lists of its prompts' tokens, or a dict
+    for each token whose log-probabilities are asked for. The collector goes through all of them
+    again each time their number has grown by a quarter, and through the new ones several times
+    more: that took about half of the time in which a million entries were made.
     """
     thresholds = gc.get_threshold()
     is_ours = 0 < thresholds[0] < RARELY  # 0: it is off, and may stay so
