@@ -714,8 +714,8 @@ def test_auto_takes_flash_attention_4_for_prefill_where_it_serves(
     for module in (attention_backend, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", lambda: (package_4_varlen, None))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    # Not torch.cuda's functions: `is_hopper` remembers what they said first, for later tests too.
+    monkeypatch.setattr(attention_backend, "is_hopper", lambda: True)
     backend = attention_backend.select_backend("auto", "cuda", 256, head_dim, dtype)
     assert (backend.name, backend.decode) == (name, paged_decode)
     assert attention_backend.select_backend(backend.name, "cuda", 256, head_dim, dtype) is backend
@@ -752,7 +752,7 @@ def test_flash_attention_that_does_not_import_is_a_clear_error(monkeypatch, vers
     for module in (attention_backend, flash_attention):
         monkeypatch.setattr(module, "flash_attention_version", lambda: version)
     monkeypatch.setattr(flash_attention, "_functions", broken)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention_backend, "is_hopper", lambda: True)
     with pytest.raises(ValueError, match="undefined symbol"):
         attention_backend.select_backend("flash_attn", "cuda", 256, 128, torch.bfloat16)
     assert (
