@@ -1,0 +1,1 @@
+"""Jobs: files of a million prompts, all GPUs of a machine, many machines, and nothing lost."""
