@@ -12,7 +12,6 @@ from nanovllm.jobs.look_ahead import LookAhead
 from nanovllm.jobs.suspects import Suspects
 from nanovllm.jobs.task import Task
 
-ENGINE_FAILED = "engine_failed"  # the error of a line that was in an engine when it failed
 # Seconds from an answer until the line that takes its place has reached the engine, with a margin:
 # the engine may be in a step, and either process may wait for a core.
 ROUND_TRIP = 0.2
@@ -50,11 +49,7 @@ class Slot:
     max_num_seqs: int = 0  # of its engine
     in_flight: dict[int, Task] = field(default_factory=dict)  # by ticket
     rate: AnswerRate = field(default_factory=AnswerRate)
-    # No other lines are added to those in flight: they are suspects, or the engine has just failed.
-    is_closed: bool = False
-    failed: list[Task] = field(
-        default_factory=list
-    )  # of those in flight, in an engine that goes on
+    is_closed: bool = False  # those in flight are suspects, to which no other lines are added
     probe: Task | None = None  # a line in flight alone that was in no failure before
     num_silent_failures: int = 0
     is_given_up: bool = False
@@ -159,62 +154,36 @@ class Dispatcher:
         slot.is_ready = True
         slot.max_num_seqs = max_num_seqs
 
-    def answer(self, index: int, ticket: int, answer: Answer) -> Task | None:
-        """A replica has answered a line, and does not have it any more. Returns it, unless it was
-        in a step that failed: then it is run again.
-        """
+    def answer(self, index: int, ticket: int, answer: Answer) -> Task:
+        """A replica has answered a line, and does not have it any more. Returns the line."""
         slot = self.slots[index]
-        task = slot.in_flight.pop(ticket)
-        if answer.error == ENGINE_FAILED:
-            slot.failed.append(task)
-            slot.is_closed = True
-            return None
         if answer.error is None:
             slot.num_silent_failures = 0
-        return task
-
-    def settle(self, index: int) -> Failure | None:
-        """What follows from a step that failed in an engine that goes on, once it is known which
-        lines were in it.
-        """
-        slot = self.slots[index]
-        if slot.in_flight or not slot.failed:
-            return None
-        failed, slot.failed = slot.failed, []
-        return self._count_failure(slot, failed, was_ready=True)
+        return slot.in_flight.pop(ticket)
 
     def die(self, index: int) -> Failure:
         """A replica's process has ended."""
         slot = self.slots[index]
-        tasks = slot.failed + list(slot.in_flight.values())
-        slot.failed = []
+        tasks = list(slot.in_flight.values())
         slot.in_flight.clear()
-        was_ready = slot.is_ready
+        # A line that was in no failure before is innocent, with all likelihood.
+        is_innocent = not slot.is_ready or tasks == [slot.probe]
         slot.is_ready = False
-        return self._count_failure(slot, tasks, was_ready)
+        slot.is_closed = False
+        slot.probe = None
+        slot.num_silent_failures += 1
+        limit = MAX_SILENT_FAILURES if is_innocent else MAX_DOUBTFUL_FAILURES
+        slot.is_given_up = slot.num_silent_failures >= limit
+        return Failure(self.suspects.add(tasks), slot.is_given_up)
 
     def take_all(self) -> list[Task]:
         """Every line that is not answered; nothing is left."""
         tasks: list[Task] = []
         for slot in self.slots:
-            tasks += [*slot.failed, *slot.in_flight.values()]
-            slot.failed.clear()
+            tasks += slot.in_flight.values()
             slot.in_flight.clear()
         tasks += [*self.suspects.once, *self.suspects.more_often]
         self.suspects = Suspects()
         while (task := self.look_ahead.take(0)) is not None:
             tasks.append(task)
         return tasks
-
-    def _count_failure(self, slot: Slot, tasks: list[Task], was_ready: bool) -> Failure:
-        slot.num_silent_failures += 1
-        slot.is_closed = False
-        given_up_lines = self.suspects.add(tasks)
-        # A line that was in no failure yet is innocent, with all likelihood.
-        is_proof = not was_ready or tasks == [slot.probe]
-        limit = MAX_SILENT_FAILURES if is_proof else MAX_DOUBTFUL_FAILURES
-        slot.is_given_up = slot.num_silent_failures >= limit
-        slot.probe = None
-        if slot.is_given_up:
-            slot.is_ready = False
-        return Failure(given_up_lines, slot.is_given_up)

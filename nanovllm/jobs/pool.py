@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 from nanovllm.jobs.devices import replica_environments
-from nanovllm.jobs.dispatcher import ENGINE_FAILED
 from nanovllm.jobs.engine_worker import EngineWorker
 from nanovllm.jobs.line import Answer, Line, LineError
-from nanovllm.jobs.replica_process import Worker, WorkerOrder
+from nanovllm.jobs.replica_process import ENGINE_FAILED, Worker, WorkerOrder
 from nanovllm.jobs.run import EndOfLines, Run
 from nanovllm.jobs.supervisor import Supervisor
 from nanovllm.jobs.task import FutureTask

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,7 +26,7 @@ from typing import Any, Protocol
 from nanovllm.jobs.line import Answer, Line
 
 MAX_CLOSE_SECONDS = 5.0  # for the engine, once the process is to end
-MAX_MESSAGE_ANSWERS = 256
+ENGINE_FAILED = "engine_failed"  # error of an answer: a step failed, or the engine has ended
 
 
 class Worker(Protocol):
@@ -35,10 +36,14 @@ class Worker(Protocol):
 
     @property
     def failure(self) -> BaseException | None:
-        """Why its engine has ended, if it has; set before lines are answered with that error."""
+        """What its engine has failed of, if it has; set before lines are answered so."""
 
     def submit(self, line: Line, done: Callable[[Answer], None]) -> None:
-        """Have a line answered: `done` is called once, from any thread. Never raises for a line."""
+        """Have a line answered: `done` is called once, from any thread. Raises nothing.
+
+        The error of the answer is ENGINE_FAILED if a step failed with the line in it, or the engine
+        has ended.
+        """
 
     def close(self) -> None:
         """Free what would outlive the process."""
@@ -114,23 +119,22 @@ def send_answers(link: Connection, outbox: SimpleQueue[tuple[int, Answer]], work
     """In a thread: send what is answered, at once and in as few messages as that allows."""
     while True:
         answers: Answers = [outbox.get()]
-        try:
-            while len(answers) < MAX_MESSAGE_ANSWERS:
+        with suppress(Empty):
+            while True:
                 answers.append(outbox.get_nowait())
-        except Empty:
-            pass
-        # Looked at now: an error that the end of the engine has caused cannot be in `answers`
-        # without `failure` being set. The lines are run again, in an engine that lives.
-        failure = worker.failure
-        if failure is not None:
+        # All lines that were in an engine when it failed are answered with that error. They are
+        # not to blame, all but one at most: they are run again, in an engine of which more is known
+        # than that it may go on.
+        has_failed = any(answer.error == ENGINE_FAILED for _, answer in answers)
+        if has_failed:
             answers = [(ticket, answer) for ticket, answer in answers if answer.error is None]
         try:
             link.send(answers)
-            if failure is not None:
-                send_failure(link, failure)
+            if has_failed:
+                send_failure(link, worker.failure or RuntimeError("a step failed"))
         except OSError:
-            end_process(worker)
-        if failure is not None:
+            has_failed = True  # the parent is gone
+        if has_failed:
             end_process(worker)
 
 

@@ -203,23 +203,13 @@ class Supervisor:
                 self._take_answers(index, message)
 
     def _take_answers(self, index: int, answers: list[tuple[int, Answer]]) -> None:
-        finished: list[tuple[Task, Answer]] = []
+        dispatcher = self._dispatcher
         with self.room:
-            for ticket, answer in answers:
-                task = self._dispatcher.answer(index, ticket, answer)
-                if task is not None:
-                    finished.append((task, answer))
-            self._dispatcher.slots[index].rate.add(len(finished), time.monotonic())
-            failure = self._dispatcher.settle(index)
+            tasks = [dispatcher.answer(index, ticket, answer) for ticket, answer in answers]
+            dispatcher.slots[index].rate.add(len(tasks), time.monotonic())
         # Without the lock: a future's callbacks, which run here, may take locks of their own.
-        for task, answer in finished:
+        for task, (_, answer) in zip(tasks, answers, strict=True):
             task.finish(answer)
-        if failure is not None:
-            logger.warning("a step of replica %d failed; its lines are run again", index)
-            for task in failure.given_up_lines:  # one, that was alone
-                task.finish(answers[-1][1])
-            if failure.is_replica_given_up:
-                self._replicas[index].process.kill()
 
     def _find_dead(self) -> None:
         """Start replicas anew that have ended."""
