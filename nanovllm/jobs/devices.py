@@ -65,12 +65,14 @@ def replica_environments(
     num_gpus = 0 if engine_options.get("device") == "cpu" else count_gpus()
     if num_gpus == 0:
         return cpu_environments(1 if replicas == "auto" else int(replicas), ranks)
-    count = max(1, num_gpus // ranks) if replicas == "auto" else int(replicas)
-    if count * ranks > num_gpus:
+    most = num_gpus // ranks
+    count = most if replicas == "auto" else int(replicas)
+    if count == 0:
+        return [{}]  # the engine says that there are not enough GPUs for one
+    if count > most:
         raise ValueError(
             f"{count} replicas with tensor_parallel_size {ranks} need {count * ranks} GPUs, and "
-            f"{num_gpus} can be seen; pass replicas={max(1, num_gpus // ranks)} or "
-            'replicas="auto"'
+            f'{num_gpus} can be seen; pass replicas={max(1, most)}, or "auto"'
         )
     names = visible_gpus(num_gpus)
     return [

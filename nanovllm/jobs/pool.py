@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import threading
@@ -12,9 +11,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from nanovllm.jobs.answers import error_answer
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.engine_worker import EngineWorker
 from nanovllm.jobs.line import Answer, Line, LineError
+from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.replica_process import ENGINE_FAILED, Worker, WorkerOrder
 from nanovllm.jobs.run import EndOfLines, Run
 from nanovllm.jobs.supervisor import Supervisor
@@ -50,9 +51,9 @@ class ReplicaPool:
         self,
         model: str,
         engine_options: dict[str, Any],
-        line_options: Any,
+        line_options: LineOptions,
         replicas: int | str = 1,
-        make_worker: Callable[[str, dict[str, Any], Any], Worker] = EngineWorker,
+        make_worker: Callable[[str, dict[str, Any], LineOptions], Worker] = EngineWorker,
     ) -> None:
         environments = replica_environments(replicas, engine_options)
         model = find_model(model, engine_options)
@@ -120,9 +121,9 @@ class ReplicaPool:
                     continue
                 task, answer = result
                 yield answer
-                run.take(task)
-                with supervisor.room:
-                    supervisor.room.notify_all()
+                if run.take(task):
+                    with supervisor.room:
+                        supervisor.room.notify_all()
             if error is not None:
                 raise error
         finally:
@@ -163,10 +164,7 @@ def find_model(model: str, engine_options: dict[str, Any]) -> str:
     return resolve_model(model, engine_options.get("load_format") != "dummy", source)
 
 
-def engine_failed_answer(line_options: Any, line: Line, message: str) -> Answer:
+def engine_failed_answer(line_options: LineOptions, line: Line, message: str) -> Answer:
     """The answer to a line that is given up."""
-    try:
-        from nanovllm.jobs.answers import error_answer  # type: ignore[import-not-found]
-    except ImportError:  # until that is merged
-        return Answer(line.number, json.dumps({"error": message}).encode(), ENGINE_FAILED)
-    return error_answer(line, LineError(message, ENGINE_FAILED, status=500), line_options)
+    error = LineError(message, ENGINE_FAILED, status=500)
+    return error_answer(line.number, line.data, error, line_options)

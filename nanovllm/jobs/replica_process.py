@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from nanovllm.jobs.line import Answer, Line
+from nanovllm.jobs.line_options import LineOptions
 
 MAX_CLOSE_SECONDS = 5.0  # for the engine, once the process is to end
 ENGINE_FAILED = "engine_failed"  # error of an answer: a step failed, or the engine has ended
@@ -53,10 +54,10 @@ class Worker(Protocol):
 class WorkerOrder:
     """What a replica is to run; pickled."""
 
-    make_worker: Callable[[str, dict[str, Any], Any], Worker]
+    make_worker: Callable[[str, dict[str, Any], LineOptions], Worker]
     model: str
     engine_options: dict[str, Any]
-    line_options: Any
+    line_options: LineOptions
     parent_pid: int
 
 

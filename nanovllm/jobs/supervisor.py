@@ -169,7 +169,8 @@ class Supervisor:
             assigned = dispatcher.assign(may_steal)
             is_impatient = dispatcher.is_hungry and look_ahead.num_waiting > 0
             self._is_hungry = dispatcher.is_hungry
-            if assigned:
+            # Not for every single line: each time costs two changes of the running thread.
+            if look_ahead.num_waiting <= look_ahead.max_lines * 7 // 8:
                 self.room.notify_all()
         for index, tasks in assigned.items():
             self._replicas[index].send([(ticket, task.line) for ticket, task in tasks.items()])
