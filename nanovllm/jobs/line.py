@@ -11,6 +11,9 @@ class Line:
 
     number: int  # counted from 1 in the whole input
     data: bytes  # a JSON object, without the end of the line; nobody has looked into it yet
+    # The number of an earlier line with the same custom_id: this one is not run, and its answer is
+    # an error. None: there is none.
+    duplicate_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
