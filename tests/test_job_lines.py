@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from nanovllm.jobs.unreadable import MAX_LINE_BYTES, unreadable
 from nanovllm.pooling.results import EmbeddingRequestOutput
 from nanovllm.results import CompletionOutput, RequestOutput, TokenLogprobs
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = LineOptions("the-model")
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -224,6 +226,16 @@ def test_seeds_depend_on_the_line_and_the_prompt_alone() -> None:
     assert len({*seeds(1), *seeds(2), *seeds(1, LineOptions("m", seed=4))}) == 6
     assert seeds(1, LineOptions("m")) == [None, None]
     assert params_of(batch(COMPLETIONS, seed=9), options).seed == 9
+
+
+def test_the_lines_and_answers_of_the_documentation_are_some() -> None:
+    text = (ROOT / "docs" / "JOBS.md").read_text(encoding="utf-8")
+    lines = [line.encode() for line in text.splitlines() if line.startswith("{")]
+    requests = [line for line in lines if answered(json_text.dump(json.loads(line))) is None]
+    answers = [answered(json_text.dump(json.loads(line))) for line in lines if line not in requests]
+    kinds = [parse_line(Line(1, line), OPTIONS).kind for line in requests]
+    assert kinds == ["chat", "generate"]
+    assert answers == [(17, False), (18, True), (17, False), (18, True)]
 
 
 # --- the plain form -------------------------------------------------------------------------------
@@ -471,6 +483,11 @@ def test_log_probabilities_of_a_chat() -> None:
         ("é", -9999.0),
     ]
     assert [each.bytes for each in content] == [[97], None, [0xC3, 0xA9]]
+    request.token_bytes = lambda token_id: bytes([0xC0 + token_id])
+    body = in_batch(answer(request, [result(completion(logprobs=LOGPROBS))]))
+    exact = body["choices"][0]["logprobs"]["content"]
+    assert [each["bytes"] for each in exact] == [[97], [0xC3], [0xC3, 0xA9]]
+    assert [top["bytes"] for top in exact[2]["top_logprobs"]] == [[0xC3], [0xC4]]
     assert [[(top.token, top.logprob) for top in each.top_logprobs] for each in content] == [
         [("a", -0.5), ("é", -1.0)],
         [("é", -0.5), ("\ufffd", -1.0)],
@@ -528,6 +545,14 @@ def test_the_form_of_answers_can_be_chosen() -> None:
     made = answer(parse({"messages": HI}, as_batch, number=4), [result()])
     ChatCompletion.model_validate(in_batch(made), strict=True)
     assert json.loads(made.data)["custom_id"] == "4"
+
+
+@pytest.mark.parametrize("line", [batch(CHAT, logprobs=True), {"prompt": "a", "logprobs": 0}])
+def test_log_probabilities_of_nan_make_their_line_an_error(line: dict[str, Any]) -> None:
+    nan = TokenLogprobs([1], [math.nan], 1).as_dict(decode)
+    with pytest.raises(LineError, match="NaN") as caught:
+        answer(parse(line), [result(completion(logprobs=[nan]))])
+    assert caught.value.status == 500
 
 
 @pytest.mark.parametrize("finish_reason", ["error", "abort"])
