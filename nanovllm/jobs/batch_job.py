@@ -180,7 +180,10 @@ class BatchJob:
         """What earlier runs have done, which also counts."""
         if not isinstance(output, OutputFile):
             return Finished()
-        finished = output.read_back(answered, self.options.retry_errors)
+        try:
+            finished = output.read_back(answered, self.options.retry_errors)
+        except OutputError as error:
+            raise UsageError(str(error)) from error
         self.counts.num_lines_before = len(finished.numbers)
         self.counts.num_errors_before = finished.num_errors
         return finished

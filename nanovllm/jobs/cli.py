@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nanovllm.jobs.batch_job import BatchJob, JobOptions, JobStopped, UsageError
+from nanovllm.jobs.batch_job import BatchJob, JobOptions, JobStopped, MakePool, UsageError
 from nanovllm.jobs.cli_options import DESCRIPTION, EXIT_STATUS, Parser, RunBatchOptions
 from nanovllm.jobs.stop_signals import Interrupted, StopSignals
 
@@ -34,15 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_batch(options.read(parsed), is_quiet=parsed.quiet)
 
 
-def run_batch(options: JobOptions, is_quiet: bool = False) -> int:
-    """Run a job and say how it went, on stderr; return the exit status."""
+def run_batch(
+    options: JobOptions, is_quiet: bool = False, make_pool: MakePool | None = None
+) -> int:
+    """Run a job and say how it went, on stderr; return the exit status.
+
+    is_quiet: whether nothing is said of a job that ends well.
+    make_pool: what starts the engines; None: `ReplicaPool`.
+    """
     job: BatchJob | None = None
     try:
         with StopSignals() as signals:
             job = BatchJob(options)
-            from nanovllm.jobs.pool import ReplicaPool
+            if make_pool is None:
+                from nanovllm.jobs.pool import ReplicaPool
 
-            counts = job.run(signals, ReplicaPool)
+                make_pool = ReplicaPool
+            counts = job.run(signals, make_pool)
     except UsageError as error:
         say(f"error: {error}")
         return USAGE_ERROR

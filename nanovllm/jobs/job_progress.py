@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from nanovllm.jobs.counts import Counts, duration
-from nanovllm.progress import progress_bar
 
 BAR_SECONDS = 0.25  # between two drawings
 LOG_SECONDS = 30.0  # between two lines
@@ -34,6 +33,8 @@ def job_progress(counts: Counts, total: Total, is_shown: bool) -> Iterator[Repor
 @contextmanager
 def bar(counts: Counts, total: Total) -> Iterator[Report]:
     """Draw tqdm's bar, which works out the time left."""
+    from nanovllm.progress import progress_bar  # here, as a mistyped command needs none
+
     shown = counts.num_answered
     with progress_bar(
         total=total(), initial=shown, unit=" lines", dynamic_ncols=True, mininterval=0
