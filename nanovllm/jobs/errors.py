@@ -16,6 +16,7 @@ ALIASES: dict[str, Collection[str]] = {
     "logprobs": ("top_logprobs",),
     "structured_outputs": ("response_format", *GUIDED),
 }
+MAX_MESSAGE = 2000  # characters; some messages repeat a value, which may be as long as the line
 # How the engine's messages begin, for which there is only one prompt: the line's.
 NUMBERED = re.compile(r"^(prompt|conversation) 0\b|\bof conversation 0\b")
 
@@ -44,7 +45,7 @@ def param_in(message: str, names: Collection[str]) -> str | None:
 def own_words(error: BaseException) -> str:
     """The message of an error, without the number of the only prompt there is."""
     message = NUMBERED.sub(lambda found: "the prompt" if found.group(1) else "", str(error))
-    return message.strip() or type(error).__name__
+    return message.strip()[:MAX_MESSAGE] or type(error).__name__
 
 
 def line_error(error: BaseException, fields: Mapping[str, Any]) -> LineError:

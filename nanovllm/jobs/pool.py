@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from nanovllm.jobs.answers import error_answer
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.engine_worker import EngineWorker
 from nanovllm.jobs.line import Answer, Line, LineError
@@ -165,8 +165,5 @@ def find_model(model: str, engine_options: dict[str, Any]) -> str:
 
 def engine_failed_answer(line_options: Any, line: Line, message: str) -> Answer:
     """The answer to a line that is given up."""
-    try:
-        from nanovllm.jobs.answers import error_answer  # type: ignore[import-not-found]
-    except ImportError:  # until that is merged
-        return Answer(line.number, json.dumps({"error": message}).encode(), ENGINE_FAILED)
-    return error_answer(line, LineError(message, ENGINE_FAILED, status=500), line_options)
+    error = LineError(message, ENGINE_FAILED, status=500)
+    return error_answer(line.number, line.data, error, line_options)
