@@ -24,10 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for arguments that are wrong, and after --help.
     """
-    parser = Parser(prog="nanovllm", description="A small, fast library for offline inference.")
+    parser = Parser(prog="nanovllm", description="Offline LLM inference: this command, and a library for Python.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run_batch_parser = commands.add_parser(
-        "run-batch", help="answer each line of a file", description=DESCRIPTION, epilog=EXIT_STATUS
+        "run-batch",
+        help="answer each line of a file",
+        usage="nanovllm run-batch -i INPUT -o OUTPUT --model MODEL [options] (--help lists them)",
+        description=DESCRIPTION,
+        epilog=EXIT_STATUS,
     )
     options = RunBatchOptions(run_batch_parser)
     parsed = parser.parse_args(arguments)

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected argument {word!r}: it follows no option that takes it")
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         nearest = difflib.get_close_matches(word, flags, n=1, cutoff=0)[0]
-        self.error(f"unknown option {word}; did you mean {nearest}? (--help lists all)")
+        self.error(f"unknown option {word}; did you mean {nearest}?")
 
 
 def with_dashes(word: str) -> str:
@@ -89,7 +89,7 @@ class RunBatchOptions:
         given = vars(parsed)
         for name, flags in (("input", "-i"), ("output", "-o"), ("model", "--model")):
             if given[name] is None:
-                self.parser.error(f"{flags} is missing: the {name} (see --help)")
+                self.parser.error(f"{flags} is missing, the {name}")
         return JobOptions(
             input=parsed.input,
             output=parsed.output,

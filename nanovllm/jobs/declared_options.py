@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+NOUNS = {"N": "an integer", "X": "a number"}
 TYPE_IGNORE = re.compile(r"type: ignore\[[\w-]+\]\s*(# ?)?")
 
 
@@ -40,7 +42,8 @@ class DeclaredOption:
     def add_to(self, parser: argparse._ArgumentGroup) -> None:
         """Have a parser know the option. An option that is not given leaves no trace."""
         options: dict[str, Any] = {"dest": self.name, "default": argparse.SUPPRESS}
-        options["help"] = f"{self.comment} (default: {self.default})".replace("%", "%%")
+        default = "" if self.default == "None" else f" (default: {self.default})"
+        options["help"] = (self.comment + default).replace("%", "%%")
         if self.types == ("bool",):
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -63,14 +66,14 @@ class DeclaredOption:
                 return float(text)
             return json.loads(text)
         except ValueError:
-            wanted = {"INT": "an integer", "FLOAT": "a number"}.get(self._metavar(), "JSON")
+            wanted = NOUNS.get(self._metavar(), "JSON")
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}") from None
 
     def _metavar(self) -> str:
         """What stands for the value in the help."""
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
-        return self.types[0].upper() if self.types in (("int",), ("float",), ("str",)) else "JSON"
+        return METAVARS.get(self.types[0], "JSON")
 
 
 def declared_options(module: str, class_name: str) -> list[DeclaredOption]:
