@@ -252,6 +252,41 @@ def test_an_input_that_ends_too_early_stops_the_job_after_what_there_is(tmp_path
     assert 3_000 < len(numbers) < 5_000
 
 
+@pytest.mark.parametrize(
+    "defaults, message",
+    [
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"logit_bias": {"a": 1}}, "invalid literal for int"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias"),
+        ({"structured_outputs": {"json": "{"}}, "json"),
+        ({"structured_outputs": {"jsn": "{}"}}, "jsn"),
+    ],
+)
+def test_wrong_defaults_of_lines_are_found_first(
+    tmp_path: Path, defaults: dict[str, Any], message: str
+) -> None:
+    write_input(tmp_path, [GOOD])
+    with pytest.raises(UsageError, match=message):
+        BatchJob(options_for(tmp_path, defaults=defaults))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_defaults_of_lines(tmp_path: Path) -> None:
+    write_input(tmp_path, [GOOD])
+    defaults = {
+        "structured_outputs": {"choice": ["a", "b"]},
+        "logit_bias": {"5": 1},
+        "max_tokens": None,
+    }
+    pool = FakePool()
+    run(options_for(tmp_path, defaults=defaults), pool)
+    assert pool.line_options is not None
+    passed = pool.line_options.defaults
+    assert passed["structured_outputs"].choice == ("a", "b")
+    assert passed["logit_bias"] == {5: 1} and passed["max_tokens"] is None
+    assert run(options_for(tmp_path, defaults=defaults), pool).num_answered == 1  # the same job
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ class JobOptions:
     output: str  # a path, or "-" for stdout
     model: str
     engine: dict[str, Any] = field(default_factory=dict)  # fields of Config
-    defaults: dict[str, Any] = field(default_factory=dict)  # of SamplingParams
+    defaults: dict[str, Any] = field(default_factory=dict)  # of SamplingParams, as JSON has them
     format: str = "auto"  # see LineOptions
     keep_prompt: bool = False  # the same
     in_order: bool = False  # whether the output has the order of the input
@@ -99,7 +99,7 @@ class BatchJob:
             self.line_options = LineOptions(
                 model=options.model,
                 form=options.format,
-                defaults=options.defaults,
+                defaults=from_json(options.defaults),
                 seed=self.config.seed,
                 keep_prompt=options.keep_prompt,
             )
@@ -168,7 +168,7 @@ class BatchJob:
         return {
             "input": describe_input(self.input),
             "engine": describe_engine(self.config),
-            "defaults": self.line_options.defaults,
+            "defaults": options.defaults,
             "format": options.format,
             "keep_prompt": options.keep_prompt,
             "in_order": options.in_order,
@@ -219,6 +219,20 @@ class BatchJob:
 
     def _total(self) -> int | None:
         return self.input.total
+
+
+def from_json(params: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters as JSON has them, as SamplingParams takes them."""
+    from nanovllm.params.structured import StructuredOutputsParams
+
+    params = dict(params)
+    form = params.get("structured_outputs")
+    if isinstance(form, dict):
+        params["structured_outputs"] = StructuredOutputsParams(**form)
+    bias = params.get("logit_bias")
+    if isinstance(bias, dict):
+        params["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
+    return params
 
 
 def make_config(model: str, options: dict[str, Any]) -> Config:

@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for arguments that are wrong, and after --help.
     """
-    parser = Parser(prog="nanovllm", description="Offline LLM inference: this command, and a library for Python.")
+    parser = Parser(
+        prog="nanovllm",
+        description="Offline LLM inference: this command, and a library for Python.",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run_batch_parser = commands.add_parser(
         "run-batch",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
+from time import monotonic
 
 from nanovllm.jobs.line import Answer
 
@@ -19,11 +19,12 @@ class Counts:
     errors: Counter[str] = field(default_factory=Counter)  # by code
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    start: float = field(default_factory=time.monotonic)  # seconds; when lines began to be run
+    # When lines began to be run, in seconds.
+    start: float = field(default_factory=lambda: monotonic())
 
     def restart_clock(self) -> None:
         """Count the seconds from now on: what came before was the start of the engines."""
-        self.start = time.monotonic()
+        self.start = monotonic()
 
     def add(self, answer: Answer) -> None:
         """Count an answer."""
@@ -46,7 +47,7 @@ class Counts:
     @property
     def seconds(self) -> float:
         """How long lines have been run; never 0, so that it can be divided by."""
-        return max(time.monotonic() - self.start, 1e-3)
+        return max(monotonic() - self.start, 1e-3)
 
     @property
     def prompt_tokens_per_second(self) -> float:

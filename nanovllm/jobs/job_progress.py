@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from time import monotonic
 
 from nanovllm.jobs.counts import Counts, duration
 
@@ -72,11 +72,11 @@ def log_line(counts: Counts, total: int | None) -> None:
 
 def at_intervals(seconds: float, action: Callable[[], None]) -> Report:
     """A function that calls `action` when so much time has passed since it last did."""
-    last = time.monotonic()
+    last = monotonic()
 
     def report() -> None:
         nonlocal last
-        now = time.monotonic()
+        now = monotonic()
         if now - last >= seconds:
             last = now
             action()
