@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
@@ -55,6 +55,14 @@ class AsyncLLM:
     def config(self) -> Config:
         """The engine's options."""
         return self.llm.config
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the engine for good, a dead rank or a fault of the device; None: nothing.
+
+        It is set before the requests in flight get their errors.
+        """
+        return self._owner.failure
 
     # --- for threads ------------------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ class AsyncLLM:
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> AsyncIterator[StreamPart]:
+    ) -> AsyncGenerator[StreamPart, None]:
         """Complete one prompt, and yield the new tokens as they come, as `LLM.stream` does.
 
         A part may have several tokens, if they came while the caller was busy. Leaving the loop
@@ -157,7 +165,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **template_options: Any,
-    ) -> AsyncIterator[StreamPart]:
+    ) -> AsyncGenerator[StreamPart, None]:
         """Answer one conversation, and yield the new tokens as `stream` does."""
         options = {**(chat_template_kwargs or {}), **template_options}
         seqs = await asyncio.to_thread(
@@ -201,8 +209,9 @@ class AsyncLLM:
     # --- one request ------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        self.llm._check_alive()  # first: it knows more about what went wrong
+        self.llm._check_process()
         self._owner.check_open()
+        self.llm._check_alive()
 
     def _check(
         self, prompt: Prompt, params: SamplingParams | None, is_streamed: bool = False
@@ -246,7 +255,7 @@ class AsyncLLM:
     async def _result(self, seqs: list[Sequence], finish: Finish) -> Any:
         return await Awaited(seqs, self._owner.send, self._owner.outbox, finish).result()
 
-    def _parts(self, seqs: list[Sequence]) -> AsyncIterator[StreamPart]:
+    def _parts(self, seqs: list[Sequence]) -> AsyncGenerator[StreamPart, None]:
         return Streamed(seqs, self._owner.send, self._owner.outbox).parts()
 
 

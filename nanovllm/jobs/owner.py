@@ -12,6 +12,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
+import torch
+
 from nanovllm.collector import collector_slowed
 from nanovllm.exclusive import exclusive
 from nanovllm.jobs.tickets import Outbox, Streamed, Ticket
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("nanovllm")
 CLOSED = "this AsyncLLM was closed; make another"
+ENDED = "the engine has ended; make another AsyncLLM"
 DROPPED = "the request was dropped by a reset() or a step() of another thread"
 MAX_EXIT_SECONDS = 10.0  # so long the interpreter's end waits for the last step
 
@@ -51,6 +54,7 @@ class EngineOwner:
         self._in_flight: dict[int, Ticket] = {}  # request id -> those that the engine has
         self._streams: list[Streamed] = []  # of them
         self._scheduler = llm.scheduler  # that has their sequences; after a reset there is another
+        self.failure: BaseException | None = None  # what has ended the engine, if `close` has not
         self._is_closing = False  # to end at once
         self._is_orphaned = False  # to end when nothing is in flight
         self._has_ended = False  # nobody will look into the inbox
@@ -64,6 +68,8 @@ class EngineOwner:
 
     def check_open(self) -> None:
         """Raise an EngineError if there will be no more results."""
+        if self.failure is not None:
+            raise EngineError(f"{ENDED}: {self.failure!r}") from self.failure
         if self._is_closing or self._has_ended:
             raise EngineError(CLOSED)
 
@@ -158,9 +164,7 @@ class EngineOwner:
             if self._streams:
                 send_parts(self._llm, self._streams)
         except Exception as error:
-            self._fail_all(f"a step of the engine failed: {error!r}", error)
-            self._llm.reset()
-            self._stop_if_dead()
+            self._recover(error)
             return
         for request_id, result in results:
             ticket = self._in_flight.pop(request_id, None)
@@ -172,11 +176,18 @@ class EngineOwner:
                     del self._in_flight[stream.request_id]
             self._streams = [stream for stream in self._streams if not stream.is_done]
 
-    def _stop_if_dead(self) -> None:
+    def _recover(self, error: Exception) -> None:
+        """After a step has failed: empty the engine, find out whether it can go on, and say so."""
+        self._llm.reset()
         try:
-            self._llm._check_alive()
-        except RuntimeError:  # of exit(), or because a rank has failed
+            self._llm._check_alive()  # it is not after exit(), or when a rank has failed
+            if self._llm.config.device == "cuda":
+                torch.cuda.synchronize()  # raises the error that has ended the context, if one has
+        except Exception:
+            # First of all: whoever learns of a lost request looks here.
+            self.failure = error
             self._is_closing = True
+        self._fail_all(f"a step of the engine failed: {error!r}", error)
 
     def _tell(self, tell: Callable[..., None], *args: Any) -> None:
         """Call a method of a ticket's. Whatever its callbacks raise, this thread goes on."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -229,7 +229,7 @@ class Streamed(LoopTicket):
             self._outbox.add(self, parts)
             self._completions = [each for each in self._completions if not each.is_done]
 
-    async def parts(self) -> AsyncIterator[StreamPart]:
+    async def parts(self) -> AsyncGenerator[StreamPart, None]:
         """Send the ticket, and yield all parts; leaving this early ends the request."""
         num_running = len(self.seqs)
         self._send(self)
