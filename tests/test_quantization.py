@@ -137,6 +137,9 @@ REFUSED: list[tuple[dict[str, Any] | None, str | None, str]] = [
     (group(output_activations=INT8), None, "output_activations"),
     (group(targets="Linear"), None, "in a list, not by 'Linear'"),
     (dict(group(), config_groups={}), None, "config_groups {}"),
+    (dict(group(), config_groups=[1]), None, r"config_groups \[1\]"),
+    (dict(group(), config_groups={"g": "W8A8"}), None, "a config group 'W8A8'"),
+    (group(input_activations="W8A8"), None, "input_activations 'W8A8'"),
     (dict(group(), config_groups={"g": dict(targets=["Linear"])}), None, "with weights None"),
     (dict(group(), sparsity_config=dict(format="sparse-24-bitmask")), None, "sparsity_config"),
     (dict(group(), transform_config=dict(config_groups={"R1": {}})), None, "transform_config"),
@@ -162,6 +165,12 @@ def test_wrong_regular_expressions_and_types() -> None:
         read_scheme(SimpleNamespace(), 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantization_config must be a dict, not 'fp8'"):
         read_scheme(SimpleNamespace(quantization_config="fp8"), None)
+
+
+def test_a_scheme_of_the_kv_cache_alone() -> None:
+    config = dict(group(), config_groups={}, kv_cache_scheme=dict(num_bits=8, type="float"))
+    scheme = read_scheme(SimpleNamespace(quantization_config=config), None)
+    assert scheme is not None and scheme.format_of(Q) is UNQUANTIZED
 
 
 @pytest.mark.parametrize("option", [None, "auto", "fp8"])
