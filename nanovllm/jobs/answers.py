@@ -14,11 +14,12 @@ from typing import Any
 from nanovllm.jobs import json_text
 from nanovllm.jobs.bodies import (
     completion_body,
+    echoed,
     embedding_body,
-    logprobs_content,
+    ends,
     num_completion_tokens,
     num_prompt_tokens,
-    prompt_logprobs,
+    prompt_items,
     vector,
 )
 from nanovllm.jobs.errors import line_error
@@ -26,6 +27,7 @@ from nanovllm.jobs.fields import SUBJECTS
 from nanovllm.jobs.line import Answer, LineError
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.line_request import LineRequest
+from nanovllm.jobs.logprobs import logprobs_content
 from nanovllm.jobs.parse import is_batch, plain_custom_id
 from nanovllm.jobs.unreadable import MAX_LINE_BYTES, custom_id_in, fields_of
 from nanovllm.results import CompletionOutput, RequestOutput
@@ -44,8 +46,11 @@ PLAIN_HEAD = re.compile(rb'\{"line":(\d+),("error":)?')
 def answer(request: LineRequest, results: Sequence[Any]) -> Answer:
     """Write what a line is answered with.
 
-    results: of its prompts, in their order; of a chat, one. A completion that ended with an error,
-        as with a model that yields NaN, makes the whole line an error.
+    results: of its prompts, in their order; of a chat, one.
+
+    Raises:
+        LineError: if a completion ended with an error, as with a model that yields NaN, or a vector
+            holds one. The whole line is to be an error then.
     """
     completion_tokens = 0
     if request.kind != "embed":
@@ -148,29 +153,21 @@ def plain_fields(request: LineRequest, results: Sequence[Any]) -> dict[str, Any]
 
 
 def plain_result(request: LineRequest, result: Any, index: int) -> dict[str, Any]:
-    """What a plain answer says of prompt number `index`."""
+    """What a plain answer says of prompt number `index`: "completions" is there with n above 1."""
     if request.kind == "embed":
         return {"embedding": vector(request, result)}
-    echo = str(request.prompts[index]) if request.echo else ""
-    shown = plain_completion(request, result, echo)
-    if len(result.outputs) > 1:
-        shown["completions"] = [plain_completion(request, each, echo) for each in result.outputs]
-    if result.prompt_logprobs is not None:
-        shown["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
-    if request.shows_ids:
-        shown["prompt_token_ids"] = result["prompt_token_ids"]
-    return shown
+    each = [plain_completion(request, part, index) for part in result.outputs]
+    shown = dict(each[0])
+    if len(each) > 1:
+        shown["completions"] = each
+    return shown | prompt_items(request, result)
 
 
 def plain_completion(
-    request: LineRequest, completion: CompletionOutput, echo: str
+    request: LineRequest, completion: CompletionOutput, index: int
 ) -> dict[str, Any]:
-    """What a plain answer says of a completion."""
-    shown = {"text": echo + completion["text"], "finish_reason": completion["finish_reason"]}
-    if completion["stop_reason"] is not None:
-        shown["stop_reason"] = completion["stop_reason"]
-    if request.shows_ids:
-        shown["token_ids"] = completion["token_ids"]
+    """What a plain answer says of a completion. Log-probabilities are in the form of chats."""
+    shown = {"text": echoed(request, index) + completion["text"], **ends(request, completion)}
     logprobs = logprobs_content(request, completion)
     if logprobs is not None:
         shown["logprobs"] = logprobs
@@ -218,7 +215,7 @@ def carried_by_error(fields: dict[str, Any], options: LineOptions) -> dict[str, 
 
 def looks_like_batch(data: bytes) -> bool:
     """Whether a line that is no JSON was to be one of the batch form."""
-    return "custom_id" in fields_of(data) or custom_id_in(data) is not None
+    return (fields_of(data).get("custom_id") or custom_id_in(data)) is not None
 
 
 def readable_fields(data: bytes) -> dict[str, Any] | None:

@@ -14,44 +14,82 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.jobs.json_text import Raw, numbers
 from nanovllm.jobs.line import LineError
 from nanovllm.jobs.line_request import LineRequest
+from nanovllm.jobs.logprobs import columns, logprobs_content, prompt_logprobs
 from nanovllm.pooling.results import EmbeddingRequestOutput
-from nanovllm.results import CompletionOutput, Logprob, RequestOutput
-from nanovllm.text.decoder import NO_CHARACTER
+from nanovllm.results import CompletionOutput, RequestOutput
 
-LOWEST = -9999.0  # stands for a log-probability of minus infinity, for which JSON has no form
+ID_PREFIX = {"chat": "chatcmpl", "generate": "cmpl"}
+OBJECT = {"chat": "chat.completion", "generate": "text_completion"}
 
 
 def completion_body(request: LineRequest, results: Sequence[RequestOutput]) -> dict[str, Any]:
     """The body of an answer to a prompt, several prompts, or a chat."""
-    is_chat = request.kind == "chat"
-    choices: list[dict[str, Any]] = []
-    for index, result in enumerate(results):
-        for completion in result.outputs:
-            choice: dict[str, Any] = {"index": len(choices)}
-            if is_chat:
-                choice |= chat_items(request, completion)
-            else:
-                echo = str(request.prompts[index]) if request.echo else ""
-                choice |= completion_items(completion, echo)
-            choice["finish_reason"] = completion["finish_reason"]
-            if completion["stop_reason"] is not None:
-                choice["stop_reason"] = completion["stop_reason"]
-            if request.shows_ids:
-                choice["token_ids"] = completion["token_ids"]
-                choice["prompt_token_ids"] = result["prompt_token_ids"]
-            if result.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
-            choices.append(choice)
-    return {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request.number}",
-        "object": "chat.completion" if is_chat else "text_completion",
+    body: dict[str, Any] = {
+        "id": f"{ID_PREFIX[request.kind]}-{request.number}",
+        "object": OBJECT[request.kind],
         "created": int(time.time()),
         "model": request.model,
-        "choices": choices,
+        "choices": [],
         "usage": usage(results),
     }
+    for index, result in enumerate(results):
+        of_prompt = prompt_items(request, result)
+        if request.kind == "chat":
+            body |= of_prompt
+            of_prompt = {}
+        for completion in result.outputs:
+            choice = {"index": len(body["choices"]), **choice_items(request, completion, index)}
+            body["choices"].append({**choice, **of_prompt})
+    return body
+
+
+def choice_items(request: LineRequest, completion: CompletionOutput, index: int) -> dict[str, Any]:
+    """What a choice says of a completion of prompt number `index`."""
+    if request.kind == "chat":
+        content = logprobs_content(request, completion)
+        choice = {
+            "message": {"role": "assistant", "content": completion["text"], "refusal": None},
+            "logprobs": None if content is None else {"content": content, "refusal": None},
+        }
+    else:
+        logprobs = completion["logprobs"]
+        choice = {
+            "text": echoed(request, index) + completion["text"],
+            "logprobs": None if logprobs is None else columns(logprobs),
+        }
+    return choice | ends(request, completion)
+
+
+def ends(request: LineRequest, completion: CompletionOutput) -> dict[str, Any]:
+    """How a completion ended, and its token ids if they are asked for."""
+    items = {"finish_reason": completion["finish_reason"]}
+    if completion["stop_reason"] is not None:
+        items["stop_reason"] = completion["stop_reason"]
+    if request.shows_ids:
+        items["token_ids"] = completion["token_ids"]
+    return items
+
+
+def echoed(request: LineRequest, index: int) -> str:
+    """What the text begins with: prompt number `index`, or nothing."""
+    if not request.echo:
+        return ""
+    prompt = request.prompts[index]
+    assert isinstance(prompt, str)  # `check_echo` has seen to it
+    return prompt
+
+
+def prompt_items(request: LineRequest, result: RequestOutput) -> dict[str, Any]:
+    """What is shown of a prompt, if it is asked for."""
+    items: dict[str, Any] = {}
+    if result.prompt_logprobs is not None:
+        items["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
+    if request.shows_ids:
+        items["prompt_token_ids"] = result["prompt_token_ids"]
+    return items
 
 
 def embedding_body(
@@ -71,126 +109,13 @@ def embedding_body(
     }
 
 
-def vector(request: LineRequest, result: EmbeddingRequestOutput) -> str | list[float]:
+def vector(request: LineRequest, result: EmbeddingRequestOutput) -> str | Raw:
     """An embedding as numbers, or as the base64 of little-endian float32."""
     if not math.isfinite(sum(result.embedding)):
         raise LineError("the model yields NaN or infinity", "model_error", status=500)
     if not request.base64:
-        return result.embedding
+        return numbers(result.embedding)
     return base64.b64encode(np.asarray(result.embedding, "<f4").tobytes()).decode()
-
-
-def chat_items(request: LineRequest, completion: CompletionOutput) -> dict[str, Any]:
-    """What a choice of a chat has of its own."""
-    content = logprobs_content(request, completion)
-    logprobs = None if content is None else {"content": content, "refusal": None}
-    message = {"role": "assistant", "content": completion["text"], "refusal": None}
-    return {"message": message, "logprobs": logprobs}
-
-
-def completion_items(completion: CompletionOutput, echo: str) -> dict[str, Any]:
-    """What a choice of a completion has of its own.
-
-    echo: the text that comes before the completion's.
-    """
-    logprobs = None
-    if completion["logprobs"] is not None:
-        logprobs = columns(completion["logprobs"])
-    return {"text": echo + completion["text"], "logprobs": logprobs}
-
-
-# --- log-probabilities ----------------------------------------------------------------------------
-
-
-def logprobs_content(
-    request: LineRequest, completion: CompletionOutput
-) -> list[dict[str, Any]] | None:
-    """The positions of a completion in the structure of chats; None if nobody asked for them."""
-    number = getattr(request.params[0], "logprobs", None)
-    if number is None or completion["logprobs"] is None:
-        return None
-    return [token_logprobs(entry, number) for entry in completion["logprobs"]]
-
-
-def token_logprobs(entry: dict[int, Logprob], number: int) -> dict[str, Any]:
-    """One position in the structure of chats: the token that was drawn, and the likeliest ones.
-
-    entry: the drawn token first, then the likeliest ones; it is among them if its rank is.
-    number: of the likeliest ones that were asked for; -1: all.
-    """
-    tokens = sorted(entry.values(), key=rank_of)
-    if number >= 0:
-        tokens = [token for token in tokens if rank_of(token) <= number]
-    drawn = next(iter(entry.values()))
-    return {**token_items(drawn), "top_logprobs": [token_items(token) for token in tokens]}
-
-
-def rank_of(token: Logprob) -> float:
-    """The rank, as something to sort by."""
-    return float("inf") if token.rank is None else token.rank
-
-
-def token_items(token: Logprob) -> dict[str, Any]:
-    """A token and its log-probability, as chats have them."""
-    text = token.decoded_token or ""
-    return {"token": text, "logprob": finite(token), "bytes": token_bytes(text)}
-
-
-def token_bytes(text: str) -> list[int] | None:
-    """The bytes of a token's text; None of a token that is only part of a character."""
-    return None if NO_CHARACTER in text else list(text.encode(errors="replace"))
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON has a form for."""
-    return max(float(logprob), LOWEST)
-
-
-def columns(entries: Sequence[dict[int, Logprob]]) -> dict[str, Any]:
-    """All positions in the structure of completions: a list for each kind of thing."""
-    texts = []
-    values = []
-    offsets = []
-    tops = []
-    offset = 0
-    for entry in entries:
-        drawn = next(iter(entry.values()))
-        text = drawn.decoded_token or ""
-        texts.append(text)
-        values.append(finite(drawn))
-        offsets.append(offset)
-        offset += len(text)
-        top: dict[str, float] = {}
-        for token in sorted(entry.values(), key=rank_of):
-            # Several tokens may have one text, U+FFFD say: the likeliest is shown.
-            top.setdefault(token.decoded_token or "", finite(token))
-        tops.append(top)
-    return {
-        "tokens": texts,
-        "token_logprobs": values,
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
-
-
-def prompt_logprobs(entries: Sequence[dict[int, Logprob] | None]) -> list[Any]:
-    """Those of a prompt, by token ids, as vLLM's server has them; None for its first token."""
-    shown: list[Any] = []
-    for entry in entries:
-        if entry is None:
-            shown.append(None)
-            continue
-        shown.append(
-            {
-                str(token_id): {
-                    "logprob": finite(token),
-                    "rank": token.rank,
-                    "decoded_token": token.decoded_token,
-                }
-                for token_id, token in entry.items()
-            }
-        )
-    return shown
 
 
 # --- usage ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ HARMLESS = {
     "metadata",
     "model",
     "parallel_tool_calls",
+    "prediction",
     "priority",
     "prompt_cache_key",
     "prompt_cache_options",
@@ -43,13 +44,14 @@ HARMLESS = {
 # Fields that are not served, the one value that asks for nothing, and what else there is to do.
 UNSERVED: dict[str, tuple[Any, str]] = {
     "stream": (False, "a job writes whole answers; leave it out"),
+    "echo": (False, "a chat has no text that could be repeated"),
     "suffix": ("", "put the text that is to follow into the prompt"),
     "audio": (None, "nothing but text is made"),
     "modalities": (["text"], "nothing but text is made"),
     "function_call": ("none", "use tools, or response_format"),
     "functions": ([], "use tools"),
     "return_tokens_as_token_ids": (False, "set return_token_ids"),
-    "add_special_tokens": (None, "pass token ids to decide about special tokens"),
+    "include_reasoning": (True, "what a model writes as its reasoning stays in its text"),
 }
 GUIDED = {
     "guided_json": "json",
@@ -71,7 +73,7 @@ KNOWN = {
     *("response_format", "guided_whitespace_pattern", *GUIDED),
     *("tools", "tool_choice", "chat_template_kwargs", *TEMPLATE_OPTIONS),
     *(*SUBJECTS, "echo", "return_token_ids"),
-    *("dimensions", "encoding_format", "normalize"),
+    *("add_special_tokens", "dimensions", "encoding_format", "normalize"),
 }
 
 
@@ -82,9 +84,9 @@ def present(fields: dict[str, Any]) -> dict[str, Any]:
 
 def take_params(fields: dict[str, Any]) -> dict[str, Any]:
     """Take the fields out that are sampling parameters; returns keyword arguments."""
-    params = {name: fields.pop(name) for name in SAME_NAME & fields.keys()}
+    params = {name: whole(fields.pop(name)) for name in SAME_NAME & fields.keys()}
     if "max_completion_tokens" in fields:  # OpenAI's newer name goes before the older one
-        params["max_tokens"] = fields.pop("max_completion_tokens")
+        params["max_tokens"] = whole(fields.pop("max_completion_tokens"))
     if "logit_bias" in fields:
         params["logit_bias"] = token_biases(fields.pop("logit_bias"))
     structure = take_structure(fields)
@@ -94,6 +96,14 @@ def take_params(fields: dict[str, Any]) -> dict[str, Any]:
     if logprobs is not None:
         params["logprobs"] = logprobs
     return params
+
+
+def whole(value: Any) -> Any:
+    """An integer in the place of a float that is one.
+
+    A column of integers in a table of pandas becomes one of floats when a row has none.
+    """
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def take_logprobs(fields: dict[str, Any]) -> int | None:
@@ -116,6 +126,7 @@ def take_logprobs(fields: dict[str, Any]) -> int | None:
 
 def checked_int(name: str, value: Any) -> int:
     """The value, if it is an integer."""
+    value = whole(value)
     if type(value) is not int:
         raise LineError(f"{name} must be an integer, not {value!r:.60}", "invalid_type", name)
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.jobs import json_text
@@ -98,12 +98,10 @@ def parse_batch(number: int, fields: dict[str, Any], options: LineOptions) -> Li
     usual = {"max_tokens": BATCH_MAX_TOKENS[kind]} if kind in BATCH_MAX_TOKENS else {}
     request = RequestParser(number, kind, body, options, usual).parse()
     refuse_unknown(body)
-    return replace(
-        request,
-        is_batch=options.form != "plain",
-        custom_id=custom_id,
-        carried={"custom_id": custom_id},
-    )
+    request.is_batch = options.form != "plain"
+    request.custom_id = custom_id
+    request.carried = {"custom_id": custom_id}
+    return request
 
 
 def parse_plain(number: int, fields: dict[str, Any], options: LineOptions) -> LineRequest:
@@ -124,12 +122,10 @@ def parse_plain(number: int, fields: dict[str, Any], options: LineOptions) -> Li
             code="invalid_value",
             param=subject,
         )
-    return replace(
-        request,
-        is_batch=options.form == "batch",
-        custom_id=plain_custom_id(number, fields),
-        carried=carried_fields(fields, rest, options),
-    )
+    request.is_batch = options.form == "batch"
+    request.custom_id = plain_custom_id(number, fields)
+    request.carried = carried_fields(fields, rest, options)
+    return request
 
 
 def required(fields: dict[str, Any], name: str) -> Any:
@@ -182,13 +178,15 @@ class RequestParser:
         if self.kind == "chat":
             messages = checked_messages(required(self.fields, "messages"))
             del self.fields["messages"]
-            template_options = take_template_options(self.fields)
+            given = take_template_options(self.fields)
+            template_options = {**self.options.chat_template_kwargs, **given}
             prompts: list[Prompt] = []
         else:
             messages = []
             template_options = {}
             prompts = checked_prompts("prompt", required(self.fields, "prompt"))
             del self.fields["prompt"]
+        self.check_special_tokens()
         echo = self.kind == "generate" and self.flag("echo")
         shows_ids = self.flag("return_token_ids")
         params = self.sampling_params(names, max(len(prompts), 1))
@@ -211,6 +209,7 @@ class RequestParser:
         names = list(self.fields)
         prompts = checked_prompts("input", required(self.fields, "input"))
         del self.fields["input"]
+        self.check_special_tokens()
         encoding = self.fields.pop("encoding_format", "float")
         if encoding not in ("float", "base64"):
             raise LineError(
@@ -239,6 +238,18 @@ class RequestParser:
             base64=encoding == "base64",
             model=self.options.model,
         )
+
+    def check_special_tokens(self) -> None:
+        """Take out whether the tokenizer adds special tokens, which is decided: to texts it does,
+        and a chat has those of its template.
+        """
+        decided = self.kind != "chat"
+        if self.fields.pop("add_special_tokens", decided) != decided:
+            raise LineError(
+                f"add_special_tokens cannot be {not decided} here; pass token ids instead",
+                code="unsupported_value",
+                param="add_special_tokens",
+            )
 
     def flag(self, name: str) -> bool:
         """Take out a field that is true or false; False where it is not there."""
