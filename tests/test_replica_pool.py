@@ -417,6 +417,67 @@ def test_an_interrupt_does_not_reach_replicas() -> None:
         assert pool.pids() == [pid]
 
 
+# --- with an engine ------------------------------------------------------------------------------
+
+
+ENGINE_SCRIPT = """
+import json
+from nanovllm import DEMO_MODEL
+from nanovllm.jobs.line import Line
+from nanovllm.jobs.line_options import LineOptions
+from nanovllm.jobs.pool import ReplicaPool
+
+def lines(count, **fields):
+    for number in range(count):
+        yield Line(number, json.dumps({"prompt": "Once", "temperature": 0, **fields}).encode())
+
+options = dict(device="cpu", max_model_len=128, max_num_seqs=8, tensor_parallel_size=2)
+pool = ReplicaPool(DEMO_MODEL, options, LineOptions("demo"))
+print(pool.pids()[0], flush=True)
+print([answer.error for answer in pool.run(lines(20, max_tokens=5))], flush=True)
+for answer in pool.run(lines(100_000, max_tokens=100, ignore_eos=True)):
+    pass
+"""
+
+
+def children_of(parent: int) -> list[int]:
+    pids = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == parent:
+            pids.append(int(status.parent.name))
+    return pids
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there are no files to look at")
+def test_nothing_outlives_the_process_with_ranks_below_its_replica() -> None:
+    """Neither processes nor shared memory, after a kill -9 of the main process."""
+    process = subprocess.Popen(
+        [sys.executable, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TESTS.parent
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(ENGINE_SCRIPT.encode())
+    process.stdin.close()
+    replica = int(process.stdout.readline())
+    assert process.stdout.readline().decode().strip() == str([None] * 20)
+    pids = [replica, *children_of(replica)]
+    assert len(pids) == 3  # with the rank, and the process that keeps track of shared memory
+    memory = {
+        Path(line.split()[-1])
+        for line in Path(f"/proc/{replica}/maps").read_text().splitlines()
+        if "/dev/shm/psm_" in line
+    }
+    assert len(memory) == 2 and all(file.exists() for file in memory)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert wait_until(lambda: all(map(is_gone, pids)), 10)
+    assert not any(file.exists() for file in memory)
+
+
 # --- devices --------------------------------------------------------------------------------------
 
 
