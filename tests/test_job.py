@@ -210,6 +210,7 @@ def test_shards_are_the_whole(tmp_path: Path) -> None:
     [
         ({"engine": {"device": "cpu", "max_model_len": 100}}, "max_model_len was 256, and is 100"),
         ({"defaults": {"temperature": 0}}, "temperature was null, and is 0"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: x was null, and is 1"),
         ({"format": "batch"}, 'format was "auto", and is "batch"'),
         ({"in_order": True}, "in_order was false, and is true"),
         ({"shard": (1, 2)}, "shard was null, and is [1, 2]"),
@@ -340,6 +341,7 @@ def test_a_full_disk_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["more"], "unexpected argument 'more'"),
         (["--max_num_seqs", "x"], "must be an integer, not 'x'"),
         (["--shard", "3/2"], "must be I/N with I from 1 to N"),
+        (["--chat-template-kwargs", "[]"], "must be a JSON object, not '[]'"),
         (["--replicas", "0"], "must be a number from 1 on, or auto"),
         (["--format", "xml"], "invalid choice: 'xml'"),
         (["-i", "missing.jsonl"], "there is no input 'missing.jsonl'"),
