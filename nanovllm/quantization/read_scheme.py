@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nanovllm.quantization.config_options import ALL_LAYERS, Options, check, refusal
 from nanovllm.quantization.fp8 import FP8Online, FP8Rows
 from nanovllm.quantization.fp8_blocks import FP8Blocks
-from nanovllm.quantization.scheme import EVERY_LAYER, ModuleNames, Rule, Scheme, as_names
+from nanovllm.quantization.read_int4 import read_awq, read_gptq, read_pack_quantized
+from nanovllm.quantization.scheme import Rule, Scheme, as_names
 from nanovllm.quantization.weight_format import WeightFormat
 
 SUPPORTED = (
-    "fp8 (e4m3 weights, in blocks or with one scale a tensor), and compressed-tensors with "
-    "float-quantized weights (e4m3, one scale a tensor, a channel or a block)"
+    "fp8 (e4m3 weights, in blocks or with one scale a tensor), awq and gptq of 4 bits, and "
+    "compressed-tensors with float-quantized weights (e4m3, one scale a tensor, a channel or a "
+    "block) or pack-quantized ones of 4 bits"
 )
 # vLLM's names of kernels for a format.
 ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 NOT_QUANTISED = (None, "auto")  # of the option: what the checkpoint says
-ALL_LAYERS = ModuleNames((EVERY_LAYER,))
-Options = dict[str, Any]
 
 
 def read_scheme(hf_config: Any, option: str | None) -> Scheme | None:
@@ -79,23 +80,6 @@ def config_of(hf_config: Any) -> Options | None:
             raise ValueError(f"{name} must be a dict, not {found!r}")
         return found
     return None
-
-
-def refusal(name: str, value: object, supported: str) -> ValueError:
-    """The error of an option of the quantization_config that is not supported."""
-    return ValueError(
-        f"{name} {value!r} in quantization_config is not supported; supported: {supported}"
-    )
-
-
-def check(options: Options, name: str, *supported: object) -> Any:
-    """Return an option of the quantization_config; a ValueError if it is none of `supported`, of
-    which the first is the default.
-    """
-    value = options.get(name, supported[0])
-    if value not in supported:
-        raise refusal(name, value, ", ".join(repr(each) for each in supported))
-    return value
 
 
 def block_of(value: object) -> tuple[int, int]:
@@ -157,8 +141,10 @@ def read_group(group: Options, layout: str | None) -> WeightFormat:
     check(group, "output_activations", None)
     if layout in ("float-quantized", "naive-quantized", None) and is_float8(weights):
         return read_float8(group, weights)
-    kind = f"{weights.get('num_bits')}-bit {weights.get('type')}"
-    raise refusal("format", f"{layout} of {kind}", SUPPORTED)
+    kind = (weights.get("type"), weights.get("num_bits"))
+    if layout == "pack-quantized" and kind == ("int", 4):
+        return read_pack_quantized(group, weights)
+    raise refusal("format", f"{layout} of {kind[1]}-bit {kind[0]}", SUPPORTED)
 
 
 def is_float8(numbers: object) -> bool:
@@ -183,5 +169,7 @@ def read_float8(group: Options, weights: Options) -> WeightFormat:
 
 READERS: dict[str, Callable[[Options], Scheme]] = {
     "fp8": read_fp8,
+    "awq": read_awq,
+    "gptq": read_gptq,
     "compressed-tensors": read_compressed_tensors,
 }
