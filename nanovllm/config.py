@@ -73,6 +73,9 @@ class Config:
     attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
     # "auto" reads the checkpoint's weights; "dummy" makes random ones and reads no weight files.
     load_format: Annotated[str, Choice("auto", "dummy")] = "auto"
+    # Of weights: "fp8" quantises a 16-bit checkpoint. None or "auto": as the checkpoint is, whose
+    # quant_method any other name must be. Afterwards it is that, or None.
+    quantization: str | None = None
     # Most log-probabilities that a request may ask for at each token. -1: as many as it likes.
     max_logprobs: Annotated[int, Range(-1)] = 20
     enable_prefix_caching: bool = True  # whether prompts that begin alike share KV cache blocks

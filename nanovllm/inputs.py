@@ -32,6 +32,10 @@ KEYS = ("prompt", "prompt_token_ids")
 NEVER_A_PROMPT = (bytes, bytearray, dict, set, frozenset)
 
 
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than `max_model_len` leaves room for: nothing else is wrong."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptParts:
     """A prompt of any form; the token ids are not checked yet."""

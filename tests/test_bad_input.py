@@ -246,7 +246,10 @@ def copy(checkpoint: Checkpoint, tmp_path: Path) -> Path:
             "layers of type 'chunked_attention' are not supported; supported: full_attention, sl",
         ),
         (dict(layer_types=["sliding_attention", "full_attention"]), "there is no sliding_window"),
-        (dict(quantization_config=dict(quant_method="fp8")), "quantised"),
+        (
+            dict(quantization_config=dict(quant_method="bitsandbytes")),
+            "quant_method 'bitsandbytes' is not supported; supported: fp8",
+        ),
         (dict(num_key_value_heads=3), "3"),
     ],
 )

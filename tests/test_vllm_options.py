@@ -115,7 +115,6 @@ def test_the_line_goes_to_stderr(
     "name, value, remedy",
     [
         ("trust_remote_code", True, "own code is never run"),
-        ("quantization", "fp8", "bf16"),
         ("speculative_config", {"method": "ngram"}, "one token"),
         ("enable_lora", True, "merge the adapter"),
         ("pipeline_parallel_size", 2, "tensor_parallel_size"),

@@ -30,7 +30,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompt, Prompts
-from nanovllm.models import MODELS, model_class
+from nanovllm.models import MODELS, check_model
 from nanovllm.outputs import build_result, has_failed
 from nanovllm.progress import progress_bar
 from nanovllm.results import RequestOutput
@@ -52,7 +52,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         config = Config.from_options(model, options, architectures=MODELS)
-        model_class(config.hf_config).check_config(config.hf_config, config.tensor_parallel_size)
+        check_model(config)
         self.config = config
         self._inputs = InputProcessor(config)
         if config.eos == -1:

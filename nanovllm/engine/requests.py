@@ -12,7 +12,7 @@ import numpy as np
 from nanovllm.checkpoints.checkpoint import load_tokenizer, read_json
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
-from nanovllm.inputs import Prompt, Prompts, listed, split_prompt, token_ids_of
+from nanovllm.inputs import Prompt, Prompts, PromptTooLong, listed, split_prompt, token_ids_of
 from nanovllm.params.snapshots import snapshots
 from nanovllm.readout.readout import PromptLogprobs
 from nanovllm.sampling.rule_maker import RequestRules, RuleMaker, compiled
@@ -142,7 +142,7 @@ class InputProcessor:
             )
         max_model_len = self.config.max_model_len
         if len(token_ids) >= max_model_len:
-            raise ValueError(
+            raise PromptTooLong(
                 f"prompt {index} has {len(token_ids)} tokens, and max_model_len {max_model_len} "
                 "must hold them and one more; shorten it or raise the limit"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +12,9 @@ class Line:
 
     number: int  # counted from 1 in the whole input
     data: bytes  # a JSON object, without the end of the line; nobody has looked into it yet
+    # The number of an earlier line with the same custom_id: this one is not run, and its answer is
+    # an error. None: there is none.
+    duplicate_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +36,7 @@ class LineError(ValueError):
         self.code = code  # such as "invalid_json"
         self.param = param  # the field that is wrong, if it is one
         self.status = status  # of HTTP
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all of it: an exception alone keeps what its base class was given."""
+        return type(self), (str(self), self.code, self.param, self.status)

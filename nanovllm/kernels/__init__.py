@@ -5,6 +5,7 @@
 - `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
   Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
+- `int4_layout`: how INT4 weights lie in memory
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token

@@ -10,13 +10,14 @@ matrix a rank holds, and a `WeightFormat` says how that is stored, loaded and mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.residual import Normed
-from nanovllm.quantization.unquantized import UNQUANTIZED
+from nanovllm.quantization.construction import initial_format
 from nanovllm.quantization.weight_format import (
     PLAIN,
     READER_SUMS,
@@ -42,9 +43,9 @@ def divide(what: str, num: int, parts: int) -> int:
 class LinearBase(nn.Module):
     """This rank's part of a matrix `[output_size, input_size]` and maybe of a bias.
 
-    The sizes are those of this rank. Every parameter carries a `weight_loader(param, loaded,
-    shard_id)`, which copies this rank's part of a checkpoint tensor; where the parameter merges
-    several tensors, shard_id says which one `loaded` is.
+    The sizes are those of this rank. A parameter that is not quantised carries a `weight_loader(
+    param, loaded, shard_id)`, which copies this rank's part of a checkpoint tensor; where the
+    parameter merges several tensors, shard_id says which one `loaded` is.
     """
 
     epilogue: Epilogue = PLAIN  # what becomes of the product
@@ -54,22 +55,33 @@ class LinearBase(nn.Module):
         self.tp = get_tensor_parallel()
         self.input_size = input_size
         self.output_size = output_size
-        self.weight_format: WeightFormat = UNQUANTIZED
-        self.weight_format.create(self, output_size, input_size)
-        for param in self.parameters(recurse=False):
-            set_weight_loader(param, self.load_weight)
+        self.use_format(initial_format())
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False)
             set_weight_loader(self.bias, self.load_bias)
 
+    def use_format(self, weight_format: WeightFormat, shards: Sequence[Shard] = ()) -> None:
+        """Have a weight of this format, uninitialised; see `WeightFormat.create`."""
+        self.weight_format = weight_format
+        weight_format.create(self, self.output_size, self.input_size, shards)
+
     def shard(self, shard_id: Any = None) -> Shard:
         """Say which part of checkpoint matrix `shard_id` this rank holds, and where."""
         raise NotImplementedError
 
+    def shards(self, shard_id: Any = None) -> list[Shard]:
+        """The same as a list, for a checkpoint may have several of the matrices in one tensor."""
+        return [self.shard(shard_id)]
+
     def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: Any = None) -> None:
-        """Copy this rank's part of a weight tensor."""
-        self.weight_format.load(param, loaded, self.shard(shard_id))
+        """Copy this rank's part of a weight that is not quantised."""
+        self.load("weight", loaded, shard_id)
+
+    def load(self, kind: str, loaded: Any, shard_id: Any = None) -> None:
+        """Copy this rank's part of a tensor of a weight; see `WeightFormat.load`."""
+        for shard in self.shards(shard_id):
+            self.weight_format.load(self, kind, loaded, shard)
 
     def load_bias(self, param: nn.Parameter, loaded: Any, shard_id: Any = None) -> None:
         """Copy this rank's part of a bias."""

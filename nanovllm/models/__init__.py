@@ -1,5 +1,7 @@
 """The registry: models by the architecture name in their config.json, and how one is built."""
 
+from contextlib import nullcontext
+
 import torch
 from transformers import PretrainedConfig
 
@@ -15,9 +17,12 @@ from nanovllm.models.phi3 import Phi3ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
 from nanovllm.models.smollm3 import SmolLM3ForCausalLM
+from nanovllm.models.weight_formats import choose_formats, fill_quantized, finish_loading
+from nanovllm.quantization.construction import formats_postponed
+from nanovllm.quantization.read_scheme import read_scheme
 from nanovllm.utils.loader import fill_dummy, load_model
 
-__all__ = ["MODELS", "build_model", "head_size", "model_class"]
+__all__ = ["MODELS", "build_model", "check_model", "head_size", "model_class"]
 
 MODELS: dict[str, type[CausalLM]] = {
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
@@ -45,6 +50,15 @@ def model_class(hf_config: PretrainedConfig) -> type[CausalLM]:
     return MODELS[hf_config.architectures[0]]
 
 
+def check_model(config: Config) -> None:
+    """Raise a ValueError for what this code would run wrongly, or could not be split. Afterwards
+    `config.quantization` is the name of the scheme.
+    """
+    model_class(config.hf_config).check_config(config.hf_config, config.tensor_parallel_size)
+    scheme = read_scheme(config.hf_config, config.quantization)
+    config.quantization = None if scheme is None else scheme.name
+
+
 def build_model(config: Config, device: torch.device) -> CausalLM:
     """Build this rank's part of the model on `device`, in the engine's dtype, and load its weights.
 
@@ -52,15 +66,21 @@ def build_model(config: Config, device: torch.device) -> CausalLM:
         ValueError: the checkpoint does not match the configuration.
     """
     hf_config = config.hf_config
+    scheme = read_scheme(hf_config, config.quantization)
     previous_dtype = torch.get_default_dtype()
     torch.set_default_dtype(config.dtype)
     try:
-        with device:
+        with device, nullcontext() if scheme is None else formats_postponed():
             model = model_class(hf_config)(hf_config, config.max_model_len)
+            if scheme is not None:
+                choose_formats(model, scheme)
     finally:
         torch.set_default_dtype(previous_dtype)
     if config.load_format == "dummy":
-        fill_dummy(model, getattr(hf_config, "initializer_range", 0.02), config.seed)
+        std = getattr(hf_config, "initializer_range", 0.02)
+        fill_dummy(model, std, config.seed)
+        fill_quantized(model, std, config.seed)
     else:
         load_model(model, config.model)
+    finish_loading(model)
     return model

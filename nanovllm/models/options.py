@@ -53,8 +53,6 @@ def check_shared_options(
     activation(config)
     check_layer_types(config)
     check_option(config, "mlp_bias", False, None)
-    if getattr(config, "quantization_config", None):
-        raise ValueError("quantised checkpoints are not supported; use a bf16, fp16 or fp32 one")
     check_sharding(config, tp_size)
 
 

@@ -8,7 +8,6 @@ rescaled for long contexts (LongRoPE).
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import GateUpLinear
@@ -17,6 +16,7 @@ from nanovllm.models.causal_lm import CausalLM, GatedMLP
 from nanovllm.models.llama import LlamaDecoderLayer
 from nanovllm.models.mistral import MistralAttention
 from nanovllm.models.options import check_option
+from nanovllm.quantization.weight_format import Shard
 
 
 class StackedColumnParallelLinear(MergedColumnParallelLinear):
@@ -24,9 +24,10 @@ class StackedColumnParallelLinear(MergedColumnParallelLinear):
 
     packed_modules_mapping: Any = None
 
-    def load_weight(self, param: nn.Parameter, loaded: Any, shard_id: None = None) -> None:
-        """Copy this rank's rows of each matrix; of the file nothing else is read."""
+    def shards(self, shard_id: None = None) -> list[Shard]:
+        """This rank's rows of each matrix; of the file nothing else is read."""
         full_shape = (sum(self.output_sizes), self.input_size)
+        shards = []
         first = 0  # the row of the tensor where a matrix begins
         for index, size in enumerate(self.output_sizes):
             shard = MergedColumnParallelLinear.shard(self, index)
@@ -36,8 +37,9 @@ class StackedColumnParallelLinear(MergedColumnParallelLinear):
                 full_shape=full_shape,
                 source_rows=slice(first + rows.start, first + rows.stop),
             )
-            self.weight_format.load(param, loaded, in_tensor)
+            shards.append(in_tensor)
             first += size
+        return shards
 
 
 class Phi3QKVLinear(StackedColumnParallelLinear, QKVParallelLinear):

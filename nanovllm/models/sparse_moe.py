@@ -22,7 +22,18 @@ from nanovllm.kernels.moe import (
     moe_torch,
 )
 from nanovllm.layers.linear import divide
-from nanovllm.quantization.weight_format import PLAIN, Epilogue, Norm, PartialSums, uses_gemv
+from nanovllm.models.quantized_experts import QuantizedExperts
+from nanovllm.quantization.construction import initial_format
+from nanovllm.quantization.quantized import QuantizedFormat
+from nanovllm.quantization.unquantized import UNQUANTIZED
+from nanovllm.quantization.weight_format import (
+    PLAIN,
+    Epilogue,
+    Norm,
+    PartialSums,
+    WeightFormat,
+    uses_gemv,
+)
 from nanovllm.utils.loader import check_shape, set_weight_loader
 from nanovllm.utils.tensor_parallel import get_tensor_parallel
 
@@ -122,20 +133,39 @@ class SparseMoE(nn.Module):
         super().__init__()
         self.tp = get_tensor_parallel()
         self.output_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
         self.top_k = top_k
         self.is_normalized = is_normalized
         self.gate = Router(hidden_size, num_experts)
-        self.experts = Experts(hidden_size, intermediate_size, num_experts)
+        self.experts: Experts | QuantizedExperts
+        self.use_format(initial_format())
+
+    def use_format(self, weight_format: WeightFormat) -> None:
+        """Have the experts' weights in this format, uninitialised."""
+        if weight_format is UNQUANTIZED:
+            self.experts = Experts(self.output_size, self.intermediate_size, self.num_experts)
+        elif isinstance(weight_format, QuantizedFormat):
+            self.experts = QuantizedExperts(
+                self.output_size, self.intermediate_size, self.num_experts, weight_format
+            )
 
     def matmul(
         self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
     ) -> Tensor | PartialSums:
         """Compute this rank's part of the sum, of x `[n, hidden]`; see `WeightFormat.matmul`."""
         residual = epilogue.add_to
+        experts = self.experts
+        if isinstance(experts, QuantizedExperts):
+            gate_up = experts.gate_up_proj.weights_for(x)
+            down = experts.down_proj.weights_for(x)
+        else:
+            gate_up = experts.gate_up_proj
+            down = experts.down_proj
         weights = MoEWeights(
             router=self.gate.weight,
-            gate_up=self.experts.gate_up_proj,
-            down=self.experts.down_proj,
+            gate_up=gate_up,
+            down=down,
             top_k=self.top_k,
             is_normalized=self.is_normalized,
         )

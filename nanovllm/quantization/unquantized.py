@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from nanovllm.quantization.weight_format import (
     uses_gemv,
 )
 from nanovllm.utils.context import get_context
-from nanovllm.utils.loader import check_shape
+from nanovllm.utils.loader import DTYPES, check_shape, set_weight_loader
 
 
 class MatmulKernel(Enum):
@@ -67,31 +68,36 @@ def choose_matmul(x: Tensor, weight: Tensor, reader_sums: bool) -> MatmulChoice:
 class Unquantized(WeightFormat):
     """One parameter, `weight` `[out, in]`, of the model's dtype."""
 
-    def create(self, layer: nn.Module, output_size: int, input_size: int) -> None:
+    tensors = {"weight": DTYPES}
+
+    def create(
+        self, layer: Any, output_size: int, input_size: int, shards: Sequence[Shard] = ()
+    ) -> None:
         """Register `weight`, uninitialised."""
         layer.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
+        set_weight_loader(layer.weight, layer.load_weight)
 
-    def load(self, param: nn.Parameter, loaded: Any, shard: Shard) -> None:
+    def load(self, layer: Any, kind: str, loaded: Any, shard: Shard) -> None:
         """Copy the shard; only its part of the file is read."""
         check_shape(loaded, shard.full_shape)
-        param[shard.target_rows].copy_(loaded[shard.source_rows, shard.source_columns])
+        layer.weight[shard.target_rows].copy_(loaded[shard.source_rows, shard.source_columns])
 
-    def applies_activation(self, layer: nn.Module, x: Tensor) -> bool:
+    def applies_activation(self, layer: Any, x: Tensor) -> bool:
         """The GEMV does, and the GEMM of a large prefill on Hopper."""
         if uses_gemv(x):
             return True
-        return can_fuse_gate(x, cast(Tensor, layer.weight), get_context().in_graph)
+        return can_fuse_gate(x, layer.weight, get_context().in_graph)
 
     def matmul(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: Tensor,
         bias: Tensor | None,
         epilogue: Epilogue,
         norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply by the kernel that `choose_matmul` names; see `WeightFormat.matmul`."""
-        return self.multiply_matrix(cast(Tensor, layer.weight), x, bias, epilogue, norm)
+        return self.multiply_matrix(layer.weight, x, bias, epilogue, norm)
 
     @staticmethod
     def multiply_matrix(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def uses_gemv(x: Tensor) -> bool:
@@ -75,31 +76,54 @@ READER_SUMS = Epilogue(reader_sums=True)
 
 
 class WeightFormat(ABC):
-    """How the weights of a linear layer are stored, loaded and multiplied. It has no state."""
+    """How the weights of a linear layer are stored, loaded and multiplied.
+
+    Two that are equal store alike, so formats with numbers of their own (a block's size, say) are
+    frozen dataclasses. All state is on the layer.
+    """
+
+    optional_tensors: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ] = {}  # read where a checkpoint has them
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, tuple[str, ...]]:
+        """The last part of the names that a matrix's tensors have in a checkpoint, and the dtypes
+        of safetensors that each may have.
+        """
 
     @abstractmethod
-    def create(self, layer: nn.Module, output_size: int, input_size: int) -> None:
+    def create(
+        self, layer: Any, output_size: int, input_size: int, shards: Sequence[Shard] = ()
+    ) -> None:
         """Register this format's parameters on `layer`, for a matrix `[output_size, input_size]`.
 
-        The sizes are those of this rank.
+        The sizes are those of this rank. shards: the parts of checkpoint matrices that the matrix
+        is put together from, for formats with a number for several rows or columns; where layers
+        are made without a scheme, which are unquantised, they are left out.
         """
 
     @abstractmethod
-    def load(self, param: nn.Parameter, loaded: Any, shard: Shard) -> None:
-        """Copy this rank's part of a checkpoint tensor to one of the parameters.
+    def load(self, layer: Any, kind: str, loaded: Any, shard: Shard) -> None:
+        """Copy this rank's part of a checkpoint tensor into the parameters of `layer`.
 
-        `loaded` is a tensor or a safetensors slice, of which only what is indexed is read. A tensor
-        of the wrong shape is a ValueError.
+        kind: one of `tensors` or `optional_tensors`.
+        loaded: a tensor or a safetensors slice, of which only what is indexed is read. Its shape is
+            checked before that, since what is checked alone (`training/weights.py`) has no values.
+
+        Raises:
+            ValueError: for a wrong shape or wrong values. The message follows the tensor's name.
         """
 
-    def applies_activation(self, layer: nn.Module, x: Tensor) -> bool:
+    def applies_activation(self, layer: Any, x: Tensor) -> bool:
         """Whether `matmul` of this x `[n, in]` can apply an activation as it writes the product."""
         return uses_gemv(x)
 
     @abstractmethod
     def matmul(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: Tensor,
         bias: Tensor | None,
         epilogue: Epilogue,

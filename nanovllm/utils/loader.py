@@ -21,7 +21,7 @@ from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
 
-DTYPES = ("BF16", "F16", "F32", "F64")  # of safetensors; others are of quantised weights
+DTYPES = ("BF16", "F16", "F32", "F64")  # of safetensors, for weights that are not quantised
 
 
 def set_weight_loader(param: nn.Parameter, loader: Callable[..., None]) -> None:
@@ -110,8 +110,9 @@ def load_file(file: Path, loads: dict[str, LoadTensor], update: Update) -> None:
         for name, load in loads.items():
             loaded = tensors.get_slice(name)  # of which the loader reads this rank's part only
             try:
-                if loaded.get_dtype() not in DTYPES:
-                    raise ValueError(f"is {loaded.get_dtype()} and not {', '.join(DTYPES)}")
+                dtypes = getattr(load, "dtypes", DTYPES)  # a quantised layer says which it reads
+                if loaded.get_dtype() not in dtypes:
+                    raise ValueError(f"is {loaded.get_dtype()} and not {', '.join(dtypes)}")
                 load(loaded)
             except ValueError as error:  # of check_shape, too
                 raise ValueError(f"checkpoint tensor {name!r} {error}") from error
@@ -140,6 +141,6 @@ def fill_dummy(model: nn.Module, std: float, seed: int) -> None:
             param.fill_(1.0)
         elif name.endswith(".bias"):
             param.zero_()
-        else:
+        elif not hasattr(param, "is_quantized_weight"):  # whose format fills it
             generator = torch.Generator(param.device).manual_seed(seed + index)
             param.normal_(0.0, std, generator=generator)

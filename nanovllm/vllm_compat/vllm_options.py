@@ -114,7 +114,6 @@ ABSENT_OPTIONS = {
     "pooler_config": Absent("pass the arguments of embed"),
     "prefill_context_parallel_size": Absent(ONLY_HERE, (None, 1)),
     "profiler_config": Absent("use LLM.trace(), or torch.profiler around the calls", (None, {})),
-    "quantization": Absent("pass a checkpoint in bf16, fp16 or fp32"),
     "reasoning_parser": Absent("the text is returned as it is", (None, "")),
     "rope_scaling": Absent("pass hf_overrides={'rope_scaling': ...}", (None, {})),
     "rope_theta": Absent("pass hf_overrides={'rope_theta': ...}"),

@@ -1,0 +1,1 @@
+"""Where the lines of a job come from: files, compressed or not, pipes, tables, directories."""

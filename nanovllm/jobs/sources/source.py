@@ -1,0 +1,44 @@
+"""What all places that lines come from have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from nanovllm.jobs.line import Line
+
+HEAD_BYTES = 2**20  # of a file, which its fingerprint is made of
+Wanted = Callable[[int], bool]  # whether the line of a number is to be read
+
+
+class Source(Protocol):
+    """One place that lines come from. Numbers are counted from 1, and in it alone."""
+
+    @property
+    def size(self) -> int | None:
+        """In bytes; None where nobody can know."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A hash of its head; None where that cannot be read twice."""
+
+    @property
+    def last_number(self) -> int:
+        """The number of the last line, be it blank, once all is read."""
+
+    @property
+    def knows_total(self) -> bool:
+        """Whether `total` is exact from the beginning, at no cost."""
+
+    def total(self) -> int | None:
+        """How many lines it has, or an estimate that becomes better; None: nobody knows yet."""
+
+    def lines(self, is_wanted: Wanted) -> Iterator[Line]:
+        """The lines that are wanted, in order."""
+        ...
+
+
+def hash_of(data: bytes) -> str:
+    """A short hash, to compare inputs with."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

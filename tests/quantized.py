@@ -1,0 +1,173 @@
+"""Small checkpoints in quantised formats, and the same with their weights dequantised, for tests.
+
+The weights are quantised by others than nanovllm: compressed-tensors, or a few lines that follow a
+published layout.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from conftest import Checkpoint, make_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+E4M3 = torch.float8_e4m3fn
+WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class Quantized:
+    """What becomes of one weight."""
+
+    tensors: dict[str, Tensor]  # by the last part of their names
+    dequantized: Tensor  # float32
+
+
+Quantize = Callable[
+    [str, Tensor], Quantized | None
+]  # of a module's name and weight; None: it stays
+
+
+def is_layer(name: str) -> bool:
+    """Whether a module is one of those that checkpoints have quantised."""
+    return name.endswith("_proj")
+
+
+def quantize_checkpoint(
+    path: Path, quantize: Quantize, quantization_config: dict[str, Any], **options: Any
+) -> Checkpoint:
+    """Write a quantised checkpoint; its model is transformers' with the dequantised weights.
+
+    options: of `make_checkpoint`.
+    """
+    source = path / "source"
+    make_checkpoint(source, **options)
+    stored: dict[str, Tensor] = {}
+    dequantized: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / WEIGHTS).items():
+        module, _, kind = name.rpartition(".")
+        quantized = None
+        if kind == "weight" and is_layer(module):
+            quantized = quantize(module, tensor)
+        if quantized is None:
+            stored[name] = dequantized[name] = tensor
+            continue
+        dequantized[name] = quantized.dequantized.contiguous()
+        for kind, part in quantized.tensors.items():
+            stored[f"{module}.{kind}"] = part.contiguous()
+    config = json.loads((source / "config.json").read_text())
+    save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
+    config["quantization_config"] = quantization_config
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(dequantized, source / WEIGHTS, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return Checkpoint(str(path), model.eval().requires_grad_(False))
+
+
+# --- compressed-tensors ---------------------------------------------------------------------------
+
+
+def compressed(args: QuantizationArgs, layout: str) -> Quantize:
+    """Quantise as compressed-tensors does."""
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(layout)
+
+    def quantize(name: str, weight: Tensor) -> Quantized:
+        weight = weight.float()
+        low, high = extremes(weight, args)
+        scale, _ = calculate_qparams(low, high, args)
+        tensors = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        restored = compressor.decompress(tensors, scheme)
+        return Quantized(tensors, restored["weight"].float())
+
+    return quantize
+
+
+def extremes(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight that share a scale."""
+    if args.strategy == "tensor":
+        return weight.min(), weight.max()
+    if args.strategy == "channel":
+        return weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    assert args.strategy == "block" and args.block_structure is not None
+    blocks = blocks_of(weight, args.block_structure)
+    return blocks.amin((1, 3)), blocks.amax((1, 3))
+
+
+def compressed_config(args: QuantizationArgs, layout: str, **changes: Any) -> dict[str, Any]:
+    """The quantization_config of such a checkpoint."""
+    group: dict[str, Any] = {
+        "targets": ["Linear"],
+        "weights": json.loads(args.model_dump_json()),
+        "input_activations": None,
+        "output_activations": None,
+    }
+    for name in list(changes):
+        if name in group:
+            group[name] = changes.pop(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "kv_cache_scheme": None,
+        **changes,
+    }
+
+
+# --- FP8 in blocks, as DeepSeek-V3 and Qwen publish it --------------------------------------------
+
+
+def blocks_of(weight: Tensor, block: list[int] | tuple[int, ...]) -> Tensor:
+    """`[row blocks, rows, column blocks, columns]`; what is missing of the last blocks is 0."""
+    rows, columns = weight.shape
+    padded = torch.zeros(
+        -(-rows // block[0]) * block[0], -(-columns // block[1]) * block[1], dtype=weight.dtype
+    )
+    padded[:rows, :columns] = weight
+    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+
+
+def block_fp8(block: tuple[int, int] = (128, 128)) -> Quantize:
+    """weight `[N, K]` e4m3, weight_scale_inv `[ceil(N / 128), ceil(K / 128)]`; their product."""
+
+    def quantize(name: str, weight: Tensor) -> Quantized:
+        blocks = blocks_of(weight.float(), block)
+        scale = blocks.abs().amax((1, 3)) / 448
+        rounded = (blocks / scale[:, None, :, None]).to(E4M3)
+        rows, columns = weight.shape
+        whole = rounded.flatten(2, 3).flatten(0, 1)[:rows, :columns]
+        dequantized = (rounded.float() * scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
+        tensors = {"weight": whole, "weight_scale_inv": scale}
+        return Quantized(tensors, dequantized[:rows, :columns])
+
+    return quantize
+
+
+def block_config(block: tuple[int, int] = (128, 128), **changes: Any) -> dict[str, Any]:
+    """The quantization_config of such a checkpoint."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+        **changes,
+    }
+
+
+def tensor_fp8(name: str, weight: Tensor) -> Quantized:
+    """AutoFP8's layout: one scale `[]` for a tensor, and one for a layer's input."""
+    scale = weight.abs().max().float() / 448
+    rounded = (weight.float() / scale).to(E4M3)
+    tensors = {"weight": rounded, "weight_scale": scale, "input_scale": torch.tensor(0.02)}
+    return Quantized(tensors, rounded.float() * scale)
