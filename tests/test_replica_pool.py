@@ -549,6 +549,7 @@ def test_replicas_on_a_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_machine_whose_gpus_are_hidden_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "GPU_FILES", (str(TESTS),))  # there is a driver
+    monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(devices, "COUNT_GPUS", "print('a warning'); print(2)")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices.count_gpus() == 2

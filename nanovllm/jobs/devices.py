@@ -14,14 +14,16 @@ COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
 def count_gpus() -> int:
-    """The number of GPUs that this process may use.
+    """The number of GPUs that this process may use. No memory of theirs is taken for it.
 
-    Another process counts them: it imports PyTorch, which this one may not need otherwise, and
-    whatever it starts of CUDA ends with it. That takes seconds, so not where there cannot be any.
+    If this process does without PyTorch, another one counts them. That takes seconds, so it does
+    not where there cannot be any.
     """
     is_hidden = os.environ.get(VISIBLE, "0").strip() in ("", "-1")
     if is_hidden or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
         return 0
+    if "torch" in sys.modules:
+        return sys.modules["torch"].cuda.device_count()
     result = subprocess.run(
         [sys.executable, "-c", COUNT_GPUS], capture_output=True, text=True, check=False
     )

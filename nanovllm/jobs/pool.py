@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from os.path import expanduser, isdir
 from typing import Any
 
 from nanovllm.jobs.answers import error_answer
@@ -56,7 +57,7 @@ class ReplicaPool:
         make_worker: Callable[[str, dict[str, Any], LineOptions], Worker] = EngineWorker,
     ) -> None:
         environments = replica_environments(replicas, engine_options)
-        model = find_model(model, engine_options)
+        model, engine_options = find_model(model, engine_options)
         order = WorkerOrder(make_worker, model, engine_options, line_options, os.getpid())
         block_size = engine_options.get("kvcache_block_size")
         if type(block_size) is not int or block_size <= 0:
@@ -152,16 +153,31 @@ def read(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
         run.end()
 
 
-def find_model(model: str, engine_options: dict[str, Any]) -> str:
-    """Where the model is. What is on the hub is fetched now, so that replicas need not fetch it,
-    all at the same time.
+def find_model(model: str, engine_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model's directory, and the options with that of its tokenizer. What is on the hub is
+    fetched now, so that replicas need not do it, all at the same time.
     """
-    if not isinstance(model, str) or os.path.isdir(os.path.expanduser(model)):
-        return model  # if it is wrong the engine says so
-    from nanovllm.checkpoints.hub import HubSource, resolve_model  # which imports PyTorch
+    options = dict(engine_options)
+    # What is wrong is passed on, too: the engine says so.
+    needs_tokenizer = options.get("tokenizer") is not None and not options.get(
+        "skip_tokenizer_init"
+    )
+    if is_on_hub(model) or (needs_tokenizer and is_on_hub(options["tokenizer"])):
+        from nanovllm.checkpoints import hub  # which imports PyTorch
 
-    source = HubSource(engine_options.get("revision"), engine_options.get("download_dir"))
-    return resolve_model(model, engine_options.get("load_format") != "dummy", source)
+        directory = options.get("download_dir")
+        if is_on_hub(model):
+            source = hub.HubSource(options.get("revision"), directory)
+            model = hub.resolve_model(model, options.get("load_format") != "dummy", source)
+        if needs_tokenizer and is_on_hub(options["tokenizer"]):
+            source = hub.HubSource(options.get("tokenizer_revision"), directory)
+            options["tokenizer"] = hub.resolve_tokenizer(options["tokenizer"], source)
+    return model, options
+
+
+def is_on_hub(name: Any) -> bool:
+    """Whether this, of a model or a tokenizer, is no directory here."""
+    return isinstance(name, str) and not isdir(expanduser(name))
 
 
 def engine_failed_answer(line_options: LineOptions, line: Line, message: str) -> Answer:
