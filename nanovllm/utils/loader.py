@@ -16,6 +16,7 @@ from nanovllm.checkpoints.checkpoint import (
     open_weights,
     settle_tied_head,
 )
+from nanovllm.checkpoints.kv_scales import give_scales, is_no_weight
 from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
@@ -43,7 +44,7 @@ def load_model(model: nn.Module, path: str) -> None:
     unknown = {
         stored_name: file.name
         for name, (file, stored_name) in files.items()
-        if name not in expected and not name.endswith("rotary_emb.inv_freq")  # it is computed
+        if name not in expected and not is_no_weight(name)
     }
     missing = expected.keys() - files.keys()
     problems = []
@@ -57,6 +58,7 @@ def load_model(model: nn.Module, path: str) -> None:
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the "
             "checkpoint is incomplete, of another model, or quantised otherwise than it says"
         )
+    give_scales(model, files)
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     total = len(expected)
     with progress_bar(total=total, desc="Loading weights", delay=1.0, leave=False) as update:
