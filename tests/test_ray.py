@@ -29,6 +29,7 @@ import ray.data
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
+from nanovllm.jobs.ray_job import reason
 from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, read_parts
 
 # Starting Ray takes seconds: with pytest -n auto --dist loadgroup one process runs all of these.
@@ -300,7 +301,7 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
         else:
             assert body["choices"][0]["text"] == texts[number - 1]
 
-    again = run_on_ray(**job(tmp_path))
+    again = run_on_ray(**job(tmp_path))  # finds nothing to do, and starts no engines
     assert (again.num_lines, again.num_lines_before) == (0, len(prompts))
 
 
@@ -361,3 +362,11 @@ def test_stdin_is_refused() -> None:
             engine_options={},
             line_options=LineOptions(model="demo"),
         )
+
+
+def test_what_stops_a_cluster_is_said_in_one_line() -> None:
+    error = RuntimeError(
+        "ray::MapWorker.__init__() died\n  File ...\nValueError: no such model\n\n"
+    )
+    assert reason(error) == "ValueError: no such model"
+    assert reason(KeyError()) == "KeyError"

@@ -8,6 +8,7 @@ Ray Data's checkpoint remembers the numbers of the lines in each finished part; 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
@@ -55,6 +57,7 @@ def run_on_ray(
     address: str | None = None,
     replicas: int | None = None,
     retry_errors: bool = False,
+    overwrite: bool = False,
     batch_size: int = BATCH_SIZE,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Counts:
@@ -74,11 +77,17 @@ def run_on_ray(
             machine is part of, or a new one on this machine alone.
         replicas: actors, each with an engine. None: as many as the cluster's GPUs are enough for.
         retry_errors: whether lines that earlier runs answered with errors are run again.
+        overwrite: whether what the output holds is dropped.
         batch_size: lines that are handed over together.
         rows_per_part: lines of a part, at least.
 
     Returns:
         What this run has done, and how much those before.
+
+    Raises:
+        ValueError: the input is stdin, or the output holds what no job has written.
+        RuntimeError: the cluster has given up: no engine can be started, say, or the disk is full.
+            The same call goes on from there.
     """
     if input == "-":
         raise ValueError("--ray cannot read stdin, which only this machine has; give it a file")
@@ -86,6 +95,9 @@ def run_on_ray(
     output = os.path.abspath(output)
     if Path(model).is_dir():
         model = os.path.abspath(model)
+    if overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(checkpoint_of(output), ignore_errors=True)
     if retry_errors:
         drop_errors(output)
     before = read_parts(output)
@@ -109,8 +121,17 @@ def run_on_ray(
         ),
         **worker_arguments(concurrency=replicas, batch_size=batch_size, **engine_options),
     )
-    answers.write_datasink(sink)
+    try:
+        answers.write_datasink(sink)
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(reason(error)) from error
     return counts
+
+
+def reason(error: Exception) -> str:
+    """What went wrong on the cluster, which is at the end of the tracebacks in Ray's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def has_more(input: str, finished: NumberSet) -> bool:

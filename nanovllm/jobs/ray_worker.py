@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
 from ray.data.block import BlockAccessor
 
-from nanovllm.jobs.answers import error_answer
-from nanovllm.jobs.line import Answer, Line, LineError
+from nanovllm.jobs.line import Answer, Line
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.pool import ReplicaPool
 from nanovllm.jobs.rows import (
@@ -98,18 +97,14 @@ class RowWorker(RayWorker):
         nothing.
         """
         table = BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
-        answers = await results(self.submit(row) for row in request_rows(table))
+        answers = await results(self.pool.submit(line) for line in self.lines(table))
         yield with_answers(table, [row_answer(answer) for answer in answers], self.columns)
 
-    def submit(self, row: dict[str, Any]) -> Future[Answer]:
-        """Hand a row's request to the engine; what is wrong with the row is an answer too."""
-        number = next(self.numbers)
-        try:
-            return self.pool.submit(Line(number, row_line(number, row, self.embedding_format)))
-        except LineError as error:
-            refused: Future[Answer] = Future()
-            refused.set_result(error_answer(number, b"", error, self.line_options))
-            return refused
+    def lines(self, table: pa.Table) -> Iterator[Line]:
+        """A line for each row."""
+        for row in request_rows(table):
+            number = next(self.numbers)
+            yield Line(number, row_line(number, row, self.embedding_format))
 
 
 async def results(futures: Iterable[Future[Answer]]) -> list[Answer]:

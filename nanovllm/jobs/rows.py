@@ -6,11 +6,8 @@ Nothing here knows Ray: a table is pyarrow's.
 from __future__ import annotations
 
 import base64
-import datetime
-import decimal
 import json
 import math
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from nanovllm.jobs.line import Answer, LineError
+from nanovllm.jobs.sources.rows import row_data
+from nanovllm.jobs.unreadable import unreadable
 from nanovllm.sampling_params import SamplingParams
 
 # The columns of a request in OpenAI's batch form; "body" makes a row one.
@@ -56,7 +55,10 @@ def request_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def row_line(number: int, row: dict[str, Any], embedding_format: str | None) -> bytes:
-    """The line of a job that asks for what a row asks for.
+    """The data of a line that asks for what a row asks for.
+
+    What is wrong with a row is found when its line is parsed; if it cannot be a line, that is what
+    the data says (`row_data`).
 
     Args:
         number: of the line.
@@ -64,24 +66,19 @@ def row_line(number: int, row: dict[str, Any], embedding_format: str | None) -> 
             "prompt" (text or token ids) or "messages", with sampling parameters beside.
         embedding_format: if a "prompt" is to be embedded: "float" or "base64", as OpenAI has them.
             None: it is to be continued.
-
-    Raises:
-        LineError: what is wrong with the row, as far as it shows here.
     """
-    for name in JSON_COLUMNS:
-        if name in row:
-            row[name] = json_value(name, row[name])
-    if "body" in row:
-        line = {name: row[name] for name in BATCH_COLUMNS if name in row}
-        line["custom_id"] = str(row.get("custom_id", number))
-    else:
-        line = {name: value for name, value in row.items() if name not in BATCH_COLUMNS}
-    if embedding_format is not None and "prompt" in line:
-        line = {"input": line["prompt"], "encoding_format": embedding_format}
     try:
-        return json.dumps(line, default=plain_value).encode()
-    except (TypeError, ValueError) as error:
-        raise LineError(f"the row cannot be written as JSON: {error}", "invalid_json") from error
+        values = {name: column_value(name, value) for name, value in row.items()}
+    except LineError as error:
+        return unreadable(error, None)
+    if "body" in values:
+        line = {name: values[name] for name in BATCH_COLUMNS if name in values}
+        line["custom_id"] = str(values.get("custom_id", number))
+    elif embedding_format is not None and "prompt" in values:
+        line = {"input": values["prompt"], "encoding_format": embedding_format}
+    else:
+        line = {name: value for name, value in values.items() if name not in BATCH_COLUMNS}
+    return row_data(line)
 
 
 def is_missing(value: Any) -> bool:
@@ -89,9 +86,9 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def json_value(name: str, value: Any) -> Any:
-    """What a cell of a column of JSON holds: parsed if it is text, without the nulls of structs."""
-    if not isinstance(value, str):
+def column_value(name: str, value: Any) -> Any:
+    """What a cell holds. JSON is parsed if it is text; structs lose their nulls."""
+    if name not in JSON_COLUMNS or not isinstance(value, str):
         return without_nulls(value)
     try:
         return json.loads(value)
@@ -106,26 +103,9 @@ def without_nulls(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
-
-
-def plain_value(value: Any) -> Any:
-    """What JSON has for a value that Python's json does not know. Raises TypeError if nothing."""
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, bytes):
-        return value.decode()  # what is no UTF-8 is a ValueError
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if hasattr(value, "tolist"):  # arrays and numbers of NumPy, tensors
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 # --- answers to columns ---------------------------------------------------------------------------
