@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
-from nanovllm.jobs.batch_job import BatchJob, JobOptions, JobStopped, UsageError
+from nanovllm.jobs.batch_job import BatchJob
 from nanovllm.jobs.cli import run_batch
 from nanovllm.jobs.counts import Counts
+from nanovllm.jobs.job_options import JobOptions, JobStopped, UsageError
 from nanovllm.jobs.line import Answer
 from nanovllm.jobs.stop_signals import Interrupted, StopSignals
 

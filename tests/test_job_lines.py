@@ -168,6 +168,9 @@ def test_what_the_template_gets() -> None:
     }
     assert request.messages == [{"role": "user", "content": "Hi"}, {"role": "assistant"}]
     assert parse(batch(CHAT, tools=tools, tool_choice="none")).template_options == {}
+    options = LineOptions("m", chat_template_kwargs={"enable_thinking": False, "x": 1})
+    line = batch(CHAT, chat_template_kwargs={"x": 2})
+    assert parse(line, options).template_options == {"enable_thinking": False, "x": 2}
 
 
 def test_a_prompt_may_be_a_text_token_ids_or_several_of_them() -> None:
@@ -663,6 +666,15 @@ BATCH = st.builds(
 )
 
 
+MARKED = st.fixed_dictionaries(
+    {name: JSON | st.just("x") for name in ("message", "code", "param", "custom_id")}
+)
+
+
+def as_data(fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
 def answer_to(line: Line, options: LineOptions) -> Answer:
     """What a worker does, with an engine that says "so"."""
     try:
@@ -676,7 +688,7 @@ def answer_to(line: Line, options: LineOptions) -> Answer:
 
 @settings(max_examples=80)
 @given(
-    st.binary() | (PLAIN | BATCH | JSON).map(lambda fields: json.dumps(fields).encode()),
+    st.binary() | (PLAIN | BATCH | JSON).map(as_data) | MARKED.map(as_data).map(b"\0".__add__),
     st.sampled_from(["auto", "batch", "plain"]),
 )
 def test_every_line_is_answered_in_one_line_of_json(data: bytes, form: str) -> None:

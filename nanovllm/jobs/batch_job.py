@@ -13,23 +13,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Protocol
 
 from nanovllm.jobs.answer_writer import AnswerWriter
 from nanovllm.jobs.answers import answered
 from nanovllm.jobs.counts import Counts
+from nanovllm.jobs.job_options import (
+    JobOptions,
+    JobStopped,
+    UsageError,
+    describe_job,
+    make_config,
+)
 from nanovllm.jobs.job_progress import job_progress
 from nanovllm.jobs.line import Answer, Line
-from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.lines_to_run import LinesToRun
-from nanovllm.jobs.manifest import (
-    ManifestError,
-    check_manifest,
-    describe_engine,
-    describe_input,
-)
+from nanovllm.jobs.manifest import ManifestError, check_manifest
 from nanovllm.jobs.output import (
     Finished,
     OutputError,
@@ -41,42 +41,12 @@ from nanovllm.jobs.output import (
 from nanovllm.jobs.readers import open_input
 from nanovllm.jobs.stop_signals import StopSignals
 
-if TYPE_CHECKING:
-    from nanovllm.config import Config
-
-
-class UsageError(Exception):
-    """Why a job cannot begin."""
-
-
-class JobStopped(Exception):
-    """Why a job ended before its last line. What is written is not run again."""
-
 
 class Pool(Protocol):
     """What a job needs of a `ReplicaPool`."""
 
     def run(self, lines: Iterable[Line]) -> Iterator[Answer]:
         """Answer lines, in any order, and read only as far ahead as the engines need."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobOptions:
-    """What a job is to do; the command line has these options by the same names."""
-
-    input: str  # a path, or "-" for stdin
-    output: str  # a path, or "-" for stdout
-    model: str
-    engine: dict[str, Any] = field(default_factory=dict)  # fields of Config
-    defaults: dict[str, Any] = field(default_factory=dict)  # of SamplingParams, as JSON has them
-    format: str = "auto"  # see LineOptions
-    keep_prompt: bool = False  # the same
-    in_order: bool = False  # whether the output has the order of the input
-    replicas: int | Literal["auto"] = 1
-    retry_errors: bool = False  # whether lines that earlier runs answered with errors are run again
-    shard: tuple[int, int] | None = None  # (i, n): the i-th part of n, i from 1
-    overwrite: bool = False  # whether what the output holds is dropped
-    progress: bool = True  # whether stderr shows how far the job is
 
 
 MakePool = Callable[..., AbstractContextManager[Pool]]
@@ -95,14 +65,9 @@ class BatchJob:
             self.input = open_input(options.input, options.shard)
             check_output(options.output, options.input)
             # From here on PyTorch is imported: what was quick to find out has been said.
-            self.config = make_config(options.model, options.engine)
-            self.line_options = LineOptions(
-                model=options.model,
-                form=options.format,
-                defaults=from_json(options.defaults),
-                seed=self.config.seed,
-                keep_prompt=options.keep_prompt,
-            )
+            config = make_config(options.model, options.engine)
+            self.line_options = options.line_options(config)
+            self._description = describe_job(options, self.input, config)
         except (OSError, ValueError, TypeError, ImportError, OutputError) as error:
             raise UsageError(str(error)) from error
 
@@ -147,7 +112,6 @@ class BatchJob:
 
     def _open_output(self) -> OutputFile | Stream:
         """Open the output, if it is this job's."""
-        job = self.describe()
         try:
             output = open_output(self.options.output)
         except OutputError as error:
@@ -156,25 +120,11 @@ class BatchJob:
             try:
                 if self.options.overwrite:
                     output.clear()
-                check_manifest(output.name, job, may_replace=output.is_empty)
+                check_manifest(output.name, self._description, may_replace=output.is_empty)
             except (OutputError, ManifestError) as error:
                 output.close()
                 raise UsageError(str(error)) from error
         return output
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the output: its manifest."""
-        options = self.options
-        return {
-            "input": describe_input(self.input),
-            "engine": describe_engine(self.config),
-            "defaults": options.defaults,
-            "format": options.format,
-            "keep_prompt": options.keep_prompt,
-            "in_order": options.in_order,
-            "shard": options.shard,
-            "note": {"input": os.path.abspath(options.input), "model": self.config.model},
-        }
 
     def _find_finished(self, output: OutputFile | Stream) -> Finished:
         """What earlier runs have done, which also counts."""
@@ -195,7 +145,7 @@ class BatchJob:
                 self.options.model,
                 engine_options=self.options.engine,
                 line_options=self.line_options,
-                replicas=self.options.replicas,
+                replicas=self.options.replicas or 1,
             )
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
@@ -219,27 +169,3 @@ class BatchJob:
 
     def _total(self) -> int | None:
         return self.input.total
-
-
-def from_json(params: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters as JSON has them, as SamplingParams takes them."""
-    from nanovllm.params.structured import StructuredOutputsParams
-
-    params = dict(params)
-    form = params.get("structured_outputs")
-    if isinstance(form, dict):
-        params["structured_outputs"] = StructuredOutputsParams(**form)
-    bias = params.get("logit_bias")
-    if isinstance(bias, dict):
-        params["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
-    return params
-
-
-def make_config(model: str, options: dict[str, Any]) -> Config:
-    """Check the engine's options and find the model's files, as the engine will. A GPU is not
-    touched, and no weights are read.
-    """
-    from nanovllm.config import Config
-    from nanovllm.models import MODELS
-
-    return Config.from_options(model, options, architectures=MODELS)

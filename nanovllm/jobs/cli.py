@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nanovllm.jobs.batch_job import BatchJob, JobOptions, JobStopped, MakePool, UsageError
+from nanovllm.jobs.batch_job import BatchJob, MakePool
 from nanovllm.jobs.cli_options import DESCRIPTION, EXIT_STATUS, Parser, RunBatchOptions
+from nanovllm.jobs.cluster_job import ClusterJob
+from nanovllm.jobs.job_options import JobOptions, JobStopped, UsageError
 from nanovllm.jobs.stop_signals import Interrupted, StopSignals
 
 # Exit statuses; 128 and the number of a signal is the one of a job that was interrupted by it.
@@ -49,15 +51,15 @@ def run_batch(
     is_quiet: whether nothing is said of a job that ends well.
     make_pool: what starts the engines; None: `ReplicaPool`.
     """
-    job: BatchJob | None = None
+    job: BatchJob | ClusterJob | None = None
     try:
         with StopSignals() as signals:
-            job = BatchJob(options)
-            if make_pool is None:
-                from nanovllm.jobs.pool import ReplicaPool
-
-                make_pool = ReplicaPool
-            counts = job.run(signals, make_pool)
+            if options.use_ray:
+                job = ClusterJob(options)
+                counts = job.run()
+            else:
+                job = BatchJob(options)
+                counts = job.run(signals, make_pool or replica_pool())
     except UsageError as error:
         say(f"error: {error}")
         return USAGE_ERROR
@@ -72,7 +74,14 @@ def run_batch(
     return LINES_FAILED if counts.num_failed else ALL_FINE
 
 
-def how_far(job: BatchJob | None) -> str:
+def replica_pool() -> MakePool:
+    """The class `ReplicaPool`."""
+    from nanovllm.jobs.pool import ReplicaPool
+
+    return ReplicaPool
+
+
+def how_far(job: BatchJob | ClusterJob | None) -> str:
     """What a job that was stopped has done, and how it goes on."""
     if job is None:
         return "nothing was written"

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from nanovllm.jobs.batch_job import JobOptions
 from nanovllm.jobs.declared_options import DeclaredOption, declared_options
+from nanovllm.jobs.job_options import JobOptions
 from nanovllm.jobs.line_options import FORMS
 
 DESCRIPTION = """\
@@ -100,6 +100,8 @@ class RunBatchOptions:
             keep_prompt=parsed.keep_prompt,
             in_order=parsed.in_order,
             replicas=parsed.replicas,
+            use_ray=parsed.ray is not None,
+            ray_address=parsed.ray or None,
             retry_errors=parsed.retry_errors,
             shard=parsed.shard,
             overwrite=parsed.overwrite,
@@ -159,10 +161,17 @@ class RunBatchOptions:
         group.add_argument(
             "--replicas",
             type=read_replicas,
-            default=1,
             metavar="N",
             help="engines that share the lines, each in a process of its own; auto: as many as "
-            "there are GPUs for (default: 1)",
+            "there are GPUs for (default: 1, or with --ray auto)",
+        )
+        group.add_argument(
+            "--ray",
+            nargs="?",
+            const="",
+            metavar="ADDRESS",
+            help="have a Ray cluster run the lines: the one at an address, or the one that this "
+            "machine belongs to, or one of this machine alone. OUTPUT is then a directory of parts",
         )
         group.add_argument(
             "--no-progress", dest="progress", action="store_false", help="show no progress bar"

@@ -268,21 +268,38 @@ def open_alone(path: str) -> int:
         OutputError: if another process has it.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(fd)
-                raise OutputError(
-                    f"another process writes {path!r}; wait for it, end it, or pass another -o"
-                ) from error
-            # There are file systems without locks. A job must be able to run there.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        lock(fd, path)
         # Between the two calls another process may have put a new file into the place of this one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         os.close(fd)
+
+
+def open_directory_alone(path: str) -> int:
+    """The same of a directory, which is made if need be; nothing is written to the descriptor."""
+    os.makedirs(path, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    lock(fd, path)
+    return fd
+
+
+def lock(fd: int, path: str) -> None:
+    """Have no other process lock a file until it is closed.
+
+    Raises:
+        OutputError: if another process has locked it. `fd` is closed then.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return  # some file systems have no locks, and a job must be able to run there
+        os.close(fd)
+        raise OutputError(
+            f"another process writes {path!r}; wait for it, end it, or pass another -o"
+        ) from error
 
 
 def explain(path: str, error: OSError) -> str:
