@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ import pytest
 import ray
 import ray.data
 
+import nanovllm.jobs.ray
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm.jobs.cli import LINES_FAILED, main
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
 from nanovllm.jobs.ray_job import reason
-from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, read_parts
+from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
 # Starting Ray takes seconds: with pytest -n auto --dist loadgroup one process runs all of these.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -190,28 +193,22 @@ def write_input(path: Path, num_lines: int) -> list[str]:
     return prompts
 
 
-def job(directory: Path) -> dict[str, Any]:
-    """The job of these tests."""
-    return dict(
-        input=str(directory / "input.jsonl"),
-        output=str(directory / "output"),
-        model=DEMO_MODEL,
-        engine_options=ENGINE,
-        line_options=LineOptions(model="demo", seed=0),
-        replicas=2,
-        batch_size=8,
-        rows_per_part=16,
-    )
+def arguments(directory: Path) -> list[str]:
+    """The command line of the job of these tests, but for --ray."""
+    engine = [f"--{name}={value}" for name, value in ENGINE.items()]
+    files = ["-i", str(directory / "input.jsonl"), "-o", str(directory / "output")]
+    return ["run-batch", *files, "--model", DEMO_MODEL, "--replicas=2", "--quiet", *engine]
 
 
+# The job hands over so few lines at a time that there is something to kill.
+small_job = partial(run_on_ray, batch_size=8, rows_per_part=16)
 JOB_IN_A_PROCESS = """
 import sys
-from pathlib import Path
-import ray
-from test_ray import job, run_on_ray
-ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
-ray.data.DataContext.get_current().enable_progress_bars = False
-run_on_ray(**job(Path(sys.argv[2])))
+import nanovllm.jobs.ray
+from nanovllm.jobs.cli import main
+from test_ray import small_job
+nanovllm.jobs.ray.run_on_ray = small_job
+main(sys.argv[1:])
 """
 
 
@@ -220,8 +217,8 @@ class Victims:
 
     def __init__(self, directory: Path, cluster: str) -> None:
         self.directory = directory
-        command = [sys.executable, "-c", JOB_IN_A_PROCESS, cluster, str(directory)]
-        self.job = subprocess.Popen(command)
+        command = [sys.executable, "-c", JOB_IN_A_PROCESS, *arguments(directory), "--ray", cluster]
+        self.job = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # Ray tells of each death
 
     def kill(self, kind: str) -> bool:
         """Kill -9 a process of this kind; returns whether there was one."""
@@ -264,7 +261,10 @@ def num_lines(directory: Path) -> int:
 
 
 def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
-    cluster: str, tmp_path: Path, expected: Callable[[list[str]], list[str]]
+    cluster: str,
+    tmp_path: Path,
+    expected: Callable[[list[str]], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = write_input(tmp_path / "input.jsonl", 150 + 50 * KILLS)
     victims = Victims(tmp_path, cluster)
@@ -282,10 +282,9 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
     finally:
         victims.kill("job")
 
-    counts = run_on_ray(**job(tmp_path))
-    assert counts.num_lines > 0  # it had something left to do
-    assert counts.num_answered == len(prompts)
-    assert counts.num_failed == len(prompts) // 50
+    assert num_lines(tmp_path) < len(prompts)  # there is something left to do
+    monkeypatch.setattr(nanovllm.jobs.ray, "run_on_ray", small_job)
+    assert main([*arguments(tmp_path), "--ray"]) == LINES_FAILED
     output = str(tmp_path / "output")
     rows = ray.data.read_json(output).take_all()
     assert sorted(row["id"] for row in rows) == sorted(
@@ -301,8 +300,9 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
         else:
             assert body["choices"][0]["text"] == texts[number - 1]
 
-    again = run_on_ray(**job(tmp_path))  # finds nothing to do, and starts no engines
-    assert (again.num_lines, again.num_lines_before) == (0, len(prompts))
+    parts = sorted((tmp_path / "output").iterdir())
+    assert main([*arguments(tmp_path), "--ray"]) == LINES_FAILED  # finds nothing to do
+    assert sorted((tmp_path / "output").iterdir()) == parts
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -343,6 +343,15 @@ def test_lines_with_errors_are_taken_out_of_parts_and_lists(tmp_path: Path) -> N
     assert sorted(path.name for path in output.iterdir()) == [
         *("good.jsonl", "mixed.jsonl", "unfinished.jsonl"),
     ]
+
+
+def test_lines_of_a_part_that_was_deleted_are_not_taken_for_done(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    write_part(output, "good", {1: False}, ".parquet")
+    write_part(output, "deleted", {2: False}, ".parquet")
+    (output / "deleted.jsonl").unlink()
+    forget_lost_parts(str(output))
+    assert [path.name for path in Path(checkpoint_of(str(output))).iterdir()] == ["good.parquet"]
 
 
 def test_a_foreign_line_in_a_part_is_named(tmp_path: Path) -> None:

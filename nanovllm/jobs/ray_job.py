@@ -8,7 +8,6 @@ Ray Data's checkpoint remembers the numbers of the lines in each finished part; 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -35,6 +34,7 @@ from nanovllm.jobs.ray_parts import (
     PartSink,
     checkpoint_of,
     drop_errors,
+    forget_lost_parts,
     read_parts,
 )
 from nanovllm.jobs.ray_worker import RayWorker, results
@@ -57,7 +57,7 @@ def run_on_ray(
     address: str | None = None,
     replicas: int | None = None,
     retry_errors: bool = False,
-    overwrite: bool = False,
+    progress: bool = True,
     batch_size: int = BATCH_SIZE,
     rows_per_part: int = ROWS_PER_PART,
 ) -> Counts:
@@ -77,7 +77,7 @@ def run_on_ray(
             machine is part of, or a new one on this machine alone.
         replicas: actors, each with an engine. None: as many as the cluster's GPUs are enough for.
         retry_errors: whether lines that earlier runs answered with errors are run again.
-        overwrite: whether what the output holds is dropped.
+        progress: whether Ray shows how far the job is.
         batch_size: lines that are handed over together.
         rows_per_part: lines of a part, at least.
 
@@ -95,9 +95,7 @@ def run_on_ray(
     output = os.path.abspath(output)
     if Path(model).is_dir():
         model = os.path.abspath(model)
-    if overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-        shutil.rmtree(checkpoint_of(output), ignore_errors=True)
+    forget_lost_parts(output)
     if retry_errors:
         drop_errors(output)
     before = read_parts(output)
@@ -113,6 +111,7 @@ def run_on_ray(
         checkpoint_path=checkpoint_of(output),
         delete_checkpoint_on_success=False,  # the same command once more is to do nothing
     )
+    lines.context.enable_progress_bars = progress
     # Why blocks are small: see `map_prompts`.
     answers = lines.repartition(target_num_rows_per_block=batch_size).map_batches(
         JobWorker,

@@ -120,9 +120,17 @@ def number_and_error(part: Path, line: bytes) -> tuple[int, bool]:
     if found is None:
         raise ValueError(
             f"{part} holds a line that no job has written: {line[:60]!r}; restore the part, or "
-            "delete it and its list in the checkpoint, and its lines are run again"
+            "delete it, and its lines are run again"
         )
     return found
+
+
+def forget_lost_parts(output: str) -> None:
+    """Delete the lists of parts that are not there any more, so that their lines are run again."""
+    for path in Path(checkpoint_of(output)).glob("*" + COMMITTED):
+        name = path.name.removesuffix(PENDING).removesuffix(COMMITTED)
+        if not Path(output, name + ENDING).exists():
+            path.unlink()
 
 
 def drop_errors(output: str) -> None:
