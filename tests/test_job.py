@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,7 @@ def test_shards_are_the_whole(tmp_path: Path) -> None:
     [
         ({"engine": {"device": "cpu", "max_model_len": 100}}, "max_model_len was 256, and is 100"),
         ({"defaults": {"temperature": 0}}, "temperature was null, and is 0"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: x was null, and is 1"),
         ({"format": "batch"}, 'format was "auto", and is "batch"'),
         ({"in_order": True}, "in_order was false, and is true"),
         ({"shard": (1, 2)}, "shard was null, and is [1, 2]"),
@@ -322,7 +325,61 @@ def test_exit_statuses(
     assert pool.num_closed == 1
 
 
-def test_a_full_disk_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@contextmanager
+def file_size_limit(directory: Path, num_bytes: int) -> Iterator[None]:
+    """No file of this process may become larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def small_disk(directory: Path, num_bytes: int) -> Iterator[None]:
+    """A disk of that size, which becomes larger afterwards. Only root can have it."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(directory)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield
+    except BaseException:
+        subprocess.run(["umount", str(directory)], check=True)
+        raise
+    larger = ["mount", "-o", "remount,size=10M", str(directory)]
+    subprocess.run(larger, check=True)
+
+
+@pytest.mark.parametrize("is_full", [file_size_limit, small_disk])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_job_goes_on_when_the_disk_has_room_again(
+    tmp_path: Path, in_order: bool, is_full: Callable[[Path, int], Any]
+) -> None:
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    write_input(tmp_path, [GOOD] * 1500)
+    output = directory / "out.jsonl"
+    options = replace(options_for(tmp_path, in_order=in_order), output=str(output))
+    try:
+        with (
+            is_full(directory, 40_000),
+            pytest.raises(JobStopped, match="make room|cannot be larger"),
+        ):
+            run(options, FakePool())
+        written = output.read_bytes()
+        assert 30_000 < len(written) <= 40_000 and written.endswith(b"}\n")
+        counts = run(options, FakePool(seed=1))
+        assert counts.num_lines_before == written.count(b"\n")
+        assert output.read_bytes().startswith(written)
+        numbers = [json.loads(line)["line"] for line in output.read_bytes().splitlines()]
+        assert (numbers if in_order else sorted(numbers)) == list(range(1, 1501))
+    finally:
+        if os.path.ismount(directory):
+            subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_full_device_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(tmp_path, [GOOD] * 3)
     options = replace(options_for(tmp_path), output="/dev/full")
     assert run_batch(options, make_pool=FakePool()) == 3
@@ -340,6 +397,7 @@ def test_a_full_disk_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture
         (["more"], "unexpected argument 'more'"),
         (["--max_num_seqs", "x"], "must be an integer, not 'x'"),
         (["--shard", "3/2"], "must be I/N with I from 1 to N"),
+        (["--chat-template-kwargs", "[]"], "must be a JSON object, not '[]'"),
         (["--replicas", "0"], "must be a number from 1 on, or auto"),
         (["--format", "xml"], "invalid choice: 'xml'"),
         (["-i", "missing.jsonl"], "there is no input 'missing.jsonl'"),

@@ -156,7 +156,7 @@ def check_answers(path: Path, answers: dict[int, Any]) -> None:
     expected: list[Answer] = []
     options = LineOptions(DEMO_MODEL, seed=0)
     lines = list(LinesToRun(open_input(str(path)), NumberSet(), lambda number: None))
-    with AsyncLLM(DEMO_MODEL, **OPTIONS) as llm:
+    with AsyncLLM(DEMO_MODEL, **{**OPTIONS, "max_num_seqs": 256}) as llm:
         worker = LineWorker(llm, options)
         for line in lines:
             worker.submit(line, expected.append)

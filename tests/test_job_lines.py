@@ -609,9 +609,28 @@ def test_the_custom_id_is_found_where_the_line_is_no_json() -> None:
     error = LineError("no", "invalid_json")
     assert error_line(b'{"custom_id": "se\\"ven", "body": {', error)["custom_id"] == 'se"ven'
     inside_of_a_text = b'{"prompt": "say \\"custom_id\\": \\"x\\"", '
-    assert error_line(inside_of_a_text, error)["line"] == 5
     forced = error_line(inside_of_a_text, error, LineOptions("m", form="batch"))
     assert forced["custom_id"] is None
+
+
+@pytest.mark.parametrize(
+    "data, is_plain",
+    [
+        (b"garbage", False),
+        (b"[1]", False),
+        (b'{"custom_id": "a", "body": {"prompt": "', False),
+        (b'{"prompt": "a', True),
+        (b'{"x": "\\"prompt\\": ', False),
+        (b'{"x": 1}', True),
+        (unreadable(LineError("no", "a_code")), True),
+        (unreadable(LineError("no", "a_code"), "seven"), False),
+    ],
+)
+def test_the_form_of_an_error_about_a_broken_line(data: bytes, is_plain: bool) -> None:
+    error = LineError("no", "invalid_json")
+    assert ("line" in error_line(data, error)) == is_plain
+    assert "line" in error_line(data, error, LineOptions("m", form="plain"))
+    assert "custom_id" in error_line(data, error, LineOptions("m", form="batch"))
 
 
 def test_what_exceptions_of_the_engine_become() -> None:

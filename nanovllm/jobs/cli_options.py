@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ class RunBatchOptions:
             "SamplingParams",
             without="seed",
         )
+        self._add_chat_options()
 
     def read(self, parsed: argparse.Namespace) -> JobOptions:
         """The job that a command line asks for; ends with an error if it lacks something."""
@@ -96,6 +98,7 @@ class RunBatchOptions:
             model=parsed.model,
             engine={name: given[name] for name in self._engine if name in given},
             defaults={name: given[name] for name in self._sampling if name in given},
+            chat_template_kwargs=parsed.chat_template_kwargs,
             format=parsed.format,
             keep_prompt=parsed.keep_prompt,
             in_order=parsed.in_order,
@@ -180,6 +183,16 @@ class RunBatchOptions:
             "--quiet", action="store_true", help="show neither that nor a summary, only errors"
         )
 
+    def _add_chat_options(self) -> None:
+        group = self.parser.add_argument_group("chats of lines that do not say")
+        group.add_argument(
+            "--chat-template-kwargs",
+            type=read_object,
+            default={},
+            metavar="JSON",
+            help="options of the model's chat template, such as '{\"enable_thinking\": false}'",
+        )
+
     def _add_declared(self, title: str, module: str, class_name: str, without: str) -> list[str]:
         """Add a group of options, one for each field of a dataclass; return their names."""
         group = self.parser.add_argument_group(title)
@@ -199,6 +212,17 @@ def read_shard(text: str) -> tuple[int, int]:
             f"must be I/N with I from 1 to N, such as 2/8, not {text!r}"
         )
     return int(found[1]), int(found[2])
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """A JSON object as a dict."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r}")
+    return found
 
 
 def read_replicas(text: str) -> int | Literal["auto"]:

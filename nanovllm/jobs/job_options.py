@@ -31,8 +31,10 @@ class JobOptions:
     model: str
     engine: dict[str, Any] = field(default_factory=dict)  # fields of Config
     defaults: dict[str, Any] = field(default_factory=dict)  # of SamplingParams, as JSON has them
-    format: str = "auto"  # see LineOptions
-    keep_prompt: bool = False  # the same
+    # See LineOptions for these three.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    format: str = "auto"
+    keep_prompt: bool = False
     in_order: bool = False  # whether the output has the order of the input
     replicas: int | Literal["auto"] | None = None  # None: 1, or with Ray "auto"
     # Whether a Ray cluster runs the job. The output is then a directory.
@@ -51,6 +53,7 @@ class JobOptions:
             model=self.model,
             form=self.format,
             defaults=from_json(self.defaults),
+            chat_template_kwargs=self.chat_template_kwargs,
             seed=config.seed,
             keep_prompt=self.keep_prompt,
         )
@@ -62,6 +65,7 @@ def describe_job(options: JobOptions, source: Input, config: Config) -> dict[str
         "input": describe_input(source),
         "engine": describe_engine(config),
         "defaults": options.defaults,
+        "chat_template_kwargs": options.chat_template_kwargs,
         "format": options.format,
         "keep_prompt": options.keep_prompt,
         "in_order": options.in_order,

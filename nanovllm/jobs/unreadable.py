@@ -14,7 +14,8 @@ MARK = b"\0"
 FIELDS = {"message", "code", "param", "custom_id"}  # that follow it
 # A custom_id in the text of a line that is no JSON. Behind a backslash it is part of a string.
 CUSTOM_ID = re.compile(rb'(?<!\\)"custom_id"\s*:\s*("(?:[^"\\]|\\.){0,512}")')
-SEARCHED = 2**16  # bytes at the beginning of a line that are searched for it
+SUBJECT = re.compile(rb'(?<!\\)"(?:messages|prompt|input)"\s*:')  # of a plain line
+SEARCHED = 2**16  # bytes at the beginning of a line that are searched for them
 MAX_LINE_BYTES = 64 * 2**20  # of a line; nobody's prompt is longer, but a broken file's line may be
 
 
@@ -70,3 +71,8 @@ def custom_id_in(data: bytes) -> str | None:
         return str(json.loads(found[1].decode()))
     except ValueError:
         return None
+
+
+def names_subject(data: bytes) -> bool:
+    """Whether the text of a line that cannot be parsed has a prompt, messages or input in it."""
+    return SUBJECT.search(data[:SEARCHED]) is not None

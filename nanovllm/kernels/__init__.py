@@ -16,10 +16,12 @@
 - `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
   sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
   `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
+- `fp8_cache`: what all of these share where the KV cache is in FP8
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: the reference of `varlen_prefill`, and what it shares with the others
-- `attention_backend`: which of these attentions an engine uses, and their plan of a step
+- `attention_backend`: which of these attentions an engine uses; `attention_plan`: what they have to
+  know of a step and of a layer
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`, `token_mask`: sampling
 - `token_ranks`: the log-probability and rank of given tokens

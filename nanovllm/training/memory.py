@@ -95,7 +95,7 @@ class CpuMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again."""
-        attach(runner, torch.empty(self.cache_shape, dtype=runner.config.dtype))
+        attach(runner, torch.empty(self.cache_shape, dtype=runner.config.kv_cache_dtype))
 
     def prepare_steps(self, runner: ModelRunner) -> None:
         """All that steps work with is there."""
@@ -162,7 +162,7 @@ class CudaMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again, of zeros, as at start-up."""
-        dtype = runner.config.dtype
+        dtype = runner.config.kv_cache_dtype
         if self.cache is None:
             cache = VirtualMemory(math.prod(self.cache_shape) * dtype.itemsize, runner.device)
             cache.map()

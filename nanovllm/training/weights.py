@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import EMBEDDING, HEAD, find_tensors, open_weights, read_json
+from nanovllm.checkpoints.kv_scales import is_no_weight
 from nanovllm.checkpoints.wrappers import is_wrapper, text_name
 from nanovllm.models.weight_formats import finish_loading
 from nanovllm.utils.loader import DTYPES as FLOATS
@@ -94,7 +95,7 @@ class TensorNames:
             ours = text_name(name)
         if ours == HEAD and self.is_tied:
             ours = EMBEDDING
-        if ours is None or ours.endswith("rotary_emb.inv_freq"):  # of an image encoder; computed
+        if ours is None or is_no_weight(ours):  # of an image encoder; see there
             return None
         if ours not in self.loaders:
             raise ValueError(
