@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from job_workers import FakeWorker, OddError
 
-from nanovllm.jobs import devices, run
+from nanovllm.jobs import devices, run, supervisor
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.line import Answer, Line
 from nanovllm.jobs.line_options import LineOptions
@@ -325,6 +325,20 @@ def test_closing_is_quick_and_can_be_repeated() -> None:
         pool.submit(make_line(2))
     with pytest.raises(RuntimeError, match="closed"):
         list(pool.run(make_lines(3)))
+
+
+def test_a_replica_that_is_stopped_does_not_keep_the_pool_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_CLOSE_SECONDS", 0.2)
+    pool = make_pool(max_num_seqs=1000)
+    (pid,) = pool.pids()
+    os.kill(pid, signal.SIGSTOP)
+    for number in range(20):  # more than fits a pipe: whoever sends it waits
+        pool.submit(make_line(number, prompt="x" * 100_000))
+    time.sleep(0.2)
+    pool.close()
+    assert is_gone(pid)
 
 
 def test_a_pool_that_is_forgotten_ends() -> None:

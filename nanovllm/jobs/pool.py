@@ -123,7 +123,7 @@ class ReplicaPool:
                 task, answer = result
                 yield answer
                 if run.take(task):
-                    with supervisor.room:
+                    with supervisor.lock:
                         supervisor.room.notify_all()
             if error is not None:
                 raise error
@@ -140,7 +140,7 @@ def read(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
     """In a thread: add the lines of a run, as far ahead as there is room for."""
     try:
         for line in lines:
-            with supervisor.room:
+            with supervisor.lock:
                 while not (run.is_abandoned or (supervisor.has_room and run.may_read)):
                     supervisor.check()
                     supervisor.room.wait()
