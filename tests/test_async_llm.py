@@ -545,6 +545,18 @@ def test_requests_that_others_take_away(llm: AsyncLLM) -> None:
     assert tokens(other.result(SECONDS)) == tokens(want)
 
 
+def test_an_engine_that_sleeps_takes_no_requests(llm: AsyncLLM) -> None:
+    (want,) = generate(llm, PROMPTS[:1], greedy(10))
+    with llm.llm._lock:
+        late = llm.submit(PROMPTS[0], greedy(10))
+        llm.llm.sleep()
+    assert "sleep" in str(late.exception(SECONDS))
+    with pytest.raises(RuntimeError, match="sleep"):
+        llm.submit(PROMPTS[0], greedy(10))
+    llm.llm.wake_up()
+    assert tokens(llm.submit(PROMPTS[0], greedy(10)).result(SECONDS)) == tokens(want)
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 
