@@ -51,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """With `pytest -n auto`, have tests of an `xdist_group` run in one process: Ray starts once."""
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
-        config.option.loadgroup = True  # which the processes are told
+    if hasattr(config, "workerinput"):  # one of the processes, which names the groups
+        config.option.loadgroup = True
 
 
 @pytest.fixture(scope="session", autouse=True)
