@@ -15,9 +15,9 @@ from typing import Any
 from nanovllm.jobs.answers import error_answer
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.engine_worker import EngineWorker
-from nanovllm.jobs.line import Answer, Line, LineError
+from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line, LineError
 from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.replica_process import ENGINE_FAILED, Worker, WorkerOrder
+from nanovllm.jobs.replica_process import Worker, WorkerOrder
 from nanovllm.jobs.run import EndOfLines, Run
 from nanovllm.jobs.supervisor import Supervisor
 from nanovllm.jobs.task import FutureTask

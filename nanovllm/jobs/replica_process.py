@@ -24,11 +24,10 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from nanovllm.jobs.line import Answer, Line
+from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line
 from nanovllm.jobs.line_options import LineOptions
 
 MAX_CLOSE_SECONDS = 5.0  # for the engine, once the process is to end
-ENGINE_FAILED = "engine_failed"  # error of an answer: a step failed, or the engine has ended
 
 
 class Worker(Protocol):
