@@ -64,7 +64,7 @@ def worker_arguments(
     batches_at_once = max(2, -(-ROWS_PER_SEQUENCE * max_num_seqs // batch_size))
     if "max_concurrent_calls_per_actor" in inspect.signature(ActorPoolStrategy).parameters:
         pool["max_concurrent_calls_per_actor"] = batches_at_once
-    else:  # older versions of Ray have it among the actor's own arguments
+    else:  # before Ray 2.59 it is among the actor's own arguments
         arguments["max_concurrency"] = batches_at_once
     return {**arguments, "compute": ActorPoolStrategy(**pool)}
 
