@@ -4,6 +4,7 @@ NANOVLLM_KILL_MOMENTS=20 kills at that many moments; without it, at two.
 """
 
 import asyncio
+import gzip
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.jobs.cli import LINES_FAILED, main
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
-from nanovllm.jobs.ray_job import reason
+from nanovllm.jobs.ray_job import read_blocks, reason
 from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
 # Starting Ray takes seconds: with pytest -n auto one process runs all of these.
@@ -180,6 +181,26 @@ def test_rows_keep_their_columns_and_get_answers_or_errors(
     assert all((row["embedding"] is not None) == (number % 8 == 5) for number, row in rows.items())
 
 
+@pytest.mark.parametrize(
+    "options, batches_at_once, actors",
+    [
+        (dict(), 32, (1, 1)),  # 8 rows for each of 512 sequences, in batches of 128
+        (dict(max_num_seqs=4), 2, (1, 1)),  # never one alone
+        (dict(concurrency=4, num_rows=2048), 4, (4, 4)),  # a fourth of 16 batches
+        (dict(concurrency=(1, 4), batch_size=64), 64, (1, 4)),
+    ],
+)
+def test_actors_work_at_many_batches_but_take_no_more_than_their_share(
+    cluster: str, options: dict[str, Any], batches_at_once: int, actors: tuple[int, int]
+) -> None:
+    arguments = worker_arguments(**options)
+    pool = arguments["compute"]
+    at_once = getattr(pool, "max_concurrent_calls_per_actor", arguments.get("max_concurrency"))
+    assert at_once == batches_at_once
+    assert (pool.min_size, pool.max_size) == actors
+    assert arguments["num_gpus"] == 0  # the cluster has none
+
+
 # --- run-batch --ray ------------------------------------------------------------------------------
 
 
@@ -315,6 +336,29 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
     parts = sorted((tmp_path / "output").iterdir())
     assert main([*arguments(tmp_path, replicas=1), "--ray"]) == LINES_FAILED  # finds nothing to do
     assert sorted((tmp_path / "output").iterdir()) == parts
+
+
+def test_lines_are_read_in_small_blocks_and_repeated_ids_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "input.jsonl"
+    ids = [*(f"id-{number}" for number in range(1, 300)), "id-7"]
+    path.write_text("".join(json.dumps({"custom_id": each, "body": {}}) + "\n" for each in ids))
+    blocks = list(read_blocks(str(path)))
+    assert max(block.num_rows for block in blocks) <= 128
+    table = pa.concat_tables(blocks)
+    assert table["number"].to_pylist() == list(range(1, 301))
+    assert table["duplicate_of"].to_pylist() == [None] * 299 + [7]
+    assert json.loads(table["data"][299].as_py())["custom_id"] == "id-7"
+
+
+def test_an_input_that_is_cut_off_ends_the_job_after_what_could_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "input.jsonl.gz"
+    random_texts = random.Random(0)
+    lines = [f'{{"prompt": "{random_texts.random()}"}}\n' for _ in range(2000)]
+    path.write_bytes(gzip.compress("".join(lines).encode())[:-1000])
+    blocks = read_blocks(str(path))
+    assert next(blocks).num_rows == 128
+    with pytest.raises((OSError, ValueError)):
+        list(blocks)
 
 
 # --- parts ----------------------------------------------------------------------------------------
