@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
+from nanovllm.quantization.quantized import forget_dequantized
 from nanovllm.training.virtual_memory import VirtualMemory, padded
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def meet(runner: ModelRunner) -> None:
 
 def drop_values(runner: ModelRunner) -> None:
     """Free the weights; only their shapes are kept."""
+    for module in runner.model.modules():
+        if hasattr(module, "dequantized"):
+            forget_dequantized(module)
     for param in runner.model.parameters():
         param.data = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
 

@@ -56,7 +56,7 @@ def load_model(model: nn.Module, path: str) -> None:
     if problems:
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the "
-            "checkpoint is incomplete or of another model"
+            "checkpoint is incomplete, of another model, or quantised otherwise than it says"
         )
     give_scales(model, files)
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
@@ -81,9 +81,9 @@ def expected_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Load
     """Name every tensor that a checkpoint of this model must hold, and the function to load it.
 
     A module that merges several checkpoint modules has a `packed_modules_mapping`: checkpoint name
-    -> shard id. One whose tensors a checkpoint may name in several ways has a `checkpoint_tensors`,
-    which is shown all `names` that there are. Tied weights are expected once, by the name of the
-    module that comes first.
+    -> shard id. One that is quantised, or whose tensors may be named in several ways, has a
+    `checkpoint_tensors`, which is shown all `names` that there are. Tied weights are expected once,
+    by the name of the module that comes first.
     """
     expected: dict[str, LoadTensor] = {}
     for name, param in model.named_parameters():
