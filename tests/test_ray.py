@@ -35,9 +35,6 @@ from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
 from nanovllm.jobs.ray_job import reason
 from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
-# Starting Ray takes seconds: with pytest -n auto --dist loadgroup one process runs all of these.
-pytestmark = pytest.mark.xdist_group("ray")
-
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=8, num_kvcache_blocks=16)
 GREEDY = dict(temperature=0, max_tokens=24, ignore_eos=True)
