@@ -379,6 +379,22 @@ def test_a_job_goes_on_when_the_disk_has_room_again(
             subprocess.run(["umount", str(directory)], check=True)
 
 
+@pytest.mark.parametrize("error, status", [(ValueError, 2), (MemoryError, 3), (RuntimeError, 3)])
+def test_an_engine_that_cannot_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: type[Exception], status: int
+) -> None:
+    def fail(model: str, **options: Any) -> FakePool:
+        raise error("there is not enough memory")
+
+    write_input(tmp_path, [GOOD])
+    options = options_for(tmp_path, overwrite=True)
+    assert run_batch(options, make_pool=fail) == status
+    said = capsys.readouterr().err
+    assert "there is not enough memory" in said
+    assert ("command without --overwrite goes on" in said) == (status == 3)
+    assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 0
+
+
 def test_a_full_device_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(tmp_path, [GOOD] * 3)
     options = replace(options_for(tmp_path), output="/dev/full")
