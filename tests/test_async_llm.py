@@ -525,6 +525,27 @@ def test_an_engine_that_has_ended(checkpoint: Checkpoint) -> None:
     llm.close()
 
 
+def test_two_ranks_one_of_which_dies(checkpoint: Checkpoint) -> None:
+    llm = make_async(checkpoint.path, tensor_parallel_size=2, max_num_batched_tokens=40)
+    want = generate(llm, PROMPTS, greedy(8))
+    vectors = llm.llm.embed(PROMPTS, use_tqdm=False)
+    with llm.llm._lock:  # so that completions and embeddings share steps
+        embedded = [llm.submit_embed(prompt) for prompt in PROMPTS]
+        completed = [llm.submit(prompt, greedy(8)) for prompt in PROMPTS]
+    for future, vector in zip(embedded, vectors, strict=True):
+        assert future.result(SECONDS).embedding == pytest.approx(vector.embedding, abs=1e-5)
+    assert [tokens(future.result(SECONDS)) for future in completed] == [tokens(r) for r in want]
+    future = llm.submit(PROMPTS[0], greedy(200))
+    channel = llm.llm._channel
+    assert channel is not None
+    channel.processes[0].kill()
+    assert isinstance(future.exception(SECONDS), EngineError)
+    assert isinstance(llm.failure, RuntimeError) and "rank 1" in str(llm.failure)
+    with pytest.raises(EngineError, match="rank 1"):
+        llm.submit(PROMPTS[0])
+    llm.close()
+
+
 def test_requests_that_others_take_away(llm: AsyncLLM) -> None:
     """`reset` is there for every caller, and so is `step`; nobody may wait for ever."""
     (want,) = generate(llm, PROMPTS[:1], greedy(10))
@@ -543,6 +564,18 @@ def test_requests_that_others_take_away(llm: AsyncLLM) -> None:
     with pytest.raises(EngineError, match="reset"):
         future.result(SECONDS)
     assert tokens(other.result(SECONDS)) == tokens(want)
+
+
+def test_an_engine_that_sleeps_takes_no_requests(llm: AsyncLLM) -> None:
+    (want,) = generate(llm, PROMPTS[:1], greedy(10))
+    with llm.llm._lock:
+        late = llm.submit(PROMPTS[0], greedy(10))
+        llm.llm.sleep()
+    assert "sleep" in str(late.exception(SECONDS))
+    with pytest.raises(RuntimeError, match="sleep"):
+        llm.submit(PROMPTS[0], greedy(10))
+    llm.llm.wake_up()
+    assert tokens(llm.submit(PROMPTS[0], greedy(10)).result(SECONDS)) == tokens(want)
 
 
 # --- the end --------------------------------------------------------------------------------------

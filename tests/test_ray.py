@@ -35,7 +35,7 @@ from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
 from nanovllm.jobs.ray_job import reason
 from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
-# Starting Ray takes seconds: with pytest -n auto --dist loadgroup one process runs all of these.
+# Starting Ray takes seconds: with pytest -n auto one process runs all of these.
 pytestmark = pytest.mark.xdist_group("ray")
 
 ROOT = Path(__file__).resolve().parent.parent
