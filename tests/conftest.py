@@ -47,14 +47,6 @@ VISION = dict(
 QWEN3, QWEN2 = "Qwen3ForCausalLM", "Qwen2ForCausalLM"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """With `pytest -n auto`, have tests of an `xdist_group` run in one process: Ray starts once."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-    if hasattr(config, "workerinput"):  # one of the processes, which names the groups
-        config.option.loadgroup = True
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """These models are so small that a second thread costs more than it brings, far more on busy

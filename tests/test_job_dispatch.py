@@ -462,6 +462,23 @@ def test_an_engine_that_cannot_start_again_is_given_up_while_others_go_on() -> N
     assert len(job.answers) == 5000
 
 
+def test_a_replica_that_is_about_to_end_gets_no_more_lines() -> None:
+    """They would be in a failure which they have not seen."""
+    job = Job(10, set(), size=5)
+    (assigned,) = job.dispatcher.assign().values()
+    job.dispatcher.stop(0)
+    ticket = next(iter(assigned))
+    task = job.dispatcher.answer(0, ticket, Answer(0, b""))
+    assert not job.dispatcher.is_hungry and not job.dispatcher.assign()
+    job.dispatcher.die(0)
+    assert not job.dispatcher.assign()
+    job.dispatcher.start(0, 5)
+    task.finish(Answer(task.line.number, b""))
+    job.run()
+    assert sorted(answer.number for answer in job.answers) == list(range(10))
+    assert job.num_deaths == 0 and not job.errors
+
+
 def test_a_line_that_nobody_wants_any_more_is_dropped() -> None:
     answers: list[Answer] = []
     look_ahead = LookAhead(BLOCK_SIZE)

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 from job_workers import FakeWorker, OddError
 
+from nanovllm.checkpoints import hub
 from nanovllm.jobs import devices, run, supervisor
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.line import Answer, Line
 from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.pool import ReplicaPool
+from nanovllm.jobs.pool import ReplicaPool, find_model
 
 TESTS = Path(__file__).resolve().parent
 MODEL = str(TESTS)  # any directory: nobody reads it
@@ -439,7 +440,7 @@ import json
 from nanovllm import DEMO_MODEL
 from nanovllm.jobs.line import Line
 from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.pool import ReplicaPool
+from nanovllm.jobs.pool import ReplicaPool, find_model
 
 def lines(count, **fields):
     for number in range(count):
@@ -490,6 +491,38 @@ def test_nothing_outlives_the_process_with_ranks_below_its_replica() -> None:
     process.stdout.close()
     assert wait_until(lambda: all(map(is_gone, pids)), 10)
     assert not any(file.exists() for file in memory)
+
+
+# --- what replicas share --------------------------------------------------------------------------
+
+
+def test_what_is_on_the_hub_is_fetched_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def resolve(*arguments: Any) -> str:
+        calls.append(arguments)
+        return f"/cache/{arguments[0]}"
+
+    monkeypatch.setattr(hub, "resolve_model", resolve)
+    monkeypatch.setattr(hub, "resolve_tokenizer", resolve)
+    options = {"revision": "v1", "download_dir": "/cache", "load_format": "dummy", "seed": 3}
+    assert find_model("org/model", options) == ("/cache/org/model", options)
+    assert calls == [("org/model", False, hub.HubSource("v1", "/cache"))]
+    calls.clear()
+    options = {"tokenizer": "org/tokenizer", "tokenizer_revision": "v2"}
+    found = {**options, "tokenizer": "/cache/org/tokenizer"}
+    assert find_model(MODEL, options) == (MODEL, found)
+    assert calls == [("org/tokenizer", hub.HubSource("v2", None))]
+    calls.clear()
+    for options in ({}, {"tokenizer": MODEL}, {"tokenizer": "a/b", "skip_tokenizer_init": True}):
+        assert find_model(MODEL, options) == (MODEL, options)
+    assert find_model(None, {"tokenizer": 3}) == (None, {"tokenizer": 3})  # type: ignore[arg-type]
+    assert not calls
+
+
+def test_a_model_that_is_nowhere_is_an_error_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="neither a directory here nor a hub id"):
+        ReplicaPool("./no/such/model", {"device": "cpu"}, OPTIONS, 2)
 
 
 # --- devices --------------------------------------------------------------------------------------
