@@ -388,6 +388,52 @@ def test_a_full_device_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "cannot be gone on with" in said
 
 
+def test_the_second_ctrl_c_ends_a_job_that_hangs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hanging(FakePool):
+        def __exit__(self, *error: object) -> None:
+            press_ctrl_c()
+
+    write_input(tmp_path, [GOOD] * 3)
+    pool = Hanging(stop_after=1, stop=press_ctrl_c)
+    assert run_batch(options_for(tmp_path), make_pool=pool) == 130
+    assert "stopped at once" in capsys.readouterr().err
+    assert len(numbers_in(tmp_path)) == 1
+
+
+TO_STDOUT = """
+import sys
+from dataclasses import replace
+from fake_pool import FakePool
+from nanovllm.jobs.cli import run_batch
+from nanovllm.jobs.job_options import JobOptions
+
+class Noisy(FakePool):
+    def answer(self, line):
+        print("a library says something")
+        return super().answer(line)
+
+options = JobOptions("-", "-", sys.argv[1], {"device": "cpu"}, in_order=True)
+sys.exit(run_batch(options, make_pool=Noisy()))
+"""
+
+
+def test_answers_to_stdout_are_all_that_is_there() -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    result = subprocess.run(
+        [sys.executable, "-c", TO_STDOUT, DEMO_MODEL],
+        input=b"\n".join([GOOD, BROKEN, GOOD]),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert result.returncode == 1, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [number_of(answer) for answer in answers] == [1, 2, 3]
+    assert result.stderr.count(b"a library says something") == 3
+    assert b"3 lines are answered in standard output, 1 of them with an error" in result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
