@@ -49,6 +49,7 @@ class EngineOwner:
         self.outbox = Outbox()
         self._llm = llm
         self._pid = os.getpid()
+        self._num_threads = torch.get_num_threads()  # of PyTorch on a CPU, as our maker has set it
         # Of this kind of queue, a `put` may come in the middle of another one, from a finalizer.
         self._inbox: SimpleQueue[Ticket | None] = SimpleQueue()  # None only wakes the thread
         self._in_flight: dict[int, Ticket] = {}  # request id -> those that the engine has
@@ -99,6 +100,10 @@ class EngineOwner:
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Asked for the first time in a thread, PyTorch takes the number that was last set in any
+        # other, perhaps for a step of another engine. Only what is set afterwards stays.
+        torch.get_num_threads()
+        torch.set_num_threads(self._num_threads)
         try:
             while self._wait_for_work():
                 with collector_slowed():
