@@ -4,6 +4,7 @@ NANOVLLM_KILL_MOMENTS=20 kills at that many moments; without it, at two.
 """
 
 import asyncio
+import gzip
 import json
 import os
 import random
@@ -32,12 +33,12 @@ from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.jobs.cli import LINES_FAILED, main
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
-from nanovllm.jobs.ray_job import reason
+from nanovllm.jobs.ray_job import read_blocks, reason
 from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=8, num_kvcache_blocks=16)
-GREEDY = dict(temperature=0, max_tokens=24, ignore_eos=True)
+GREEDY = dict(temperature=0, max_tokens=48, ignore_eos=True)
 KILLS = int(os.environ.get("NANOVLLM_KILL_MOMENTS", "2"))
 
 
@@ -46,10 +47,13 @@ def cluster() -> Iterator[str]:
     """The address of a cluster with logical resources of its own, whatever else runs here."""
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets must be short
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),  # of Ray's processes
+        # Of Ray's processes, which are to find this file, and all that this process finds.
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    # So that they need not import this file, and PyTorch with it, for the class that is here.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -76,7 +80,7 @@ def start_cluster(directory: str) -> str:
 @pytest.fixture(scope="module")
 def expected() -> Iterator[Callable[[list[str]], list[str]]]:
     """A function: what the demo model says to prompts."""
-    llm = LLM(DEMO_MODEL, **ENGINE)
+    llm = LLM(DEMO_MODEL, device="cpu", max_model_len=256, max_num_seqs=64)
 
     def complete(prompts: list[str]) -> list[str]:
         outputs = llm.generate(prompts, SamplingParams(**GREEDY), use_tqdm=False)
@@ -167,11 +171,31 @@ def test_rows_keep_their_columns_and_get_answers_or_errors(
     plain = [number for number in rows if number % 8 in (0, 6, 7)]
     texts = expected([f"Number {number} is" for number in plain])
     assert [rows[number]["generated_text"] for number in plain] == texts
-    assert {rows[number]["completion_tokens"] for number in plain} == {24}
+    assert {rows[number]["completion_tokens"] for number in plain} == {48}
     assert all(rows[number]["generated_text"] for number in rows if number % 8 == 1)
     embeddings = [row["embedding"] for number, row in rows.items() if number % 8 == 5]
     np.testing.assert_allclose(embeddings, [embeddings[0]] * 25, atol=1e-5)
     assert all((row["embedding"] is not None) == (number % 8 == 5) for number, row in rows.items())
+
+
+@pytest.mark.parametrize(
+    "options, batches_at_once, actors",
+    [
+        (dict(), 32, (1, 1)),  # 8 rows for each of 512 sequences, in batches of 128
+        (dict(max_num_seqs=4), 2, (1, 1)),  # never one alone
+        (dict(concurrency=4, num_rows=2048), 4, (4, 4)),  # a fourth of 16 batches
+        (dict(concurrency=(1, 4), batch_size=64), 64, (1, 4)),
+    ],
+)
+def test_actors_work_at_many_batches_but_take_no_more_than_their_share(
+    cluster: str, options: dict[str, Any], batches_at_once: int, actors: tuple[int, int]
+) -> None:
+    arguments = worker_arguments(**options)
+    pool = arguments["compute"]
+    at_once = getattr(pool, "max_concurrent_calls_per_actor", arguments.get("max_concurrency"))
+    assert at_once == batches_at_once
+    assert (pool.min_size, pool.max_size) == actors
+    assert arguments["num_gpus"] == 0  # the cluster has none
 
 
 # --- run-batch --ray ------------------------------------------------------------------------------
@@ -190,11 +214,12 @@ def write_input(path: Path, num_lines: int) -> list[str]:
     return prompts
 
 
-def arguments(directory: Path) -> list[str]:
+def arguments(directory: Path, replicas: int) -> list[str]:
     """The command line of the job of these tests, but for --ray."""
     engine = [f"--{name}={value}" for name, value in ENGINE.items()]
     files = ["-i", str(directory / "input.jsonl"), "-o", str(directory / "output")]
-    return ["run-batch", *files, "--model", DEMO_MODEL, "--replicas=2", "--quiet", *engine]
+    model = ["--model", DEMO_MODEL, f"--replicas={replicas}"]
+    return ["run-batch", *files, *model, "--quiet", *engine]
 
 
 # The job hands over so few lines at a time that there is something to kill.
@@ -209,25 +234,40 @@ main(sys.argv[1:])
 """
 
 
-class Victims:
-    """Finds the processes of the cluster that this process started."""
+class Victim:
+    """A job in a process of its own; it, its actors and their engines can be killed."""
 
     def __init__(self, directory: Path, cluster: str) -> None:
         self.directory = directory
-        command = [sys.executable, "-c", JOB_IN_A_PROCESS, *arguments(directory), "--ray", cluster]
-        self.job = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # Ray tells of each death
+        self.cluster = cluster
+        self.job: subprocess.Popen[bytes] | None = None
 
-    def kill(self, kind: str) -> bool:
-        """Kill -9 a process of this kind; returns whether there was one."""
+    def come_further(self) -> None:
+        """Have the job run, and wait until it has finished one more part."""
+        if self.job is None:
+            job = arguments(self.directory, replicas=2)
+            command = [sys.executable, "-c", JOB_IN_A_PROCESS, *job, "--ray", self.cluster]
+            self.job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        before = num_lines(self.directory)
+        while num_lines(self.directory) == before:
+            assert self.job.poll() is None, "the job has ended"
+            time.sleep(0.05)
+
+    def kill(self, kind: str) -> None:
+        """Kill -9 the job, one of its actors, or one of their engines."""
         if kind == "job":
-            self.job.kill()
-            self.job.wait()
-            return True
+            self.close()
+            return
         title = {"actor": "ray::MapWorker(MapBatches(JobWorker)", "engine": "replica_process"}[kind]
         found = [pid for pid in descendants(os.getpid()) if title in command_of(pid)]
-        if found:
-            os.kill(random.choice(found), signal.SIGKILL)
-        return bool(found)
+        os.kill(random.choice(found), signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill the job, if it runs."""
+        if self.job is not None:
+            self.job.kill()
+            self.job.wait()
+            self.job = None
 
 
 def descendants(pid: int) -> list[int]:
@@ -263,25 +303,18 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
     expected: Callable[[list[str]], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    prompts = write_input(tmp_path / "input.jsonl", 150 + 50 * KILLS)
-    victims = Victims(tmp_path, cluster)
+    prompts = write_input(tmp_path / "input.jsonl", 200 + 50 * KILLS)
+    victim = Victim(tmp_path, cluster)
     try:
         for moment in range(KILLS):
-            before = num_lines(tmp_path)
-            while num_lines(tmp_path) == before:  # until it has come further
-                assert victims.job.poll() is None, f"the job ended before moment {moment}"
-                time.sleep(0.05)
-            time.sleep(random.uniform(0, 0.3))
-            kind = ("actor", "job", "engine")[moment % 3]
-            assert victims.kill(kind), f"no {kind}"
-            if kind == "job":
-                victims = Victims(tmp_path, cluster)
+            victim.come_further()
+            time.sleep(random.uniform(0, 0.2))
+            victim.kill(("actor", "job", "engine")[moment % 3])
     finally:
-        victims.kill("job")
-
+        victim.close()
     assert num_lines(tmp_path) < len(prompts)  # there is something left to do
     monkeypatch.setattr(nanovllm.jobs.ray, "run_on_ray", small_job)
-    assert main([*arguments(tmp_path), "--ray"]) == LINES_FAILED
+    assert main([*arguments(tmp_path, replicas=1), "--ray"]) == LINES_FAILED
     output = str(tmp_path / "output")
     rows = ray.data.read_json(output).take_all()
     assert sorted(row["id"] for row in rows) == sorted(
@@ -298,8 +331,31 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
             assert body["choices"][0]["text"] == texts[number - 1]
 
     parts = sorted((tmp_path / "output").iterdir())
-    assert main([*arguments(tmp_path), "--ray"]) == LINES_FAILED  # finds nothing to do
+    assert main([*arguments(tmp_path, replicas=1), "--ray"]) == LINES_FAILED  # finds nothing to do
     assert sorted((tmp_path / "output").iterdir()) == parts
+
+
+def test_lines_are_read_in_small_blocks_and_repeated_ids_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "input.jsonl"
+    ids = [*(f"id-{number}" for number in range(1, 300)), "id-7"]
+    path.write_text("".join(json.dumps({"custom_id": each, "body": {}}) + "\n" for each in ids))
+    blocks = list(read_blocks(str(path)))
+    assert max(block.num_rows for block in blocks) <= 128
+    table = pa.concat_tables(blocks)
+    assert table["number"].to_pylist() == list(range(1, 301))
+    assert table["duplicate_of"].to_pylist() == [None] * 299 + [7]
+    assert json.loads(table["data"][299].as_py())["custom_id"] == "id-7"
+
+
+def test_an_input_that_is_cut_off_ends_the_job_after_what_could_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "input.jsonl.gz"
+    random_texts = random.Random(0)
+    lines = [f'{{"prompt": "{random_texts.random()}"}}\n' for _ in range(2000)]
+    path.write_bytes(gzip.compress("".join(lines).encode())[:-1000])
+    blocks = read_blocks(str(path))
+    assert next(blocks).num_rows == 128
+    with pytest.raises((OSError, ValueError)):
+        list(blocks)
 
 
 # --- parts ----------------------------------------------------------------------------------------

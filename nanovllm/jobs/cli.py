@@ -90,9 +90,10 @@ def how_far(job: BatchJob | ClusterJob | None) -> str:
     if job is None:
         return "nothing was written"
     done = job.counts.summary(job.options.output_name)
-    if job.can_resume:
-        return f"{done}\nThe same command goes on from there."
-    return f"{done}\nIt cannot be gone on with, as the output is no file."
+    if not job.can_resume:
+        return f"{done}\nIt cannot be gone on with, as the output is no file."
+    without = " without --overwrite" if job.options.overwrite else ""
+    return f"{done}\nThe same command{without} goes on from there."
 
 
 def say(*texts: str) -> None:

@@ -30,6 +30,7 @@ def map_prompts(
     batch_size: int = BATCH_SIZE,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
+    num_rows: int | None = None,
     **options: Any,
 ) -> Dataset:
     """Answer the prompts of a dataset: its rows with the columns of their answers (`RowWorker`).
@@ -46,6 +47,7 @@ def map_prompts(
         num_cpus: what Ray sets aside for each actor. None: nothing.
         num_gpus: the same. None: `tensor_parallel_size`; 0 if the cluster has none or `device` is
             "cpu".
+        num_rows: of the dataset, if that is known: no actor then takes more than its share at once.
         options: of `RowWorker`: `sampling_params`, `embed`, `form`, and options of `LLM`.
     """
     # What a batch comes to must be one block. An actor that dies after it handed over the first of
@@ -57,6 +59,7 @@ def map_prompts(
         batch_size=batch_size,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
+        num_rows=num_rows,
         **options,
     )
     return small_blocks.map_batches(

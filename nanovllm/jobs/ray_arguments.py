@@ -22,6 +22,7 @@ def worker_arguments(
     batch_size: int = BATCH_SIZE,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
+    num_rows: int | None = None,
     device: str = "auto",
     tensor_parallel_size: int = 1,
     max_num_seqs: int = MAX_NUM_SEQS,
@@ -39,6 +40,8 @@ def worker_arguments(
         num_cpus: what Ray sets aside for each actor. None: nothing.
         num_gpus: the same. None: `tensor_parallel_size`; 0 if the cluster has none or `device` is
             "cpu".
+        num_rows: of the dataset, if that is known: no actor then takes more than its share at once,
+            when it is the first that is there.
         device: this and the rest are options of the engine.
         tensor_parallel_size: GPUs of an engine.
         max_num_seqs: with it grows how many batches an actor works at.
@@ -54,17 +57,24 @@ def worker_arguments(
     if concurrency is None:
         concurrency = max(1, int(cluster_gpus // num_gpus)) if num_gpus else 1
     fewest, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
+    rows_at_once = ROWS_PER_SEQUENCE * max_num_seqs
+    if num_rows is not None:
+        rows_at_once = min(rows_at_once, num_rows // most)
+    batches_at_once = max(2, -(-rows_at_once // batch_size))
     pool: dict[str, Any] = {"min_size": fewest, "max_size": most}
+    if fewest == most:
+        # Ray would give an actor twice as many, and the others less to do at the end. (Where the
+        # number of actors may grow, batches that wait are what makes it grow.)
+        pool["max_tasks_in_flight_per_actor"] = batches_at_once
     arguments: dict[str, Any] = {
         "batch_size": batch_size,
         "batch_format": "pyarrow",
         "num_cpus": num_cpus or 0,
         "num_gpus": num_gpus,
     }
-    batches_at_once = max(2, -(-ROWS_PER_SEQUENCE * max_num_seqs // batch_size))
     if "max_concurrent_calls_per_actor" in inspect.signature(ActorPoolStrategy).parameters:
         pool["max_concurrent_calls_per_actor"] = batches_at_once
-    else:  # older versions of Ray have it among the actor's own arguments
+    else:  # before Ray 2.59 it is among the actor's own arguments
         arguments["max_concurrency"] = batches_at_once
     return {**arguments, "compute": ActorPoolStrategy(**pool)}
 

@@ -118,7 +118,12 @@ def run_on_ray(
         fn_constructor_kwargs=dict(
             model=model, engine_options=engine_options, line_options=line_options
         ),
-        **worker_arguments(concurrency=replicas, batch_size=batch_size, **engine_options),
+        **worker_arguments(
+            concurrency=replicas,
+            batch_size=batch_size,
+            num_rows=open_input(input).total,
+            **engine_options,
+        ),
     )
     try:
         answers.write_datasink(sink)

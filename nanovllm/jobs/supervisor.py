@@ -201,14 +201,20 @@ class Supervisor:
                 message = self._replicas[index].receive()
             except EOFError:
                 self._ending.add(index)
+                self._stop(index)
                 continue
             if isinstance(message, Ready):
                 with self.lock:
                     self._dispatcher.start(index, message.max_num_seqs)
             elif isinstance(message, Failed):
                 self._last_errors[index] = message
+                self._stop(index)
             else:
                 self._take_answers(index, message)
+
+    def _stop(self, index: int) -> None:
+        with self.lock:
+            self._dispatcher.stop(index)
 
     def _take_answers(self, index: int, answers: list[tuple[int, Answer]]) -> None:
         dispatcher = self._dispatcher
