@@ -1,5 +1,6 @@
 """Jobs over a pool without a model: each line is answered once, however often a job is stopped."""
 
+import errno
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
+from nanovllm.jobs.command import output as output_module
 from nanovllm.jobs.command.batch_job import BatchJob
 from nanovllm.jobs.command.cli import main, run_batch
 from nanovllm.jobs.command.cluster_job import ClusterJob
@@ -386,6 +388,24 @@ def test_a_job_goes_on_when_the_disk_has_room_again(
     finally:
         if os.path.ismount(directory):
             subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_answers_that_the_disk_does_not_keep_are_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path, [GOOD] * 3)
+    sync = os.fsync
+
+    def fail(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), os.stat(tmp_path / "out.jsonl")):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        sync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.os, "fsync", fail)
+        assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 3
+    assert "the quota is used up" in capsys.readouterr().err
+    assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 0
 
 
 @pytest.mark.parametrize("error, status", [(ValueError, 2), (MemoryError, 3), (RuntimeError, 3)])
