@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,10 @@ def test_an_empty_input(tmp_path: Path) -> None:
 
 def raise_runtime_error() -> None:
     raise RuntimeError("all replicas are gone")
+
+
+def fail_unexpectedly() -> None:
+    raise AssertionError("something that cannot be")
 
 
 def press_ctrl_c() -> None:
@@ -236,6 +241,14 @@ def test_another_job_is_refused(tmp_path: Path, change: dict[str, Any], message:
     run(replace(options, **{**change, "engine": faster}), FakePool())
 
 
+def test_answers_beside_the_model_are_no_other_model(tmp_path: Path) -> None:
+    write_input(tmp_path, [GOOD, GOOD])
+    shutil.copytree(DEMO_MODEL, tmp_path, dirs_exist_ok=True)
+    options = replace(options_for(tmp_path), model=str(tmp_path))
+    run(options, FakePool())
+    assert run(options, FakePool()).num_lines_before == 2
+
+
 def test_another_input_is_refused(tmp_path: Path) -> None:
     write_input(tmp_path, [GOOD, GOOD])
     run(options_for(tmp_path), FakePool())
@@ -311,6 +324,7 @@ def test_defaults_of_lines(tmp_path: Path) -> None:
         ([GOOD] * 3, None, 0),
         ([GOOD, BROKEN], None, 1),
         ([GOOD] * 3, raise_runtime_error, 3),
+        ([GOOD] * 3, fail_unexpectedly, 3),
         ([GOOD] * 3, press_ctrl_c, 130),
         ([GOOD] * 3, terminate, 143),
     ],
