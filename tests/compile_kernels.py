@@ -25,6 +25,9 @@ from nanovllm.kernels import (
     grouped_gemm,
     gumbel,
     hopper_prefill,
+    int4_dequantize,
+    int4_gemm,
+    int4_gemv,
     moe,
     moe_routing,
     norm_rope_store,
@@ -44,6 +47,8 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
+from nanovllm.kernels.int4_config import Int4GemmConfig
+from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.sharing.copy_on_write import BlockCopy
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
@@ -133,6 +138,49 @@ def compile_shared_prefixes() -> None:
         )
 
 
+def int4_weight(group_size: int, is_symmetric: bool, in_size: int = HIDDEN) -> Int4Weight:
+    groups = in_size // group_size
+    return Int4Weight(
+        packed=numbers(256, packed_width(in_size), dtype=torch.int16),
+        scales=numbers(256, groups, dtype=torch.float16),
+        zero_points=None if is_symmetric else numbers(256, groups, dtype=torch.uint8),
+        in_size=in_size,
+        group_size=group_size,
+    )
+
+
+def compile_int4() -> None:
+    """INT4 weights: groups in one block, of a whole block, and over several; columns in order or
+    not, and a row that does not fill its last block.
+    """
+    how = {torch.bfloat16: int4_gemm.BFLOAT16, torch.float16: int4_gemm.FLOAT16}
+    int4_gemm.dequantization = lambda x: how[x.dtype]
+    norm = numbers(HIDDEN)
+    for weight in (
+        int4_weight(32, is_symmetric=False),
+        int4_weight(64, is_symmetric=True),
+        int4_weight(128, is_symmetric=False),
+        int4_weight(HIDDEN, is_symmetric=True),
+        int4_weight(192, is_symmetric=False, in_size=960),
+        int4_weight(128, is_symmetric=True)._replace(column_order=ints(HIDDEN)),
+    ):
+        x = numbers(256, weight.in_size)
+        weights = {"norm_weight": norm[: weight.in_size], "eps": EPS}
+        int4_gemv.int4_gemv(x[:1], weight, numbers(256), **weights, residual=numbers(1, 256))
+        int4_gemv.int4_gemv(x[:1], weight, activation="silu", **weights)
+        int4_gemv.int4_gemv(x[:1].half(), weight)
+        int4_dequantize.int4_dequantize(weight, torch.bfloat16)
+        if weight.column_order is None:
+            int4_gemm.int4_gemm(x[:16], weight, numbers(256))
+    weight = int4_weight(128, is_symmetric=False)
+    for num_tokens in (32, 64, 128):
+        for dtype in (torch.bfloat16, torch.float16):
+            int4_gemm.int4_gemm(numbers(num_tokens, HIDDEN, dtype=dtype), weight)
+    for rows in (64, 128):
+        config = Int4GemmConfig(tokens=16, rows=rows, splits=4, num_warps=4, num_stages=4)
+        int4_gemm.int4_gemm(numbers(16, HIDDEN), weight, config=config)
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
@@ -142,6 +190,9 @@ def main() -> None:
         gemv,
         grouped_gemm,
         gumbel,
+        int4_dequantize,
+        int4_gemm,
+        int4_gemv,
         moe_routing,
         norm_rope_store,
         paged_decode,
@@ -220,6 +271,7 @@ def main() -> None:
     compile_attention_options()
     compile_gluon()
     compile_shared_prefixes()
+    compile_int4()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

@@ -1,0 +1,62 @@
+"""How the kernels of INT4 weights divide their work, and which of them is taken.
+
+Nothing here has been measured yet: the numbers follow from the compiled code (see each), and
+`scripts/bench_quantized.py` is there to replace them.
+"""
+
+from dataclasses import dataclass
+
+from nanovllm.kernels._triton import next_power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class Int4GemvConfig:
+    """How `int4_gemv` divides the work; the result does not depend on it."""
+
+    rows: int  # of the weight, that a program takes; of the gate and of up as many each
+    chunks: int  # of 1,024 columns, that are multiplied at a time: a power of two
+    num_warps: int  # at most `chunks`: then each warp reads the part of x that it multiplies with
+
+
+def int4_gemv_config(out_size: int, in_size: int, is_gated: bool) -> Int4GemvConfig:
+    """Choose the rows and columns of a program.
+
+    More rows share the work of loading x and of normalising it, some five instructions an element,
+    where a weight takes four. Fewer give every multiprocessor something to do.
+    """
+    chunks = min(4, next_power_of_2(max(1, in_size // 1024)))
+    rows = 8 if out_size >= 2048 else 4
+    if is_gated:
+        rows //= 2  # each output needs two rows of the weight
+    return Int4GemvConfig(rows=rows, chunks=chunks, num_warps=chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4GemmConfig:
+    """The tiles of `int4_gemm`; the result does not depend on them but for rounding."""
+
+    tokens: int  # in a tile: a power of two, at least 16
+    rows: int  # of the weight in a tile: 64 or 128
+    splits: int  # of the inner dimension
+    num_warps: int
+    num_stages: int  # blocks of the weight that are on their way
+
+
+MAX_GEMM_TOKENS = 256  # above, dequantising the weight for cuBLAS costs less than it saves
+MIN_BLOCKS_PER_SPLIT = 4  # fewer than the stages of the pipeline would leave it empty
+
+
+def int4_gemm_config(
+    num_tokens: int, out_size: int, in_size: int, num_multiprocessors: int
+) -> Int4GemmConfig:
+    """Choose tiles that give every multiprocessor some work.
+
+    With 128 rows a weight takes 2.6 instructions, with 64 it takes 3.4, of which half are the
+    loop's own. But a tile of so many rows and 64 tokens has no registers left.
+    """
+    tokens = min(64, max(16, next_power_of_2(num_tokens)))
+    rows = 128 if tokens <= 32 and out_size >= 128 * num_multiprocessors else 64
+    tiles = -(-out_size // rows) * -(-num_tokens // tokens)
+    blocks = -(-in_size // 128)
+    splits = max(1, min(2 * num_multiprocessors // tiles, blocks // MIN_BLOCKS_PER_SPLIT))
+    return Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=4)
