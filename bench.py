@@ -50,6 +50,7 @@ WARMUP_TOKENS = 8
 ENGINE_OPTIONS = (
     "device",
     "dtype",
+    "kv_cache_dtype",
     "attention_backend",
     "tensor_parallel_size",
     "gpu_memory_utilization",
@@ -285,6 +286,7 @@ def describe(llm: LLM, model: Model, args: argparse.Namespace) -> dict[str, Any]
         "shape": {key: getattr(config.hf_config, key, None) for key in SHAPE_KEYS},
         "device": device,
         "dtype": str(config.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(config.kv_cache_dtype).removeprefix("torch."),
         "attention_backend": config.attention_backend,
         "options": vars(args),
         "python": platform.python_version(),
@@ -323,7 +325,10 @@ def write_trace(trace: Trace, file: str) -> None:
 def announce(facts: dict[str, Any], small: bool, vocab_size: int) -> None:
     """Print what is measured, and on what."""
     backend = facts["attention_backend"]
-    print(f"{facts['model']} | {facts['device']} | {facts['dtype']} | attention: {backend}")
+    dtypes = facts["dtype"]
+    if facts["kv_cache_dtype"] != dtypes:
+        dtypes += f", KV cache {facts['kv_cache_dtype']}"
+    print(f"{facts['model']} | {facts['device']} | {dtypes} | attention: {backend}")
     if small:
         cuts = sorted({workload.lengths_cut for workload in WORKLOADS.values()})
         lengths = " or ".join(f"1/{cut}" for cut in cuts)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.inputs import TextPrompt, TokensPrompt
+    from nanovllm.jobs.async_llm import AsyncLLM
+    from nanovllm.jobs.owner import EngineError
     from nanovllm.llm import LLM
     from nanovllm.params.beam_params import BeamSearchParams
     from nanovllm.params.structured import StructuredOutputsParams
@@ -20,9 +22,11 @@ DEMO_MODEL: str = str(Path(__file__).parent / "assets" / "demo")
 __all__ = [
     "DEMO_MODEL",
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingRequestOutput",
+    "EngineError",
     "PoolingParams",
     "RequestOutput",
     "SamplingParams",
@@ -37,9 +41,11 @@ __all__ = [
 # reads and writes the files) would wait for them even to say that an option is misspelled.
 _MODULES = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.jobs.async_llm",
     "BeamSearchParams": "nanovllm.params.beam_params",
     "CompletionOutput": "nanovllm.results",
     "EmbeddingRequestOutput": "nanovllm.pooling.results",
+    "EngineError": "nanovllm.jobs.owner",
     "PoolingParams": "nanovllm.pooling.params",
     "RequestOutput": "nanovllm.results",
     "SamplingParams": "nanovllm.sampling_params",

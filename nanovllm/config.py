@@ -18,6 +18,7 @@ from nanovllm.checkpoints.checkpoint import (
 )
 from nanovllm.checkpoints.hf_overrides import override_config
 from nanovllm.checkpoints.hub import HubSource, resolve_model, resolve_tokenizer
+from nanovllm.checkpoints.kv_scales import KV_CACHE_DTYPES, cache_dtype
 from nanovllm.utils.checks import ABOVE_0, Choice, Range, check_fields, check_value, plain_number
 from nanovllm.vllm_compat.vllm_options import our_options
 
@@ -65,6 +66,8 @@ class Config:
     device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"  # "auto": CUDA if there is any
     # Of weights, activations and KV cache. "auto": the checkpoint's, or bfloat16; on a CPU float32.
     dtype: Annotated[torch.dtype, DTYPES] = "auto"  # type: ignore[assignment]
+    # Of the KV cache; "auto": FP8 (e4m3) if the checkpoint was calibrated for that, else `dtype`.
+    kv_cache_dtype: Annotated[torch.dtype, KV_CACHE_DTYPES] = "auto"  # type: ignore[assignment]
     # Whose attention kernels are used; "flash_attn+triton" prefills with the first and decodes with
     # the second. "auto": the fastest that is there. The model runner puts its choice here.
     attention_backend: Annotated[str, ATTENTION_BACKENDS] = "auto"
@@ -117,6 +120,7 @@ class Config:
                 f"the checkpoint's dtype is {name}, in which no model is run; pass dtype='bfloat16'"
             )
         self.dtype = getattr(torch, name)
+        self.kv_cache_dtype = cache_dtype(self.kv_cache_dtype, self.dtype, self.hf_config)
         if self.num_kvcache_blocks != -1:
             self.check_kvcache(self.num_kvcache_blocks)
 

@@ -12,11 +12,10 @@ from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompts
 from nanovllm.pooling.engine import PoolingEngine
 from nanovllm.results import RequestOutput, StreamPart
-from nanovllm.text.chat import Conversation, chat_prompts
+from nanovllm.text.chat import Conversation, prompts_of_chats
 from nanovllm.text.stream import StreamedCompletion
 from nanovllm.training.trainable import Trainable
 from nanovllm.utils.interrupts import uninterrupted
-from nanovllm.vllm_compat.absent import ABSENT_IN_CHAT, without_absent
 from nanovllm.vllm_compat.vllm_names import VllmNames
 
 
@@ -44,10 +43,7 @@ class LLM(Trainable, BeamSearchEngine, PoolingEngine, VllmNames):
         ValueError without a template, or for messages that it refuses.
         """
         options = {**(chat_template_kwargs or {}), **template_options}
-        options = without_absent("LLM.chat", options, ABSENT_IN_CHAT).kept
-        inputs = self._inputs
-        with inputs.lock:
-            prompts = chat_prompts(inputs.tokenizer, messages, options, self.config.model)
+        prompts = prompts_of_chats(self._inputs, messages, options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:

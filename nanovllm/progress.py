@@ -6,7 +6,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-Update = Callable[..., None]  # of how many more are done, and of the values beside the bar
+# Of how many more are done, of the values beside the bar, and of how many there are, if that has
+# become known meanwhile.
+Update = Callable[..., None]
 
 
 @contextmanager
@@ -18,11 +20,15 @@ def progress_bar(**options: Any) -> Iterator[Update]:
     with suppress(Exception):
         bar = tqdm(**options)
 
-    def update(num_done: int = 1, beside: dict[str, str] | None = None) -> None:
+    def update(
+        num_done: int = 1, beside: dict[str, str] | None = None, total: int | None = None
+    ) -> None:
         nonlocal bar
         if bar is None:
             return
         try:
+            if total is not None:
+                bar.total = total
             if beside is not None:
                 bar.set_postfix(beside, refresh=False)
             bar.update(num_done)

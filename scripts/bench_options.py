@@ -61,6 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     schemas = "also with a JSON schema of its own for each request (needs llguidance)"
     add("--structured", action="store_true", help=schemas)
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
+    caches = "of the KV cache: auto (the checkpoint's, mostly as --dtype), fp8"
+    add("--kv-cache-dtype", default="auto", help=caches)
     backends = "auto, triton, flash_attn, flash_attn+triton, torch"
     add("--attention-backend", default="auto", help=backends)
     ranks = "ranks to split the model over"

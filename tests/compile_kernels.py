@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nanovllm.checkpoints.kv_scales import FP8, KVScales
 from nanovllm.kernels import (
     _gluon,
     all_reduce,
@@ -69,9 +70,11 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     if "READ_AHEAD" in options:
         # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
         # tiles of K and V but one in shared memory.
-        tile = options["BLOCK_N"] * options["HEAD_DIM"] * torch.bfloat16.itemsize
+        tile = options["BLOCK_N"] * options["HEAD_DIM"] * args[1].itemsize  # of the cache
         least = 2 * (options["num_stages"] - 1) * tile
         assert kernel.metadata.shared >= least, (self.__name__, kernel.metadata.shared)
+    if kernel.asm["ptx"].count("e4m3x2.f32"):  # numbers are stored in an FP8 cache
+        assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]
     print(self.__name__)
 
 
@@ -176,6 +179,42 @@ def compile_int4() -> None:
     int4_gemm.int4_gemm(numbers(32, HIDDEN).half(), weight)
 
 
+def compile_fp8_cache() -> None:
+    """Everything that stores to a KV cache in FP8, or attends from it."""
+    scales = KVScales(0.5, 0.25)
+    caches = [numbers(4, 256, KV_HEADS, DIM).to(FP8) for _ in range(2)]
+    qkv = numbers(16, HEADS + 2 * KV_HEADS, DIM)
+    positions = numbers(16, dtype=torch.int64)
+    angles = numbers(99, DIM // 2, dtype=torch.float32)
+    inputs = (positions, angles, angles, numbers(DIM), numbers(DIM), EPS, *caches, ints(16), HEADS)
+    norm_rope_store.norm_rope_store(qkv, *inputs, scales=scales)
+    q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    options: dict[str, Any] = {"v_scale": scales.v}
+    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
+        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
+        tables = ints(16, 16).t()
+        paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)
+    varlen_prefill.varlen_prefill(
+        q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, ints(2, 16), window=512, **options
+    )
+    arrivals = prefill_parts.make_arrivals(HEADS, q.device)
+    tables = ints(16, 2).t()
+    prefill_tiles.tiled_prefill(q, *caches, ints(9, 8), tables, 1.0, arrivals=arrivals, **options)
+    if _gluon.HAS_GLUON:  # it attends to new keys only, which are in 16 bits
+        hopper_prefill.hopper_prefill(q, k, v, ints(3, 4), None, 0, 1.0, scales.v)
+    for block_size in (256, 20):
+        caches = [numbers(4, block_size, KV_HEADS, DIM).to(FP8) for _ in range(2)]
+        prefixes = prefix_tensors.SharedPrefixes(
+            tiles=ints(9, 5),
+            members=ints(16),
+            prefix_lens=ints(16),
+            num_parts=ints(16),
+            suffix_lens=ints(16),
+            max_parts=8,
+        )
+        shared_prefix.shared_prefix_decode(q, *caches, prefixes, ints(16, 16), 1.0, **options)
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
@@ -267,6 +306,7 @@ def main() -> None:
     compile_gluon()
     compile_shared_prefixes()
     compile_int4()
+    compile_fp8_cache()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

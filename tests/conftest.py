@@ -200,12 +200,9 @@ def edit_json(file: Path, **changes: Any) -> None:
 # --- engines --------------------------------------------------------------------------------------
 
 
-def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
-    """An engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options` say nothing
-    else.
-
-    `depth` is how many steps are launched before the tokens of the oldest are read; None leaves
-    the device's own.
+def engine_options(**options: Any) -> dict[str, Any]:
+    """Options of an engine on the CPU; its cache is 8 x 256 tokens in blocks of 16, if `options`
+    say nothing else.
     """
     defaults: dict[str, Any] = dict(
         device="cpu", max_model_len=256, kvcache_block_size=16, max_num_seqs=64
@@ -213,7 +210,16 @@ def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
     options = {**defaults, **options}
     blocks_per_seq = -(-options["max_model_len"] // options["kvcache_block_size"])
     options.setdefault("num_kvcache_blocks", 8 * blocks_per_seq)
-    llm = LLM(path, **options)
+    return options
+
+
+def make_llm(path: str, depth: int | None = None, **options: Any) -> LLM:
+    """An engine with these `engine_options`.
+
+    `depth` is how many steps are launched before the tokens of the oldest are read; None leaves
+    the device's own.
+    """
+    llm = LLM(path, **engine_options(**options))
     if depth is not None:
         llm._max_pending = depth
     return llm

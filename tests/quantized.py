@@ -5,6 +5,7 @@ published layout.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,11 @@ def quantize_checkpoint(
 ) -> Checkpoint:
     """Write a quantised checkpoint; its model is transformers' with the dequantised weights.
 
+    There are also the checkpoints "original", not quantised yet, and "dequantized".
+
     options: of `make_checkpoint`.
     """
-    source = path / "source"
+    source = path / "original"
     make_checkpoint(source, **options)
     stored: dict[str, Tensor] = {}
     dequantized: dict[str, Tensor] = {}
@@ -67,8 +70,11 @@ def quantize_checkpoint(
     save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
     config["quantization_config"] = quantization_config
     (path / "config.json").write_text(json.dumps(config))
-    save_file(dequantized, source / WEIGHTS, metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    target = path / "dequantized"
+    target.mkdir()
+    save_file(dequantized, target / WEIGHTS, metadata={"format": "pt"})
+    shutil.copy(source / "config.json", target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     return Checkpoint(str(path), model.eval().requires_grad_(False))
 
 
@@ -137,17 +143,23 @@ def blocks_of(weight: Tensor, block: list[int] | tuple[int, ...]) -> Tensor:
     return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
 
 
-def block_fp8(block: tuple[int, int] = (128, 128)) -> Quantize:
-    """weight `[N, K]` e4m3, weight_scale_inv `[ceil(N / 128), ceil(K / 128)]`; their product."""
+def block_fp8(block: tuple[int, int] = (128, 128), has_exponents: bool = False) -> Quantize:
+    """weight `[N, K]` e4m3, weight_scale_inv `[ceil(N / 128), ceil(K / 128)]`; their product.
+
+    has_exponents: scales are powers of 2, of which only the exponents are stored (UE8M0).
+    """
 
     def quantize(name: str, weight: Tensor) -> Quantized:
         blocks = blocks_of(weight.float(), block)
         scale = blocks.abs().amax((1, 3)) / 448
+        if has_exponents:
+            scale = scale.log2().ceil().exp2()
         rounded = (blocks / scale[:, None, :, None]).to(E4M3)
         rows, columns = weight.shape
         whole = rounded.flatten(2, 3).flatten(0, 1)[:rows, :columns]
         dequantized = (rounded.float() * scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
-        tensors = {"weight": whole, "weight_scale_inv": scale}
+        stored = scale.to(torch.float8_e8m0fnu) if has_exponents else scale
+        tensors = {"weight": whole, "weight_scale_inv": stored}
         return Quantized(tensors, dequantized[:rows, :columns])
 
     return quantize

@@ -394,6 +394,17 @@ def test_each_workload_runs_in_an_engine_with_its_limits(
         bench.main(["--device", "cpu", "--full", *ALL])
 
 
+def test_the_kv_cache_can_be_fp8(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = bench.Workload("a", "tiny", 4, (9, 9), (3, 3), limits=Limits(3, 32))
+    monkeypatch.setattr(bench, "WORKLOADS", {"a": tiny})
+    file = tmp_path / "results.json"
+    bench.main(["--device", "cpu", "--full", *ALL, "--kv-cache-dtype", "fp8", "--json", str(file)])
+    assert "| float32, KV cache float8_e4m3fn | attention: torch" in capsys.readouterr().out
+    assert json.loads(file.read_text())["kv_cache_dtype"] == "float8_e4m3fn"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -39,7 +39,9 @@ class Reference:
         block_tables: Tensor | None,
         block_size: int,
         scale: float,
+        v_scale: float | None = None,
     ) -> Tensor:
+        assert v_scale is None
         self.num_calls["fresh" if block_tables is None else "cached"] += 1
         if block_tables is None:
             # Each tile gets a table of its own, of blocks of one slot: the rows of its sequence.

@@ -133,7 +133,7 @@ def test_gemm(shape: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) 
     expected = F.linear(x.double(), dequantize_int4(weight, torch.float64), bias.double())
     for splits in (1, 3):
         config = Int4GemmConfig(tokens=16, rows=16, splits=splits, num_warps=4, num_stages=3)
-        sums = int4_gemm(x, weight, bias, config)
+        sums = int4_gemm(x, weight, bias, config=config)
         blocks = -(-columns // 128)
         assert len(sums) == -(-blocks // -(-blocks // splits))
         assert_near(sums.double().sum(0), expected, dtype)
@@ -196,6 +196,8 @@ def test_configurations_are_within_their_limits() -> None:
             for num_tokens in (2, 16, 17, 64, 200, 256):
                 gemm = int4_gemm_config(num_tokens, out_size, in_size, 132)
                 assert 16 <= gemm.tokens <= 128 and gemm.rows in (64, 128)
+                whole = int4_gemm_config(num_tokens, out_size, in_size, 132, reader_sums=False)
+                assert whole.splits == 1
                 assert 1 <= gemm.splits <= max(1, in_size // 128)
 
 

@@ -238,6 +238,7 @@ def test_what_a_graph_reads(seed: int) -> None:
         max_model_len=4096,
         kvcache_block_size=r.choice([16, 48, 256]),
         dtype=r.choice([torch.bfloat16, torch.float32]),
+        kv_cache_dtype=torch.bfloat16,
         enforce_eager=False,
     )
     limits = (r.choice([1, 20, 132]), 0)
@@ -279,6 +280,7 @@ def test_a_member_fits_into_a_tile(dtype: torch.dtype, most: int) -> None:
         max_model_len=4096,
         kvcache_block_size=256,
         dtype=dtype,
+        kv_cache_dtype=dtype,
         enforce_eager=False,
     )
     for group in (most, 2 * most):

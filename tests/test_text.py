@@ -170,6 +170,16 @@ def test_a_character_that_the_end_cuts_off_is_left_out(
     assert run(tokenizer, token_ids, SamplingParams(stop="zz"), [])[0] == text
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
+def test_the_bytes_of_tokens_are_those_of_the_text(kind: str) -> None:
+    text = "é中😀ab\n" + NO_CHARACTER
+    token_ids = TOKENIZERS[kind].encode(text, add_special_tokens=False)
+    parts = [decoder_of(TOKENIZERS[kind]).token_bytes(token_id) for token_id in token_ids]
+    assert b"".join(parts) == text.encode()
+    assert NO_CHARACTER in parts[-1].decode(errors="replace")
+    assert len(parts) > len(text)  # some are part of a character
+
+
 def test_the_space_between_prompt_and_completion_is_kept() -> None:
     decoder = decoder_of(LLAMA)
     hello = ids_of(LLAMA, "▁hello", "▁a")

@@ -120,7 +120,6 @@ def test_the_line_goes_to_stderr(
         ("pipeline_parallel_size", 2, "tensor_parallel_size"),
         ("data_parallel_size", 2, "an engine for each"),
         ("enable_chunked_prefill", False, "max_num_batched_tokens"),
-        ("kv_cache_dtype", "fp8", "dtype"),
         ("tokenizer_mode", "mistral", "transformers"),
         ("generation_config", "vllm", "sampling_params"),
         ("rope_scaling", {"factor": 2.0}, "hf_overrides"),

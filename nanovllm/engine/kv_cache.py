@@ -25,17 +25,19 @@ def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.dev
     """
     block_shape = (config.kvcache_block_size, layers[0].num_kv_heads, layers[0].head_dim)
     if config.num_kvcache_blocks == -1:
-        block_bytes = 2 * len(layers) * math.prod(block_shape) * config.dtype.itemsize
+        block_bytes = 2 * len(layers) * math.prod(block_shape) * config.kv_cache_dtype.itemsize
         config.num_kvcache_blocks = num_blocks_that_fit(config, block_bytes, device)
     config.check_kvcache(config.num_kvcache_blocks)
 
     shape = (2, len(layers), config.num_kvcache_blocks, *block_shape)
     # On a GPU zeros keep the cache finite for flash-attn-4; on a CPU they would commit every page.
     allocate = torch.zeros if device.type == "cuda" else torch.empty
-    kv_cache = allocate(shape, dtype=config.dtype, device=device)
+    kv_cache = allocate(shape, dtype=config.kv_cache_dtype, device=device)
     for index, layer in enumerate(layers):
         layer.k_cache = kv_cache[0, index]
         layer.v_cache = kv_cache[1, index]
+        if config.kv_cache_dtype != config.dtype:
+            layer.options = layer.options.with_fp8_cache(layer.kv_scales)
     return kv_cache
 
 

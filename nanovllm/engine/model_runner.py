@@ -97,6 +97,7 @@ class ModelRunner:
             block_size=config.kvcache_block_size,
             head_dim=head_size(config.hf_config),
             dtype=config.dtype,
+            cache_dtype=config.kv_cache_dtype,
         )
         config.attention_backend = self.backend.name
         size = config.tensor_parallel_size

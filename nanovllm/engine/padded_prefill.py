@@ -7,7 +7,7 @@ from nanovllm.config import Config
 from nanovllm.engine.graphs import PREFILL_SIZES
 from nanovllm.engine.prefill_batch import PrefillBatch
 from nanovllm.engine.step_buffers import SEQUENCE, TILE, TOKEN, InputArray, StepBuffers
-from nanovllm.kernels.attention_backend import TiledPlan
+from nanovllm.kernels.attention_plan import TiledPlan
 from nanovllm.kernels.prefill_config import prefill_config
 from nanovllm.kernels.prefill_parts import PART_FIELDS, cut_keys, make_arrivals, wanted_tiles
 from nanovllm.kernels.prefill_tiles import make_tiles, max_tiles

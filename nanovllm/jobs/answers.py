@@ -29,7 +29,12 @@ from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.line_request import LineRequest
 from nanovllm.jobs.logprobs import logprobs_content
 from nanovllm.jobs.parse import is_batch, plain_custom_id
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES, custom_id_in, fields_of
+from nanovllm.jobs.unreadable import (
+    MAX_LINE_BYTES,
+    custom_id_in,
+    fields_of,
+    names_subject,
+)
 from nanovllm.results import CompletionOutput, RequestOutput
 
 # Names that only an answer has, whatever it answers.
@@ -214,8 +219,15 @@ def carried_by_error(fields: dict[str, Any], options: LineOptions) -> dict[str, 
 
 
 def looks_like_batch(data: bytes) -> bool:
-    """Whether a line that is no JSON was to be one of the batch form."""
-    return (fields_of(data).get("custom_id") or custom_id_in(data)) is not None
+    """Whether an error about a line that cannot be read is to be in the batch form.
+
+    It is unless the line was to be a plain one, as those of tables are: who reads the batch form
+    looks for its fields in every line, who reads the plain one can do without.
+    """
+    mark = fields_of(data)
+    if mark:
+        return mark["custom_id"] is not None
+    return custom_id_in(data) is not None or not names_subject(data)
 
 
 def readable_fields(data: bytes) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ class EngineWorker:
 
     def __init__(self, model: str, engine_options: dict[str, Any], line_options: Any) -> None:
         # Here, because the main process imports this file, and needs no PyTorch.
-        from nanovllm.jobs.async_llm import AsyncLLM  # type: ignore[import-not-found]
-        from nanovllm.jobs.line_worker import LineWorker  # type: ignore[import-not-found]
+        from nanovllm.jobs.async_llm import AsyncLLM
+        from nanovllm.jobs.line_worker import LineWorker
 
         self.llm = AsyncLLM(model, **engine_options)
         self.line_worker = LineWorker(self.llm, line_options)

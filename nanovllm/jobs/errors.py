@@ -16,9 +16,10 @@ ALIASES: dict[str, Collection[str]] = {
     "logprobs": ("top_logprobs",),
     "structured_outputs": ("response_format", *GUIDED),
 }
+PLURAL = {"message": "messages", "conversation": "messages"}  # what messages say -> its field
 MAX_MESSAGE = 2000  # characters; some messages repeat a value, which may be as long as the line
-# How the engine's messages begin, for which there is only one prompt: the line's.
-NUMBERED = re.compile(r"^(prompt|conversation) 0\b|\bof conversation 0\b")
+# What the engine's messages call the prompt, of which a line has one.
+NUMBERED = re.compile(r"\b(prompt|conversation) 0\b")
 
 
 def param_error(error: Exception, names: Collection[str] = ()) -> LineError:
@@ -33,6 +34,7 @@ def param_error(error: Exception, names: Collection[str] = ()) -> LineError:
 def param_in(message: str, names: Collection[str]) -> str | None:
     """The field that a message of the engine's is about: the first one that it names."""
     for word in re.findall(r"\w+", message)[:6]:
+        word = PLURAL.get(word, word)
         if word not in KNOWN:
             continue
         for name in (word, *ALIASES.get(word, ())):
@@ -44,8 +46,8 @@ def param_in(message: str, names: Collection[str]) -> str | None:
 
 def own_words(error: BaseException) -> str:
     """The message of an error, without the number of the only prompt there is."""
-    message = NUMBERED.sub(lambda found: "the prompt" if found.group(1) else "", str(error))
-    return message.strip()[:MAX_MESSAGE] or type(error).__name__
+    message = NUMBERED.sub(r"the \1", str(error), count=1)
+    return message[:MAX_MESSAGE] or type(error).__name__
 
 
 def line_error(error: BaseException, fields: Mapping[str, Any]) -> LineError:

@@ -29,6 +29,8 @@ class LineOptions:
     # Lines without a seed get one that follows from this and their number, so that a job that was
     # interrupted ends with the tokens of one that was not. None: they get none.
     seed: int | None = None
+    # Options of the chat template for the lines that do not say: {"enable_thinking": False}, say.
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     keep_prompt: bool = False  # whether plain answers repeat the prompt, messages or input
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,3 +37,6 @@ class LineRequest:
     echo: bool = False  # whether the text begins with the prompt
     shows_ids: bool = False  # whether there are the token ids of prompt and completion
     base64: bool = False  # whether a vector is the base64 of its float32, and not a list
+    # From a token id to its bytes, which of part of a character its text does not show. It is to be
+    # set by whoever has the tokenizer; without, log-probabilities say null for such tokens.
+    token_bytes: Callable[[int], bytes] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nanovllm.jobs.line import LineError
 from nanovllm.jobs.line_request import LineRequest
 from nanovllm.results import CompletionOutput, Logprob
 from nanovllm.text.decoder import NO_CHARACTER
@@ -19,10 +20,10 @@ def logprobs_content(
     number = getattr(request.params[0], "logprobs", None)
     if number is None or completion["logprobs"] is None:
         return None
-    return [token_logprobs(entry, number) for entry in completion["logprobs"]]
+    return [token_logprobs(request, entry, number) for entry in completion["logprobs"]]
 
 
-def token_logprobs(entry: dict[int, Logprob], number: int) -> dict[str, Any]:
+def token_logprobs(request: LineRequest, entry: dict[int, Logprob], number: int) -> dict[str, Any]:
     """One position in the structure of chats: the token that was drawn, and the likeliest ones.
 
     entry: the drawn token first, then the likeliest ones; it is among them if its rank is.
@@ -32,7 +33,8 @@ def token_logprobs(entry: dict[int, Logprob], number: int) -> dict[str, Any]:
     if number >= 0:
         tokens = [token for token in tokens if rank_of(token) <= number]
     drawn = next(iter(entry.values()))
-    return {**token_items(drawn), "top_logprobs": [token_items(token) for token in tokens]}
+    top_logprobs = [token_items(request, token) for token in tokens]
+    return {**token_items(request, drawn), "top_logprobs": top_logprobs}
 
 
 def rank_of(token: Logprob) -> float:
@@ -40,20 +42,27 @@ def rank_of(token: Logprob) -> float:
     return float("inf") if token.rank is None else token.rank
 
 
-def token_items(token: Logprob) -> dict[str, Any]:
+def token_items(request: LineRequest, token: Logprob) -> dict[str, Any]:
     """A token and its log-probability, as chats have them."""
     text = token.decoded_token or ""
-    return {"token": text, "logprob": finite(token), "bytes": token_bytes(text)}
+    return {"token": text, "logprob": finite(token), "bytes": bytes_of(request, token, text)}
 
 
-def token_bytes(text: str) -> list[int] | None:
-    """The bytes of a token's text; None of a token that is only part of a character."""
-    return None if NO_CHARACTER in text else list(text.encode(errors="replace"))
+def bytes_of(request: LineRequest, token: Logprob, text: str) -> list[int] | None:
+    """The bytes of a token's text; None if it is part of a character and nobody knows which."""
+    if NO_CHARACTER not in text:
+        return list(text.encode(errors="replace"))
+    if request.token_bytes is None or token.token_id is None:
+        return None
+    return list(request.token_bytes(token.token_id))
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON has a form for."""
-    return max(float(logprob), LOWEST)
+    """A log-probability that JSON has a form for. Raises a LineError for NaN."""
+    value = float(logprob)
+    if value != value:
+        raise LineError("the model yields NaN", "model_error", status=500)
+    return max(value, LOWEST)
 
 
 def columns(entries: Sequence[dict[int, Logprob]]) -> dict[str, Any]:

@@ -178,7 +178,8 @@ class RequestParser:
         if self.kind == "chat":
             messages = checked_messages(required(self.fields, "messages"))
             del self.fields["messages"]
-            template_options = take_template_options(self.fields)
+            given = take_template_options(self.fields)
+            template_options = {**self.options.chat_template_kwargs, **given}
             prompts: list[Prompt] = []
         else:
             messages = []

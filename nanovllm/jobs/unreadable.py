@@ -11,9 +11,11 @@ import re
 from nanovllm.jobs.line import LineError
 
 MARK = b"\0"
+FIELDS = {"message", "code", "param", "custom_id"}  # that follow it
 # A custom_id in the text of a line that is no JSON. Behind a backslash it is part of a string.
 CUSTOM_ID = re.compile(rb'(?<!\\)"custom_id"\s*:\s*("(?:[^"\\]|\\.){0,512}")')
-SEARCHED = 2**16  # bytes at the beginning of a line that are searched for it
+SUBJECT = re.compile(rb'(?<!\\)"(?:messages|prompt|input)"\s*:')  # of a plain line
+SEARCHED = 2**16  # bytes at the beginning of a line that are searched for them
 MAX_LINE_BYTES = 64 * 2**20  # of a line; nobody's prompt is longer, but a broken file's line may be
 
 
@@ -23,21 +25,24 @@ def unreadable(error: LineError, custom_id: str | None = None) -> bytes:
         "message": str(error),
         "code": error.code,
         "param": error.param,
-        "status": error.status,
         "custom_id": custom_id,
     }
     return MARK + json.dumps(fields).encode()
 
 
-def fields_of(data: bytes) -> dict[str, str]:
+def fields_of(data: bytes) -> dict[str, str | None]:
     """What `unreadable` has put into the data of a line; an empty dict if it is none of its."""
     if not data.startswith(MARK):
         return {}
     try:
         fields = json.loads(data[len(MARK) :])
-    except (ValueError, RecursionError):  # the input itself has such bytes
+    except (ValueError, RecursionError):
+        fields = None
+    # The input itself may have any bytes in the place of a line.
+    is_ours = isinstance(fields, dict) and fields.keys() == FIELDS
+    if not is_ours or not all(isinstance(value, str | None) for value in fields.values()):
         return {}
-    return fields if isinstance(fields, dict) and "message" in fields else {}
+    return fields
 
 
 def raise_if_unreadable(data: bytes) -> None:
@@ -46,12 +51,7 @@ def raise_if_unreadable(data: bytes) -> None:
         raise too_long(len(data))
     fields = fields_of(data)
     if fields:
-        raise LineError(
-            fields["message"],
-            code=fields.get("code", "invalid_json"),
-            param=fields.get("param"),
-            status=int(fields.get("status", 400)),
-        )
+        raise LineError(str(fields["message"]), str(fields["code"]), fields["param"])
 
 
 def too_long(num_bytes: int) -> LineError:
@@ -71,3 +71,8 @@ def custom_id_in(data: bytes) -> str | None:
         return str(json.loads(found[1].decode()))
     except ValueError:
         return None
+
+
+def names_subject(data: bytes) -> bool:
+    """Whether the text of a line that cannot be parsed has a prompt, messages or input in it."""
+    return SUBJECT.search(data[:SEARCHED]) is not None

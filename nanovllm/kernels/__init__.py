@@ -5,8 +5,9 @@
 - `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
   Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
-- `int4_layout`: how INT4 weights lie in memory
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
+- `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
+  `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
@@ -16,10 +17,12 @@
 - `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
   sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
   `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
+- `fp8_cache`: what all of these share where the KV cache is in FP8
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package
 - `torch_attention`: the reference of `varlen_prefill`, and what it shares with the others
-- `attention_backend`: which of these attentions an engine uses, and their plan of a step
+- `attention_backend`: which of these attentions an engine uses; `attention_plan`: what they have to
+  know of a step and of a layer
 - `cpu_attention`, `cpu_memory`, `cpu_threads`: no kernels, but what a CPU's step has instead
 - `gumbel`, `penalties`, `threshold`, `token_mask`: sampling
 - `token_ranks`: the log-probability and rank of given tokens

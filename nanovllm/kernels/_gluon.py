@@ -71,6 +71,22 @@ def make_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
     return tiles, full, empty
 
 
+@gluon.jit
+def clear_behind(tile, num_valid):
+    """Clear the rows of a tile of values from `num_valid` on: they may be NaN, and 0 * NaN is NaN.
+
+    Both consumers do that, each for itself, and write the same.
+    """
+    PIECE: gl.constexpr = tile.shape[0] // 4
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for i in gl.static_range(4):
+        piece = tile.slice(i * PIECE, PIECE, 0)
+        rows = i * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
+        values = piece.load(layout)
+        piece.store(gl.where((rows < num_valid)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
 def describe(x: Tensor, rows: int, columns: int) -> Any:
     """Describe a matrix `[n, m]` of 16-bit numbers to TMA, in tiles of `rows` x `columns`."""
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16

@@ -1,7 +1,7 @@
 """The attention backends: interchangeable implementations with the same results.
 
 A backend prepares its plan once a step, on the host; every attention layer of the step then uses
-it. What a kernel needs to know about the batch goes into the plan and nowhere else.
+it. See attention_plan.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoints.kv_scales import FP8
 from nanovllm.kernels._gluon import TILE_ROWS
 from nanovllm.kernels._triton import HAS_TRITON, is_hopper
+from nanovllm.kernels.attention_plan import (
+    AttentionOptions,
+    AttentionPlan,
+    DecodePlan,
+    PrefillPlan,
+    TiledPlan,
+)
 from nanovllm.kernels.cpu_attention import CpuStep
 from nanovllm.kernels.flash_attention import (
     check_flash_attention,
@@ -29,74 +37,12 @@ from nanovllm.kernels.hopper_prefill import hopper_prefill, serves_hopper_prefil
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
 from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill
-from nanovllm.kernels.prefix_tensors import SharedPrefixes
 from nanovllm.kernels.shared_prefix import shared_prefix_decode
 from nanovllm.kernels.torch_attention import varlen_prefill_torch
 from nanovllm.kernels.varlen_prefill import varlen_prefill
 
 # Smaller prefills without a CUDA graph wait for the host, which takes longer to launch this kernel.
 HOPPER_MIN_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPlan:
-    """Many new tokens of each of n sequences. Tensors are int32."""
-
-    cu_seqlens_q: Tensor  # [n + 1]: where each sequence's queries begin, and the last one's end
-    cu_seqlens_k: Tensor  # [n + 1]: the same of the keys: new tokens and those in the cache
-    max_seqlen_q: int  # the most queries of one sequence
-    max_seqlen_k: int  # the most keys of one sequence
-    block_tables: Tensor | None = None  # [n, max_blocks], padded with -1; None: nothing is cached
-    tiles: Tensor | None = None  # [tiles, 4]: the work list of `HopperBackend`
-    cpu: CpuStep | None = None  # the plan of `CpuBackend`
-
-
-@dataclass(frozen=True, slots=True)
-class TiledPlan:
-    """A prefill whose launches do not depend on the batch, for a CUDA graph. Tensors are int32."""
-
-    tiles: Tensor  # [max_tiles, 8]: the work list, see prefill_tiles.py and prefill_parts.py
-    arrivals: Tensor  # of tiles in parts, see prefill_parts.py
-    context_lens: Tensor  # [max_seqs]: keys of each sequence, the new ones included; 0: padding
-    block_tables: Tensor  # [max_seqs, max_blocks]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """One new token of each of n sequences. Tensors are int32, and padding rows have no context."""
-
-    context_lens: Tensor  # [n]: keys of each sequence, the new one included
-    block_tables: Tensor  # [n, max_blocks], of any strides
-    cpu: CpuStep | None = None  # the plan of `CpuBackend`
-    prefixes: SharedPrefixes | None = None  # what groups of sequences share; None: no groups
-
-
-AttentionPlan = PrefillPlan | TiledPlan | DecodePlan
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """How the layers of a model attend; those of one model may differ.
-
-    Raises:
-        ValueError: a window or a cap that no model can mean.
-    """
-
-    scale: float  # the scores' factor, usually head_dim ** -0.5
-    window: int | None = None  # a query sees so many keys, up to its own; None: all
-    softcap: float | None = None  # a scaled score s becomes softcap * tanh(s / softcap)
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(
-                f"an attention window of {self.window} tokens is not supported; it must be at "
-                "least 1, or null for none"
-            )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(
-                f"a soft cap of {self.softcap} for attention scores is not supported; it must be "
-                "positive, or null for none"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +116,8 @@ class AttentionBackend:
     ) -> Tensor:
         """Compute causal attention: a tensor like q `[n, heads, head_dim]`.
 
-        k, v: `[n, kv_heads, head_dim]`, of the new tokens, which the cache holds already.
+        k, v: `[n, kv_heads, head_dim]`, of the new tokens, which the cache holds already: the same
+            numbers, also if it is FP8.
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
         """
         if isinstance(plan, DecodePlan):
@@ -185,6 +132,7 @@ class AttentionBackend:
                     plan.block_tables,
                     options.scale,
                     softcap=options.softcap,
+                    v_scale=options.v_scale,
                 )
             return self.decode(
                 q,
@@ -195,6 +143,7 @@ class AttentionBackend:
                 options.scale,
                 window=options.window,
                 softcap=options.softcap,
+                v_scale=options.v_scale,
             )
         if isinstance(plan, TiledPlan):
             assert self.tiled_prefill is not None
@@ -207,6 +156,7 @@ class AttentionBackend:
                 options.scale,
                 window=options.window,
                 softcap=options.softcap,
+                v_scale=options.v_scale,
                 arrivals=plan.arrivals,
             )
         assert plan is not None
@@ -224,6 +174,7 @@ class AttentionBackend:
             plan.block_tables,
             window=options.window,
             softcap=options.softcap,
+            v_scale=options.v_scale,
         )
 
 
@@ -307,17 +258,32 @@ class HopperBackend(AttentionBackend):
         options: AttentionOptions,
     ) -> Tensor:
         """Compute causal attention."""
-        is_plain = options.window is None and options.softcap is None
-        if isinstance(plan, PrefillPlan) and plan.tiles is not None and is_plain:
+        if isinstance(plan, PrefillPlan) and self._serves(plan, k_cache, options):
+            assert plan.tiles is not None
             block_size = 0
             if plan.block_tables is not None:
                 block_size = k_cache.shape[1]
                 k = k_cache.flatten(0, 1)
                 v = v_cache.flatten(0, 1)
             return hopper_prefill(
-                q, k, v, plan.tiles, plan.block_tables, block_size, scale=options.scale
+                q,
+                k,
+                v,
+                plan.tiles,
+                plan.block_tables,
+                block_size,
+                scale=options.scale,
+                v_scale=options.v_scale,
             )
         return AttentionBackend.attend(self, q, k, v, k_cache, v_cache, plan, options)
+
+    def _serves(self, plan: PrefillPlan, k_cache: Tensor, options: AttentionOptions) -> bool:
+        """Whether `hopper_prefill` computes attention. Its keys have 16 bits: those in an FP8 cache
+        are read by Triton's kernel, and only where there are earlier ones.
+        """
+        if plan.tiles is None or options.window is not None or options.softcap is not None:
+            return False
+        return plan.block_tables is None or k_cache.dtype != FP8
 
 
 class FlashBackend(AttentionBackend):
@@ -347,10 +313,27 @@ FLASH_PREFILL = AttentionBackend(
 )
 
 
+def check_fp8(cache_dtype: torch.dtype | None) -> None:
+    """Raise a ValueError if Triton has no FP8 on this GPU, and the cache is to be that."""
+    if cache_dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(
+            f"kv_cache_dtype 'fp8' needs a GPU from Ada or Hopper on, and this is a "
+            f"{torch.cuda.get_device_name()}; pass kv_cache_dtype='auto' or the model's dtype, or "
+            "attention_backend='torch'"
+        )
+
+
 def select_backend(
-    name: str, device: str, block_size: int, head_dim: int, dtype: torch.dtype
+    name: str,
+    device: str,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> AttentionBackend:
     """Choose the backend that `name` asks for; "auto" is the fastest that is there.
+
+    block_size, cache_dtype: of the KV cache; None: it has the model's dtype.
 
     Raises:
         ValueError: it cannot serve this device, cache or model.
@@ -365,7 +348,7 @@ def select_backend(
             "device='cpu'"
         )
     if name.startswith("flash_attn"):
-        check_flash_attention(block_size, head_dim, dtype)
+        check_flash_attention(block_size, head_dim, dtype, cache_dtype)
         return FLASH_ATTN if name == "flash_attn" else FLASH_PREFILL
     if device == "cpu":
         return CPU
@@ -374,8 +357,9 @@ def select_backend(
     if name == "auto" and flash_attention_version() == "4" and is_hopper():
         # As measured: faster than our kernel on this card, for prefill only.
         with suppress(ValueError):
-            check_flash_attention(block_size, head_dim, dtype)
+            check_flash_attention(block_size, head_dim, dtype, cache_dtype)
             return FLASH_PREFILL
+    check_fp8(cache_dtype)
     if serves_hopper_prefill(block_size, head_dim, dtype):
         return HOPPER
     return TRITON

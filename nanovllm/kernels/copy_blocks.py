@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels.fp8_cache import as_bytes
 
 if TYPE_CHECKING:
     from nanovllm.sharing.copy_on_write import BlockCopy
@@ -40,6 +41,7 @@ def copy_blocks(
     kv_cache: `[2, layers, num_blocks, block_size, kv_heads, head_dim]`, contiguous.
     to_device: copies an array there as a tensor, without waiting.
     """
+    kv_cache = as_bytes(kv_cache)
     if kv_cache.is_cuda:
         copy_blocks_triton(kv_cache, copies, to_device)
     else:

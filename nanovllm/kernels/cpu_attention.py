@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoints.kv_scales import KVScales
+from nanovllm.kernels.fp8_cache import as_bytes, round_to_cache
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
 
 if TYPE_CHECKING:
-    from nanovllm.kernels.attention_backend import AttentionOptions
+    from nanovllm.kernels.attention_plan import AttentionOptions
 
 # A group of decoding sequences is attended in one call, padded to its longest. A call more costs as
 # much as some 100 tokens of padding; more tokens in a group do not stay in the L2 cache.
@@ -106,6 +108,7 @@ class CpuStep:
         slot_mapping: Tensor | None,
         num_heads: int,
         interleaved: bool = False,
+        scales: KVScales | None = None,
     ) -> Tensor:
         """Do what norm_rope_store.py's `norm_rope_store` does."""
         if qkv.dim() == 4:
@@ -125,16 +128,24 @@ class CpuStep:
             self._rotate(x, self._rotations[cos])
         if x.data_ptr() != qk.data_ptr():  # it is qk itself, in float32 without a norm
             qk.copy_(x)
+        k, v = qkv[:, num_heads:].chunk(2, dim=1)
+        if scales is not None:
+            rounded_k, rounded_v = round_to_cache(x[:, num_heads:], v, scales)
+            k.copy_(rounded_k)
+            v.copy_(rounded_v)
+            k = as_bytes(rounded_k)
+            v = as_bytes(rounded_v)
         if slot_mapping is None:
             return qkv
         if self._slots is None:
             stored = slot_mapping >= 0  # all but padding rows
             self._slots = slot_mapping[stored].long()
             self._stored = None if stored.all() else stored
-        stored_qkv = qkv if self._stored is None else qkv[self._stored]
-        k, v = stored_qkv[:, num_heads:].chunk(2, dim=1)
-        k_cache.flatten(0, 1)[self._slots] = k
-        v_cache.flatten(0, 1)[self._slots] = v
+        if self._stored is not None:
+            k = k[self._stored]
+            v = v[self._stored]
+        as_bytes(k_cache).flatten(0, 1)[self._slots] = k
+        as_bytes(v_cache).flatten(0, 1)[self._slots] = v
         return qkv
 
     def _rotate(self, x: Tensor, rotation: Rotation) -> None:
@@ -171,13 +182,13 @@ class CpuStep:
         q = q.unflatten(1, (-1, heads_of_each))  # [queries, kv_heads, heads of each, head_dim]
         if len(groups) == 1:
             (group,) = groups
-            keys = self._read(group, k, which=0)
-            values = self._read(group, v, which=1)
+            keys = self._read(group, k, which=0).to(q.dtype)
+            values = self._read(group, v, which=1).to(q.dtype)
             return attend_group(group, q, keys, values, options).flatten(1, 2)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in groups:
-            keys = self._read(group, k, which=0)
-            values = self._read(group, v, which=1)
+            keys = self._read(group, k, which=0).to(q.dtype)
+            values = self._read(group, v, which=1).to(q.dtype)
             out[group.queries] = attend_group(group, q[group.queries], keys, values, options)
         return out.flatten(1, 2)
 
@@ -190,7 +201,7 @@ class CpuStep:
             stride = (group.distance * source.stride(0), *source.stride())
             return first.as_strided((group.num_seqs, *first.shape[1:]), stride)
         buffer = self._gathered[which][: len(group.slots)]
-        torch.index_select(source, 0, group.slots, out=buffer)
+        torch.index_select(as_bytes(source), 0, group.slots, out=as_bytes(buffer))
         return buffer.unflatten(0, (group.num_seqs, group.num_keys))
 
     def _plan(self, k_cache: Tensor, window: int | None) -> list[Group]:
@@ -311,7 +322,8 @@ def attend_group(
         # The query heads that share a KV head take the place of query positions.
         keys = keys.transpose(1, 2)
         values = values.transpose(1, 2)
-        return masked_attention(q, keys, values, group.mask, options.scale, options.softcap)
+        out = masked_attention(q, keys, values, group.mask, options.scale, options.softcap)
+        return out if options.kv_scales is None else out * options.kv_scales.v
     # KV heads take the place of the batch, so that K and V are repeated without a copy.
     q = q.permute(1, 2, 0, 3)
     repeated = (-1, q.shape[1], -1, -1)
@@ -324,4 +336,5 @@ def attend_group(
         options.softcap,
         is_causal=group.mask is None,
     )
-    return out.permute(2, 0, 1, 3)
+    out = out.permute(2, 0, 1, 3)
+    return out if options.kv_scales is None else out * options.kv_scales.v

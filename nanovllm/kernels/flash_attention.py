@@ -41,10 +41,12 @@ def _functions() -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     return package.flash_attn_varlen_func, package.flash_attn_with_kvcache
 
 
-def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+def check_flash_attention(
+    block_size: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+) -> None:
     """Raise ValueError, with the value and the remedy, if the package cannot serve a model.
 
-    block_size: of the KV cache. head_dim, dtype: of q, k and v.
+    block_size, cache_dtype: of the KV cache; None: as dtype. head_dim, dtype: of q, k and v.
     """
     version = flash_attention_version()
     remedy = "use attention_backend='triton'"
@@ -53,6 +55,11 @@ def check_flash_attention(block_size: int, head_dim: int, dtype: torch.dtype) ->
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"flash_attn takes float16 and bfloat16, not {dtype}: change dtype, or {remedy}"
+        )
+    if cache_dtype not in (None, dtype):
+        raise ValueError(
+            f"flash_attn does not read a KV cache in {cache_dtype}: pass kv_cache_dtype='auto' or "
+            f"the model's dtype, or {remedy}"
         )
     if version == "2" and block_size % 256:
         needed = f"a kvcache_block_size that is a multiple of 256, not {block_size}"
@@ -109,8 +116,11 @@ def flash_prefill(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: None = None,
 ) -> Tensor:
     """`varlen_prefill` by flash_attn: the same arguments and result, fp16 and bf16 only.
+
+    v_scale: None, since no cache in FP8 is read.
 
     The cache must hold finite numbers, as `torch.zeros` makes it: flash-attn-4 may load slots that
     nothing was stored in, multiplies them by 0, and 0 * NaN is NaN.
@@ -154,8 +164,11 @@ def flash_decode(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: None = None,
 ) -> Tensor:
     """`paged_decode` by flash_attn: the same arguments, fp16 and bf16 only.
+
+    v_scale: as in `flash_prefill`.
 
     The cache must hold finite numbers, as in `flash_prefill`. Rows with context 0 read no block;
     their results are zeros in 2.x and unspecified in flash-attn-4.

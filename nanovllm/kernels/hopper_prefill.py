@@ -24,6 +24,7 @@ from nanovllm.kernels._gluon import (
     REGISTERS,
     WARPS,
     can_run_gluon,
+    clear_behind,
     describe,
     fence_async_shared,
     gl,
@@ -211,27 +212,12 @@ def _next_keys(
 
 
 @gluon.jit
-def _clear_behind(tile, num_valid):
-    """Clear the rows of a tile of values from `num_valid` on: they may be NaN, and 0 * NaN is NaN.
-
-    Both consumers do that, each for itself, and write the same.
-    """
-    PIECE: gl.constexpr = tile.shape[0] // 4
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for i in gl.static_range(4):
-        piece = tile.slice(i * PIECE, PIECE, 0)
-        rows = i * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
-        values = piece.load(layout)
-        piece.store(gl.where((rows < num_valid)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
 def _consume(
     out_ptr,
     work,
     memory,
     scale_log2,
+    v_scale,
     HEADS: gl.constexpr,
     FIELDS: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -275,7 +261,7 @@ def _consume(
             )
             if num_keys < num_tiles * BLOCK_N:
                 mbarrier.wait(v_full.index(count % STAGES), count // STAGES & 1)
-                _clear_behind(v_ring.index(count % STAGES), num_keys - last * BLOCK_N)
+                clear_behind(v_ring.index(count % STAGES), num_keys - last * BLOCK_N)
             for MASKED in gl.static_range(1, -1, -1):
                 begin = 1 if MASKED else num_masked
                 end = num_masked if MASKED else num_tiles
@@ -305,6 +291,8 @@ def _consume(
 
             row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)  # of padding, whose result is zeros
             row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout))
+            if v_scale is not None:
+                acc *= v_scale
             out = (acc / row_sum[:, None]).to(q_tiles.dtype)
             out = gl.convert_layout(out, store_layout)  # so that a thread stores 16 bytes in a row
             rows = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
@@ -326,6 +314,7 @@ def _hopper_prefill_kernel(
     table_stride,
     column_stride,
     scale_log2,
+    v_scale,
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -345,8 +334,8 @@ def _hopper_prefill_kernel(
     work = (tiles_ptr, num_items)
     gl.warp_specialize(
         [
-            (_consume, (out_ptr, work, memory, scale_log2, HEADS, FIELDS, 0)),
-            (_consume, (out_ptr, work, memory, scale_log2, HEADS, FIELDS, 1)),
+            (_consume, (out_ptr, work, memory, scale_log2, v_scale, HEADS, FIELDS, 0)),
+            (_consume, (out_ptr, work, memory, scale_log2, v_scale, HEADS, FIELDS, 1)),
             (_produce, (tensors, work, memory, HEADS, KV_HEADS, BLOCK_SIZE, FIELDS)),
         ],
         WARPS,
@@ -368,11 +357,14 @@ def hopper_prefill(
     block_tables: Tensor | None,
     block_size: int,
     scale: float,
+    v_scale: float | None = None,
 ) -> Tensor:
     """`tiled_prefill` on Hopper, for bf16 and fp16: the same tiles, all of them whole.
 
     k, v: with block tables all slots of the cache, `[num_slots, kv_heads, head_dim]`. Without, all
-        tokens of the step are new, and these are their keys and values `[num_tokens, ...]`.
+        tokens of the step are new, and these are their keys and values `[num_tokens, ...]`. In
+        either case in 16 bits.
+    v_scale: the scale of V where the cache is FP8, see fp8_cache.py.
     """
     num_tokens, heads, head_dim = q.shape
     num_items = len(tiles) * heads
@@ -389,6 +381,7 @@ def hopper_prefill(
         0 if block_tables is None else block_tables.stride(0),
         0 if block_tables is None else block_tables.stride(1),
         scale * math.log2(math.e),
+        v_scale,
         HEADS=heads,
         KV_HEADS=k.shape[1],
         BLOCK_SIZE=block_size,

@@ -47,10 +47,16 @@ MIN_BLOCKS_PER_SPLIT = 4  # fewer than the stages of the pipeline would leave it
 
 
 def int4_gemm_config(
-    num_tokens: int, out_size: int, in_size: int, num_multiprocessors: int
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    num_multiprocessors: int,
+    reader_sums: bool = True,
 ) -> Int4GemmConfig:
     """Choose tiles that give every multiprocessor some work.
 
+    reader_sums: whether the kernel that reads the product adds up partial sums. Otherwise there is
+        one of them, as an addition of its own would cost what splitting gains.
     With 128 rows a weight takes 2.6 instructions, with 64 it takes 3.4, of which half are the
     loop's own. But a tile of so many rows and 64 tokens has no registers left.
     """
@@ -58,5 +64,7 @@ def int4_gemm_config(
     rows = 128 if tokens <= 32 and out_size >= 128 * num_multiprocessors else 64
     tiles = -(-out_size // rows) * -(-num_tokens // tokens)
     blocks = -(-in_size // 128)
-    splits = max(1, min(2 * num_multiprocessors // tiles, blocks // MIN_BLOCKS_PER_SPLIT))
+    splits = 1
+    if reader_sums:
+        splits = max(1, min(2 * num_multiprocessors // tiles, blocks // MIN_BLOCKS_PER_SPLIT))
     return Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=4)

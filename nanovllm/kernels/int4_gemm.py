@@ -161,13 +161,18 @@ def _int4_gemm_kernel(
 
 
 def int4_gemm(
-    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, config: Int4GemmConfig | None = None
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    reader_sums: bool = True,
+    config: Int4GemmConfig | None = None,
 ) -> Tensor:
     """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
 
     The reference is `F.linear` with the weight of `dequantize_int4`.
 
     x: `[n, in]`, contiguous. bias: `[out]`, or None.
+    reader_sums: whether there may be more than one.
     config: overrides `int4_gemm_config`, for tests and tuning.
     """
     num_tokens = len(x)
@@ -177,7 +182,7 @@ def int4_gemm(
     if config is None:
         num_multiprocessors, _ = device_limits(x.device)
         sizes = (num_tokens, weight.out_size, weight.in_size)
-        config = int4_gemm_config(*sizes, num_multiprocessors)
+        config = int4_gemm_config(*sizes, num_multiprocessors, reader_sums)
     blocks = triton.cdiv(weight.in_size, 128)
     split_blocks = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, split_blocks)

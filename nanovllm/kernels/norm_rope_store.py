@@ -2,11 +2,13 @@
 
 The norms on q and k, the rotary embedding (RoPE; Su et al., RoFormer, 2021) and the writing of k
 and v into the paged cache all touch the same few kilobytes of a token, which are read once here.
+If the cache is FP8, so is their rounding to what it can hold: see fp8_cache.py.
 """
 
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoints.kv_scales import KVScales
 from nanovllm.kernels._triton import (
     launch_next,
     next_power_of_2,
@@ -15,6 +17,7 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.fp8_cache import as_bytes, round_to_cache
 from nanovllm.kernels.rms_norm import rms_norm_torch
 
 HEADS_PER_PROGRAM = 8  # enough programs at batch 1, not too many in a prefill of 16k tokens
@@ -33,6 +36,8 @@ def _norm_rope_store_kernel(
     k_cache_ptr,
     v_cache_ptr,
     slots_ptr,
+    k_inverse,
+    v_inverse,
     SPLITS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -49,6 +54,7 @@ def _norm_rope_store_kernel(
     pairs are one tile, `[BLOCK_H, BLOCK]`, and the second ones, `distance` further on, another.
     The first ROTATED pairs are rotated. If INTERLEAVED, all pairs are neighbours; else the elements
     that are not rotated are paired as those that are, the first half of them with the second.
+    `k_inverse` and `v_inverse` are the scales' inverses if the cache is FP8, and else None.
     """
     launch_next(PDL)
     # The last token first: of a long prefill the L2 cache still holds the rows written last.
@@ -109,6 +115,18 @@ def _norm_rope_store_kernel(
     second_out = tl.where(is_value, second_in, second.to(dtype))
     # In place, v is in `out` already; as a sum of splits it is not.
     changed = mask & ((head < HEADS + KV_HEADS) | (SPLITS > 1))
+    first_stored = first_out
+    second_stored = second_out
+    if k_inverse is not None:
+        # Rounded once, from what is not in 16 bits yet. The conversion saturates.
+        inverse = tl.where(is_value, v_inverse, k_inverse)
+        first_stored = tl.where(is_value, first_in.to(tl.float32), first) * inverse
+        second_stored = tl.where(is_value, second_in.to(tl.float32), second) * inverse
+        first_stored = first_stored.to(tl.float8e4nv)
+        second_stored = second_stored.to(tl.float8e4nv)
+        first_out = tl.where(is_query, first_out, first_stored.to(dtype))
+        second_out = tl.where(is_query, second_out, second_stored.to(dtype))
+        changed = mask
     tl.store(out_ptr + offsets, first_out, mask=changed)
     tl.store(out_ptr + offsets + distance, second_out, mask=changed)
     if slots_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
@@ -116,10 +134,10 @@ def _norm_rope_store_kernel(
             is_key = mask & (head >= HEADS) & (head < HEADS + KV_HEADS)
             k_ptr = k_cache_ptr + (slot * KV_HEADS + head - HEADS) * HEAD_DIM + element
             v_ptr = v_cache_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM + element
-            tl.store(k_ptr, first_out, mask=is_key)
-            tl.store(k_ptr + distance, second_out, mask=is_key)
-            tl.store(v_ptr, first_out, mask=mask & is_value)
-            tl.store(v_ptr + distance, second_out, mask=mask & is_value)
+            tl.store(k_ptr, first_stored, mask=is_key)
+            tl.store(k_ptr + distance, second_stored, mask=is_key)
+            tl.store(v_ptr, first_stored, mask=mask & is_value)
+            tl.store(v_ptr + distance, second_stored, mask=mask & is_value)
 
 
 def norm_rope_store(
@@ -135,11 +153,13 @@ def norm_rope_store(
     slot_mapping: Tensor | None,
     num_heads: int,
     interleaved: bool = False,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """Normalise and rotate q and k, store k and v in the cache, and return all three.
 
     The result, `[n, num_heads + 2 * kv_heads, head_dim]`, is in place of qkv, or a new tensor where
-    qkv consists of partial sums. All is computed in float32.
+    qkv consists of partial sums. All is computed in float32. With `scales`, k and v of the result
+    are what is stored.
 
     qkv: `[n, num_heads + 2 * kv_heads, head_dim]`, contiguous: the output of the projection, for
         each token the heads of q, of k, of v. Or `[splits, n, ...]`, the partial sums of it.
@@ -152,6 +172,7 @@ def norm_rope_store(
         nothing is stored.
     num_heads: the query heads.
     interleaved: pair i is elements 2 i and 2 i + 1, not i and i + rotary_size / 2.
+    scales: of k and v if the cache is FP8; None for a cache of qkv's dtype.
     """
     num_tokens, total_heads, head_dim = qkv.shape[-3:]
     pairs = 0 if cos is None else cos.shape[1]  # that are rotated
@@ -170,6 +191,8 @@ def norm_rope_store(
         k_cache,
         v_cache,
         slot_mapping,
+        None if scales is None else 1.0 / scales.k,
+        None if scales is None else 1.0 / scales.v,
         SPLITS=splits,
         HEADS=num_heads,
         KV_HEADS=(total_heads - num_heads) // 2,
@@ -216,6 +239,7 @@ def norm_rope_store_torch(
     slot_mapping: Tensor | None,
     num_heads: int,
     interleaved: bool = False,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """`norm_rope_store` in PyTorch: the reference, and the CPU's path."""
     if qkv.dim() == 4:
@@ -227,6 +251,12 @@ def norm_rope_store_torch(
         if cos is not None and sin is not None:
             heads = rotate(heads, cos[positions], sin[positions], interleaved)
         x.copy_(heads)
+    stored_k = k
+    stored_v = v
+    if scales is not None:
+        stored_k, stored_v = round_to_cache(heads, v, scales)  # heads: those of k, in float32
+        k.copy_(stored_k)
+        v.copy_(stored_v)
     if slot_mapping is None:
         return qkv
     # Selecting the rows that are stored would tell the host their number, which a CUDA graph cannot
@@ -236,7 +266,7 @@ def norm_rope_store_torch(
     all_rows = torch.arange(len(stored), device=stored.device)
     rows = torch.where(stored, all_rows, stored.int().argmax())
     slots = slot_mapping[rows].clamp(min=0).long()
-    for x, cache in ((k, k_cache), (v, v_cache)):
-        flat = cache.view(-1, *cache.shape[2:])
-        flat[slots] = torch.where(stored.any(), x[rows], flat[slots])
+    for x, cache in ((stored_k, k_cache), (stored_v, v_cache)):
+        flat = as_bytes(cache).flatten(0, 1)
+        flat[slots] = torch.where(stored.any(), as_bytes(x)[rows], flat[slots])
     return qkv

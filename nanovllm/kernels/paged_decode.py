@@ -23,6 +23,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig, decode_config
+from nanovllm.kernels.fp8_cache import as_bytes, as_operand, dot_dtype
 from nanovllm.kernels.torch_attention import masked_attention
 
 
@@ -60,6 +61,7 @@ def _paged_decode_kernel(
     column_stride,
     scale_log2,
     softcap_log2,
+    v_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -68,13 +70,15 @@ def _paged_decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     READ_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program takes one split of one sequence, for the GROUP query heads of one KV head.
 
-    The query sees the last WINDOW tokens; 0: all. `softcap_log2` is None without a cap.
+    The query sees the last WINDOW tokens; 0: all. `softcap_log2` is None without a cap, `v_scale`
+    unless the cache is FP8; for DOT_DTYPE see fp8_cache.py.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -104,12 +108,12 @@ def _paged_decode_kernel(
         # The wait stands in the loop's first round. Triton pipelines the loop: it moves the loads
         # of the first STAGES - 1 tiles in front of the loop, and so in front of the wait. If the
         # last tile may be one of these, the wait must come here. q is loaded after the wait.
-        q = tl.zeros([BLOCK_G, BLOCK_D], q_ptr.dtype.element_ty)
+        q = tl.zeros([BLOCK_G, BLOCK_D], DOT_DTYPE)
         if num_tiles - first_tile <= STAGES:
             wait_for_previous(PDL)
     else:
         wait_for_previous(PDL)
-        q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
+        q = as_operand(tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0), DOT_DTYPE)
     columns = (kv_head * HEAD_DIM + dims)[None, :]
     if BLOCK_SIZE % BLOCK_N == 0:
         # A tile lies in one block. The block's number is loaded one round ahead, so that the loads
@@ -123,7 +127,7 @@ def _paged_decode_kernel(
         if READ_AHEAD:  # noqa: SIM102 (this is decided when the kernel is compiled)
             if tile == first_tile:
                 wait_for_previous(PDL)
-                q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
+                q = as_operand(tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0), DOT_DTYPE)
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < context_len
         if WINDOW:
@@ -139,7 +143,7 @@ def _paged_decode_kernel(
             slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
             offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0)
+        k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0).to(DOT_DTYPE)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if softcap_log2 is not None:
             scores = soft_capped(scores, softcap_log2)
@@ -151,10 +155,12 @@ def _paged_decode_kernel(
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
-        v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0)
+        v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0).to(DOT_DTYPE)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     launch_next(PDL)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of a padding row, whose context is 0: zeros
+    if v_scale is not None:
+        acc *= v_scale
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
@@ -216,6 +222,7 @@ def paged_decode(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Return the attention of one query token a sequence over its cached tokens: a tensor like q.
@@ -225,14 +232,16 @@ def paged_decode(
 
     q: `[num_seqs, heads, head_dim]`, fp16, bf16 or fp32; heads is a multiple of kv_heads. The rows
         may have any stride, as slices of the QKV output have.
-    k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype.
+    k_cache, v_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of q's dtype or
+        FP8 (e4m3).
     context_lens: `[num_seqs]` int32, each sequence's tokens in the cache, with the new one. 0 is a
         padding row, whose result is zeros.
     block_tables: `[num_seqs, max_blocks]` int32, any strides; entries past the context are unused.
-    scale: of the scores, usually head_dim ** -0.5.
+    scale: of the scores, usually head_dim ** -0.5; times the scale of K in an FP8 cache.
     window: the query sees the last `window` tokens, its own included; None: all. The others are not
         read.
     softcap: a scaled score s becomes softcap * tanh(s / softcap), or stays s with None.
+    v_scale: the scale of V in an FP8 cache; None for any other cache.
     config: overrides `decode_config`, for tests and tuning.
     """
     num_seqs, heads, head_dim = q.shape
@@ -265,6 +274,7 @@ def paged_decode(
         block_tables.stride(1),
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
+        v_scale,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -273,6 +283,7 @@ def paged_decode(
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         WINDOW=window or 0,
+        DOT_DTYPE=dot_dtype(q, k_cache),
         STAGES=config.num_stages,
         # In float32 the q that the loop carries would not stay in registers.
         READ_AHEAD=q.itemsize == 2,
@@ -309,6 +320,7 @@ def paged_decode_torch(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
 ) -> Tensor:
     """`paged_decode` in PyTorch: the reference, and the CPU's path.
 
@@ -327,8 +339,8 @@ def paged_decode_torch(
     slots = torch.where(lens > 0, blocks * block_size + positions % block_size, 0)
 
     def gathered(cache: Tensor) -> Tensor:  # [num_seqs, kv_heads, max_len, head_dim]
-        rows = cache.flatten(0, 1).index_select(0, slots.flatten())  # faster than indexing
-        return rows.unflatten(0, slots.shape).transpose(1, 2)
+        rows = as_bytes(cache).flatten(0, 1).index_select(0, slots.flatten())  # beats indexing
+        return rows.view(cache.dtype).to(q.dtype).unflatten(0, slots.shape).transpose(1, 2)
 
     # The query heads that share a KV head take the place of query positions: K and V are not
     # repeated.
@@ -339,4 +351,6 @@ def paged_decode_torch(
     out = masked_attention(
         grouped, gathered(k_cache), gathered(v_cache), mask[:, None, None, :], scale, softcap
     )
+    if v_scale is not None:
+        out = out * v_scale
     return torch.where(lens[:, :, None] > 0, out.flatten(1, 2), 0)

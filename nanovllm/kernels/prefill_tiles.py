@@ -22,6 +22,7 @@ any earlier ones are.
 import numpy as np
 from torch import Tensor
 
+from nanovllm.kernels.fp8_cache import read_slots
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.prefill_parts import PART_FIELDS, PartResults
 from nanovllm.kernels.torch_attention import causal_mask, masked_attention
@@ -76,6 +77,7 @@ def tiled_prefill(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
     arrivals: Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
@@ -90,7 +92,7 @@ def tiled_prefill(
         zeros behind them. With `arrivals`: `[max_tiles, 8]`, of `cut_keys`.
     block_tables: `[max_seqs, max_blocks]` int32, of any strides; entries past the last key of a
         sequence are never used.
-    scale, window, softcap: as in `varlen_prefill`.
+    scale, window, softcap, v_scale: as in `varlen_prefill`.
     arrivals: of `make_arrivals`, for tiles that may have parts; None: all are whole.
     config: overrides `prefill_config`, for tests and tuning.
     """
@@ -110,6 +112,7 @@ def tiled_prefill(
         scale=scale,
         window=window,
         softcap=softcap,
+        v_scale=v_scale,
         config=config,
     )
 
@@ -124,6 +127,7 @@ def tiled_prefill_torch(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
     """`tiled_prefill` in PyTorch, one tile at a time: the reference. All tiles are whole to it."""
@@ -138,12 +142,12 @@ def tiled_prefill_torch(
         blocks = block_tables[seq, : -(-num_keys // block_size)].long()
         # [batch, heads, tokens, head_dim], with as many KV heads as query heads
         queries = q[rows].transpose(0, 1)[None]
-        keys = k_cache[blocks].flatten(0, 1)[:num_keys].transpose(0, 1)[None]
-        values = v_cache[blocks].flatten(0, 1)[:num_keys].transpose(0, 1)[None]
+        keys = read_slots(k_cache, blocks, q.dtype).flatten(0, 1)[:num_keys].transpose(0, 1)[None]
+        values = read_slots(v_cache, blocks, q.dtype).flatten(0, 1)[:num_keys].transpose(0, 1)[None]
         keys = keys.repeat_interleave(group, dim=1)
         values = values.repeat_interleave(group, dim=1)
         mask = causal_mask(num_queries, num_keys, window, q.device)
         is_causal = mask is None and num_queries > 1
         attended = masked_attention(queries, keys, values, mask, scale, softcap, is_causal)
         out[rows] = attended[0].transpose(0, 1)
-    return out
+    return out if v_scale is None else out * v_scale

@@ -58,7 +58,7 @@ class PrefixSharing:
             # more parts would take longer to add up.
             num_tiles=max(1, num_multiprocessors // (2 * kv_heads)),
         )
-        token_bytes = 2 * kv_heads * layer.head_dim * config.dtype.itemsize
+        token_bytes = 2 * kv_heads * layer.head_dim * config.kv_cache_dtype.itemsize
         step_cost_bytes = EAGER_STEP_COST_BYTES if config.enforce_eager else STEP_COST_BYTES
         self.cost = CostModel(step_cost=step_cost_bytes // token_bytes)
         # A layer with a window does not see the beginning of long contexts.

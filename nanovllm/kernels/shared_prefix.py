@@ -36,6 +36,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig, decode_config
+from nanovllm.kernels.fp8_cache import as_operand, dot_dtype, read_slots
 from nanovllm.kernels.prefix_tensors import PartialResults, SharedPrefixes
 from nanovllm.kernels.suffix_decode import attend_to_suffixes, merge
 
@@ -107,6 +108,7 @@ def _prefix_kernel(
     num_slots,
     scale_log2,
     softcap_log2,
+    v_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -114,6 +116,7 @@ def _prefix_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -142,6 +145,7 @@ def _prefix_kernel(
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seqs * q_stride + heads * HEAD_DIM
     q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+    q = as_operand(q, DOT_DTYPE)
     # The block table of any member: up to the end of the prefix they are equal.
     seq = tl.load(members_ptr + first_member)
     table_ptr = block_tables_ptr + seq * table_stride
@@ -175,7 +179,7 @@ def _prefix_kernel(
             kv_mask = is_key[:, None] & (dims < HEAD_DIM)[None, :]
             k = tl.load(k_cache + offsets, mask=kv_mask, other=0.0)
             v = tl.load(v_cache + offsets, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
         if softcap_log2 is not None:
             scores = soft_capped(scores * scale_log2, softcap_log2)
         if BLOCK_SIZE % BLOCK_N != 0:
@@ -186,7 +190,10 @@ def _prefix_kernel(
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
+        v = v.to(DOT_DTYPE)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    if v_scale is not None:
+        acc *= v_scale
     result_rows = (seqs * (KV_HEADS * GROUP) + heads) * num_slots + part
     tl.store(
         results_ptr + result_rows[:, None] * HEAD_DIM + dims[None, :],
@@ -205,6 +212,7 @@ def attend_to_prefixes(
     block_tables: Tensor,
     scale: float,
     softcap: float | None,
+    v_scale: float | None,
     tiles: PrefixConfig,
 ) -> None:
     """Write the attention of all members to the parts of their group's prefix into `results`.
@@ -233,6 +241,7 @@ def attend_to_prefixes(
         results.num_slots,
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
+        v_scale,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
@@ -240,6 +249,7 @@ def attend_to_prefixes(
         BLOCK_D=block_d,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
+        DOT_DTYPE=dot_dtype(q, k_cache),
         TMA=uses_tma,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -263,6 +273,7 @@ def shared_prefix_decode(
     scale: float,
     *,
     softcap: float | None = None,
+    v_scale: float | None = None,
     config: DecodeConfig | None = None,
     tiles: PrefixConfig | None = None,
 ) -> Tensor:
@@ -271,7 +282,7 @@ def shared_prefix_decode(
     The launches do not depend on the contents of `prefixes` and `block_tables`, so that a CUDA
     graph can record them.
 
-    q, k_cache, v_cache, block_tables, scale, softcap: as in `paged_decode`.
+    q, k_cache, v_cache, block_tables, scale, softcap, v_scale: as in `paged_decode`.
     prefixes: which sequences share what; a sequence's last token is never in a shared prefix.
     config: overrides `suffix_config`, for tests and tuning.
     tiles: overrides `prefix_config`; the list in `prefixes` must have been made for them.
@@ -288,7 +299,7 @@ def shared_prefix_decode(
         values=torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device),
         lse=torch.empty(shape, dtype=torch.float32, device=q.device),
     )
-    inputs = (q, k_cache, v_cache, prefixes, results, block_tables, scale, softcap)
+    inputs = (q, k_cache, v_cache, prefixes, results, block_tables, scale, softcap, v_scale)
     attend_to_prefixes(*inputs, tiles)
     attend_to_suffixes(*inputs, config)
     return merge(prefixes, results, q, config)
@@ -303,6 +314,7 @@ def shared_prefix_decode_torch(
     scale: float,
     *,
     softcap: float | None = None,
+    v_scale: float | None = None,
 ) -> Tensor:
     """`shared_prefix_decode` in PyTorch, one tile or sequence after the other: the reference."""
     num_seqs, heads, head_dim = q.shape
@@ -315,8 +327,9 @@ def shared_prefix_decode_torch(
     def attend(rows: Tensor, first_key: int, num_keys: int) -> None:
         keys = torch.arange(first_key, first_key + num_keys, device=q.device)
         blocks = block_tables[rows[0], keys // block_size].long()
-        k = k_cache[blocks, keys % block_size].float()  # [num_keys, kv_heads, head_dim]
-        v = v_cache[blocks, keys % block_size].float()
+        slots = blocks * block_size + keys % block_size
+        k = read_slots(k_cache.flatten(0, 1), slots, torch.float32)  # [num_keys, kv_heads, ...]
+        v = read_slots(v_cache.flatten(0, 1), slots, torch.float32)
         scores = torch.einsum("rhgd,khd->rhgk", grouped[rows], k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -332,4 +345,6 @@ def shared_prefix_decode_torch(
         suffix_len = int(prefixes.suffix_lens[seq])
         attend(torch.tensor([seq], device=q.device), int(prefixes.prefix_lens[seq]), suffix_len)
     out = sums / weights.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    if v_scale is not None:
+        out = out * v_scale
     return out.flatten(1, 2).to(q.dtype)

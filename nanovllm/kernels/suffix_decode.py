@@ -18,6 +18,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig
+from nanovllm.kernels.fp8_cache import as_operand, dot_dtype
 from nanovllm.kernels.paged_decode import _divide_tiles
 from nanovllm.kernels.prefix_tensors import PartialResults, SharedPrefixes
 
@@ -51,6 +52,7 @@ def _suffix_kernel(
     num_slots,
     scale_log2,
     softcap_log2,
+    v_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -58,6 +60,7 @@ def _suffix_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program takes one split of a sequence's suffix, for the GROUP query heads of one KV head.
@@ -83,6 +86,7 @@ def _suffix_kernel(
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seq.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0, cache_modifier=".cg")
+    q = as_operand(q, DOT_DTYPE)
     table_ptr = block_tables_ptr + seq * table_stride + prefix_len // BLOCK_SIZE * column_stride
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)  # exclusive
@@ -108,7 +112,7 @@ def _suffix_kernel(
             offsets = slots[:, None] * (KV_HEADS * HEAD_DIM) + columns
         kv_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=kv_mask, other=0.0, cache_modifier=".cg")
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee") * scale_log2
         if softcap_log2 is not None:
             scores = soft_capped(scores, softcap_log2)
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -118,9 +122,12 @@ def _suffix_kernel(
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
         v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0, cache_modifier=".cg")
+        v = v.to(DOT_DTYPE)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     launch_next(PDL)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of a padding row, whose context is 0
+    if v_scale is not None:
+        acc *= v_scale
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_slots + max_parts + split
     tl.store(
         results_ptr + rows[:, None] * HEAD_DIM + dims[None, :], acc / row_sum[:, None], mask=q_mask
@@ -195,6 +202,7 @@ def attend_to_suffixes(
     block_tables: Tensor,
     scale: float,
     softcap: float | None,
+    v_scale: float | None,
     config: DecodeConfig,
 ) -> None:
     """Write the attention to what is behind the prefixes into `results`.
@@ -221,6 +229,7 @@ def attend_to_suffixes(
         results.num_slots,
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
+        v_scale,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -228,6 +237,7 @@ def attend_to_suffixes(
         BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_N=config.block_n,
+        DOT_DTYPE=dot_dtype(q, k_cache),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm.kernels.fp8_cache import read_slots
+
 
 def causal_mask(
     num_queries: int, num_keys: int, window: int | None, device: torch.device
@@ -67,6 +69,7 @@ def varlen_prefill_torch(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
 ) -> Tensor:
     """`varlen_prefill` in PyTorch, one sequence at a time: the reference, and the CPU's path."""
     q_lens = cu_seqlens_q.diff().tolist()
@@ -82,8 +85,8 @@ def varlen_prefill_torch(
         else:
             assert k_cache is not None and v_cache is not None
             blocks = block_tables[i, : -(-k_len // k_cache.shape[1])].long()
-            keys = k_cache[blocks].flatten(0, 1)[:k_len]
-            values = v_cache[blocks].flatten(0, 1)[:k_len]
+            keys = read_slots(k_cache, blocks, q.dtype).flatten(0, 1)[:k_len]
+            values = read_slots(v_cache, blocks, q.dtype).flatten(0, 1)[:k_len]
         q_start += q_len
         k_start += k_len
         # [batch, heads, tokens, head_dim], with as many KV heads as query heads
@@ -95,4 +98,5 @@ def varlen_prefill_torch(
         is_causal = mask is None and q_len > 1
         out = masked_attention(query, keys, values, mask, scale, softcap, is_causal)
         outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
+    out = torch.cat(outs)
+    return out if v_scale is None else out * v_scale

@@ -22,6 +22,7 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.fp8_cache import as_operand, dot_dtype
 from nanovllm.kernels.prefill_config import PrefillConfig, prefill_config
 from nanovllm.kernels.prefill_parts import PartResults, leave_part
 
@@ -62,6 +63,7 @@ def _varlen_prefill_kernel(
     column_stride,
     scale_log2,
     softcap_log2,
+    v_scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -71,6 +73,7 @@ def _varlen_prefill_kernel(
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     FIELDS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -79,7 +82,8 @@ def _varlen_prefill_kernel(
     It takes the tile from a list, see prefill_tiles.py, or finds it in the sequences' borders if
     `tiles_ptr` is None. With a `part_out_ptr`, a tile of the list may be a part of one, which has
     some of its keys, see prefill_parts.py. A query sees the WINDOW keys up to its own; 0: all.
-    `softcap_log2` is None without a cap. With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
+    `softcap_log2` is None without a cap, `v_scale` unless the cache is FP8; for DOT_DTYPE see
+    fp8_cache.py. With TMA, `k_ptr` and `v_ptr` are tensor descriptors.
     """
     # The head is the fastest index: heads that share a KV head run side by side, and find its keys
     # in the L2 cache.
@@ -111,7 +115,7 @@ def _varlen_prefill_kernel(
     q_mask = (queries < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = (q_start + queries).to(tl.int64)
     q_ptrs = q_ptr + q_rows[:, None] * q_stride + head * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
+    q = as_operand(tl.load(q_ptrs, mask=q_mask, other=0.0), DOT_DTYPE)
     kv_dim = head // (HEADS // KV_HEADS) * HEAD_DIM  # the first element of the KV head in a row
     if block_tables_ptr is not None:
         block_tables_ptr += seq.to(tl.int64) * table_stride
@@ -162,7 +166,7 @@ def _varlen_prefill_kernel(
                     block = tl.load(block_tables_ptr + start // BLOCK_SIZE * column_stride)
                     row = block * BLOCK_SIZE + start % BLOCK_SIZE
                 k = k_ptr.load([row, kv_dim])
-                v = v_ptr.load([row, kv_dim])
+                v = v_ptr.load([row, kv_dim]).to(DOT_DTYPE)
                 if PHASE != UNMASKED:  # noqa: SIM102 (this is decided when the kernel is compiled)
                     if start + BLOCK_N > k_len:
                         # What lies behind the last key may be NaN, and 0 * NaN is NaN.
@@ -179,7 +183,8 @@ def _varlen_prefill_kernel(
                 rows = rows.to(tl.int64)[:, None]  # a cache has more than 2^31 elements
                 k = tl.load(k_ptr + rows * k_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
                 v = tl.load(v_ptr + rows * v_stride + kv_dim + dims[None, :], mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+                v = v.to(DOT_DTYPE)
+            scores = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
             if softcap_log2 is not None:
                 scores = soft_capped(scores * scale_log2, softcap_log2)
             if PHASE != UNMASKED:
@@ -204,6 +209,8 @@ def _varlen_prefill_kernel(
     if tiles_ptr is not None:
         # Padding, and queries that see no key of this part: their result is zeros.
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    if v_scale is not None:
+        acc *= v_scale
     out = acc / row_sum[:, None]
     if part_out_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
         if num_parts > 1:
@@ -253,6 +260,7 @@ def varlen_prefill(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    v_scale: float | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
     """Return causal attention over sequences laid end to end: a tensor like q, contiguous.
@@ -265,12 +273,13 @@ def varlen_prefill(
     cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32, prefix sums of each sequence's queries (its
         new tokens) and of all its tokens.
     max_seqlen_q, max_seqlen_k: the most queries and the most tokens of one sequence.
-    scale: of the scores, positive.
+    scale: of the scores, positive; times the scale of K where the cache is FP8.
     block_tables: as in `paged_decode`: all keys are read from the cache, where the new ones already
         are. None: all tokens are new, and in k and v.
     window: a query sees the last `window` tokens up to its own; None: all. Tiles of keys that no
         query of a tile sees are not read.
     softcap: as in `paged_decode`.
+    v_scale: the scale of V where the cache is FP8, also of v in 16 bits, see fp8_cache.py.
     config: overrides `prefill_config`, for tests and tuning.
     """
     block_size = 1
@@ -293,6 +302,7 @@ def varlen_prefill(
         scale=scale,
         window=window,
         softcap=softcap,
+        v_scale=v_scale,
         config=config,
     )
 
@@ -312,6 +322,7 @@ def launch_prefill(
     scale: float,
     window: int | None,
     softcap: float | None,
+    v_scale: float | None,
     config: PrefillConfig,
 ) -> Tensor:
     """Launch the kernel on tiles, or on sequences' borders; see `tiled_prefill`, `varlen_prefill`.
@@ -328,8 +339,8 @@ def launch_prefill(
         has_tma()
         and q.itemsize == 2
         and in_one_piece
-        and head_dim % 8 == 0
-        and all(x.data_ptr() % 16 == 0 and 2 * x.stride(0) % 16 == 0 for x in (k, v))
+        and head_dim * k.itemsize % 16 == 0
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in (k, v))
     )
     keys = _tile_descriptor(k, config.block_n, block_d) if uses_tma else k
     values = _tile_descriptor(v, config.block_n, block_d) if uses_tma else v
@@ -353,6 +364,7 @@ def launch_prefill(
         0 if block_tables is None else block_tables.stride(1),
         scale * math.log2(math.e),
         None if softcap is None else softcap * math.log2(math.e),
+        v_scale,
         HEADS=heads,
         KV_HEADS=k.shape[1],
         HEAD_DIM=head_dim,
@@ -362,6 +374,7 @@ def launch_prefill(
         BLOCK_D=block_d,
         WINDOW=window or 0,
         FIELDS=0 if tiles is None else tiles.shape[1],
+        DOT_DTYPE=dot_dtype(q, k),
         TMA=uses_tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

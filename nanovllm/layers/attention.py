@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.attention_backend import (
-    TORCH,
-    AttentionBackend,
-    AttentionOptions,
-    PrefillPlan,
-    TiledPlan,
-)
+from nanovllm.checkpoints.kv_scales import KVScales
+from nanovllm.kernels.attention_backend import TORCH, AttentionBackend
+from nanovllm.kernels.attention_plan import AttentionOptions, PrefillPlan, TiledPlan
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import Attended
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -48,6 +44,7 @@ class Attention(nn.Module):
         self.options = options or AttentionOptions(scale=head_dim**-0.5)
         self.backend: AttentionBackend = TORCH
         self.only_last_tokens = False
+        self.kv_scales = KVScales()  # the checkpoint's, which an FP8 cache makes use of
         self.k_cache = torch.empty(0)
         self.v_cache = torch.empty(0)
 
@@ -82,6 +79,7 @@ class Attention(nn.Module):
             slot_mapping=step.slot_mapping,
             num_heads=self.num_heads,
             interleaved=rotary is not None and rotary.interleaved,
+            scales=self.options.kv_scales,
         )
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         plan = step.attention

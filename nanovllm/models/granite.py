@@ -7,7 +7,7 @@ make one learning rate right for models of all sizes (Yang et al., Tensor Progra
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.attention_backend import AttentionOptions
+from nanovllm.kernels.attention_plan import AttentionOptions
 from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.causal_lm import CausalLM, DecoderModel

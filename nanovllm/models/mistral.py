@@ -6,7 +6,7 @@ that `layer_types` names.
 
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.attention_backend import AttentionOptions
+from nanovllm.kernels.attention_plan import AttentionOptions
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.attention_backend import AttentionOptions
+from nanovllm.kernels.attention_plan import AttentionOptions
 from nanovllm.kernels.projection_norm import (
     projection_norm,
     projection_norm_torch,

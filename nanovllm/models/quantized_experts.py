@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nanovllm.kernels.cpu_memory import in_huge_pages
 from nanovllm.layers.linear import divide
 from nanovllm.quantization.quantized import QuantizedFormat
 from nanovllm.quantization.tensor_loader import LoadTensor, tensor_loaders
@@ -110,7 +111,8 @@ class DequantizedExperts:
         if expert not in known:
             first = expert * matrices.rows_per_expert
             rows = slice(first, first + matrices.rows_per_expert)
-            known[expert] = matrices.weight_format.dequantize(matrices, self.dtype, rows)
+            weight = matrices.weight_format.dequantize(matrices, self.dtype, rows)
+            known[expert] = in_huge_pages(weight)
         return known[expert]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ def choose_formats(model: nn.Module, scheme: Scheme) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearBase):
             weight_format = scheme.choose(name, list(checkpoint_modules(module, name)))
-            module.use_format(weight_format, shards_of(module))
+            with naming(name):
+                module.use_format(weight_format, shards_of(module))
             if isinstance(weight_format, QuantizedFormat):
                 module.checkpoint_tensors = partial(  # type: ignore[assignment]
                     checkpoint_tensors, module
@@ -38,7 +40,18 @@ def choose_formats(model: nn.Module, scheme: Scheme) -> None:
             experts = [f"{name}.experts.{expert}" for expert in range(module.num_experts)]
             kinds = ("gate_proj", "up_proj", "down_proj")
             matrices = [f"{expert}.{kind}" for expert in experts for kind in kinds]
-            module.use_format(scheme.choose(f"{name}.experts", matrices))
+            weight_format = scheme.choose(f"{name}.experts", matrices)
+            with naming(f"{name}.experts"):
+                module.use_format(weight_format)
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Have a ValueError say of which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the quantised weights of {layer}: {error}") from error
 
 
 def checkpoint_modules(layer: LinearBase, name: str) -> dict[str, Any]:
@@ -84,10 +97,8 @@ def finish_loading(model: nn.Module) -> None:
     for name, module in model.named_modules():
         weight_format = getattr(module, "weight_format", None)
         if isinstance(weight_format, QuantizedFormat):
-            try:
+            with naming(name):
                 weight_format.finish(module)
-            except ValueError as error:
-                raise ValueError(f"the checkpoint's tensors of {name}: {error}") from error
 
 
 @torch.no_grad()

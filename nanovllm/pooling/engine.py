@@ -7,7 +7,7 @@ that a CUDA graph runs it, which does both in any case. The blocks are free when
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovllm.collector import collector_slowed
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.requests import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompts
@@ -28,8 +29,16 @@ from nanovllm.readout.readout import LastHidden, MeanHidden, NextLogits
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.vllm_compat.absent import ABSENT_IN_POOLING, refuse_others
 
-PREFILL_ONLY = SamplingParams(temperature=0, max_tokens=1)
+PREFILL_ONLY = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
 Params = PoolingParams | SequenceOf[PoolingParams] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTask:
+    """A prompt that is to be embedded, checked and encoded."""
+
+    request: Request
+    params: PoolingParams
 
 
 class PoolingEngine(LLMEngine):
@@ -74,21 +83,11 @@ class PoolingEngine(LLMEngine):
             RuntimeError: as for `generate`.
         """
         refuse_others("LLM.embed", absent, ABSENT_IN_POOLING)
-        self._check_alive()
-        before = self._embedding_files.prompt(prompt_name)
-        if before:
-            prompts = put_before(prompts, before)
-        params = replace(PREFILL_ONLY, truncate_prompt_tokens=truncate_prompt_tokens)
-        requests = self._inputs.check(prompts, params)
-        each_params = self._check_pooling(pooling_params, len(requests))
-        is_mean = self._embedding_files.pooling == "mean"
-        seqs = [self._inputs.make_sequences(request, is_streamed=False)[0] for request in requests]
-        for seq in seqs:
-            seq.readout = MeanHidden(seq.num_prompt_tokens) if is_mean else LastHidden()
+        tasks = self._check_embeddings(prompts, pooling_params, prompt_name, truncate_prompt_tokens)
+        seqs = [self._start_embedding(task) for task in tasks]
 
         def finish(index: int) -> EmbeddingRequestOutput:
-            embedding = self._embedding(read_vector(seqs[index]), each_params[index])
-            return EmbeddingRequestOutput(embedding=embedding.tolist(), **facts(seqs[index]))
+            return self._finish_embedding(seqs[index], tasks[index])
 
         return self._prefill_all(seqs, finish, "Embedding", use_tqdm)
 
@@ -145,6 +144,35 @@ class PoolingEngine(LLMEngine):
         return self._prefill_all(seqs, finish, "Scoring", use_tqdm)
 
     # --- embeddings -------------------------------------------------------------------------------
+
+    def _check_embeddings(
+        self,
+        prompts: Prompts,
+        pooling_params: Params,
+        prompt_name: str | None,
+        truncate_prompt_tokens: int | None,
+    ) -> list[EmbeddingTask]:
+        """Check and encode all prompts of an `embed`, without the engine's lock."""
+        self._check_alive()
+        before = self._embedding_files.prompt(prompt_name)
+        if before:
+            prompts = put_before(prompts, before)
+        params = replace(PREFILL_ONLY, truncate_prompt_tokens=truncate_prompt_tokens)
+        requests = self._inputs.check(prompts, params)
+        each_params = self._check_pooling(pooling_params, len(requests))
+        return [EmbeddingTask(*pair) for pair in zip(requests, each_params, strict=True)]
+
+    def _start_embedding(self, task: EmbeddingTask) -> Sequence:
+        """Make the sequence that computes an embedding."""
+        (seq,) = self._inputs.make_sequences(task.request, is_streamed=False)
+        is_mean = self._embedding_files.pooling == "mean"
+        seq.readout = MeanHidden(seq.num_prompt_tokens) if is_mean else LastHidden()
+        return seq
+
+    def _finish_embedding(self, seq: Sequence, task: EmbeddingTask) -> EmbeddingRequestOutput:
+        """Make the result of a sequence that has ended."""
+        embedding = self._embedding(read_vector(seq), task.params)
+        return EmbeddingRequestOutput(embedding=embedding.tolist(), **facts(seq))
 
     def _check_pooling(self, params: Params, number: int) -> list[PoolingParams]:
         """Return the parameters of each prompt, checked against the model."""

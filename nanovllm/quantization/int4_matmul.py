@@ -51,9 +51,9 @@ def multiply_int4(
         )
     assert norm is None, "only the GEMV normalises its input"
     if kernel is Int4Kernel.GEMM and epilogue.activation is None and epilogue.out is None:
-        # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
-        sums = PartialSums(int4_gemm(x.contiguous(), weight, bias))
         reader_sums = epilogue.reader_sums or epilogue.add_to is not None
+        # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
+        sums = PartialSums(int4_gemm(x.contiguous(), weight, bias, reader_sums))
         return sums if reader_sums else sums.sum()
     if weight.column_order is not None:
         x = x[:, weight.column_order]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovllm.kernels.cpu_memory import in_huge_pages
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import (
     Epilogue,
@@ -69,7 +70,7 @@ class QuantizedFormat(WeightFormat):
         if x.is_cuda:
             return self.dequantize(layer, x.dtype)
         if layer.dequantized is None:
-            layer.dequantized = self.dequantize(layer, x.dtype)
+            layer.dequantized = in_huge_pages(self.dequantize(layer, x.dtype))
         return layer.dequantized
 
 

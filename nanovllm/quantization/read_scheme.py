@@ -113,13 +113,18 @@ def read_fp8(options: Options) -> Scheme:
 def read_compressed_tensors(options: Options) -> Scheme:
     """Checkpoints of llm-compressor."""
     for name in ("sparsity_config", "transform_config"):
-        if options.get(name) and options[name].get("format") != "dense":
-            raise refusal(name, options[name], "none")
+        value = options.get(name)
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
+            raise refusal(name, value, "none")
     groups = options.get("config_groups")
+    if not groups and options.get("kv_cache_scheme"):  # nothing but the KV cache is quantised
+        return Scheme("compressed-tensors", rules=())
     if not isinstance(groups, dict) or not groups:
         raise ValueError(f"quantization_config has the config_groups {groups!r}; it must name some")
     rules = []
     for group in groups.values():
+        if not isinstance(group, dict):
+            raise refusal("a config group", group, "a dict with targets and weights")
         layout = group.get("format") or options.get("format")
         rules.append(Rule(as_names(group.get("targets")), read_group(group, layout)))
     return Scheme("compressed-tensors", tuple(rules), as_names(options.get("ignore")))
@@ -134,12 +139,19 @@ def read_group(group: Options, layout: str | None) -> WeightFormat:
     if not isinstance(weights, dict):
         raise refusal("a config group with weights", weights, "those of FP8")
     check(group, "output_activations", None)
-    kind = (weights.get("type"), weights.get("num_bits"))
-    if layout in ("float-quantized", "naive-quantized", None) and kind == ("float", 8):
+    if layout in ("float-quantized", "naive-quantized", None) and is_float8(weights):
         return read_float8(group, weights)
+    kind = (weights.get("type"), weights.get("num_bits"))
     if layout == "pack-quantized" and kind == ("int", 4):
         return read_pack_quantized(group, weights)
     raise refusal("format", f"{layout} of {kind[1]}-bit {kind[0]}", SUPPORTED)
+
+
+def is_float8(numbers: object) -> bool:
+    """Whether weights or activations of a config group are in FP8."""
+    if not isinstance(numbers, dict):
+        return False
+    return numbers.get("type") == "float" and numbers.get("num_bits") == 8
 
 
 def read_float8(group: Options, weights: Options) -> WeightFormat:
@@ -147,7 +159,7 @@ def read_float8(group: Options, weights: Options) -> WeightFormat:
     check(weights, "symmetric", True)
     check(weights, "dynamic", False)
     inputs = group.get("input_activations")
-    if inputs is not None and (inputs.get("type"), inputs.get("num_bits")) != ("float", 8):
+    if inputs is not None and not is_float8(inputs):
         raise refusal("input_activations", inputs, "none, or float of 8 bits")
     strategy = check(weights, "strategy", "tensor", "channel", "block")
     if strategy == "block":

@@ -15,6 +15,7 @@ from nanovllm.layers.residual import Normed
 from nanovllm.layers.sampler import Sampled, Sampler
 from nanovllm.readout.reading import (
     HiddenSumReading,
+    LastHiddenReading,
     LogitReading,
     LogprobReading,
     Reading,
@@ -57,7 +58,9 @@ class StepReader:
 
     @property
     def kinds(self) -> set[type]:
-        """Classes of the readings; those of embeddings and scores share a step with no other."""
+        """Classes of the readings. Those of scores share a step with no other; embeddings may, but
+        of one engine they are all of one kind.
+        """
         return {type(reading) for reading in self.readings}
 
     @property
@@ -101,15 +104,19 @@ class StepReader:
             hidden: Normed = model(inputs.input_ids, inputs.positions)
             assert inputs.last_token_rows is not None
             last = hidden.select(inputs.last_token_rows) if inputs.keeps_all_rows else hidden
+            ranked = None
             if LogprobReading in self.kinds:
                 ranked = self._read_logprobs(hidden, make_logits)
-                return sample(model.compute_logits(last)), Readings(self, None, ranked)
+            vectors = None
             if LogitReading in self.kinds:
                 vectors = self._read_logits(make_logits(last))
             elif HiddenSumReading in self.kinds:
                 vectors = self._sum_rows(hidden.values())
-            else:
+            elif LastHiddenReading in self.kinds:
                 vectors = last.values().float()
+            if self.samples:  # for all: a token that is drawn for an embedding ends it
+                return sample(model.compute_logits(last)), Readings(self, vectors, ranked)
+            assert vectors is not None
             return self._without_samples(vectors)
 
     def _without_samples(self, vectors: Tensor) -> tuple[Sampled, Readings]:
@@ -155,7 +162,7 @@ class Readings:
     """What a step has read for its n sequences."""
 
     reader: StepReader
-    vectors: Tensor | None  # [n, size] float32
+    vectors: Tensor | None  # [n, size] float32; a row counts where its sequence wants one
     ranked: Logprobs | None  # of all sequences' tokens, one after the other
 
     def move(self, copy: Callable[[Tensor], Tensor]) -> Readings:

@@ -6,19 +6,25 @@ Templates are programs that come with the checkpoint. Most of them take `content
 what a caller may well pass in OpenAI's form is converted here, and what would be lost is refused.
 """
 
+from __future__ import annotations
+
 import difflib
 import inspect
 import json
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, meta
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.inputs import TokensPrompt
+from nanovllm.vllm_compat.absent import ABSENT_IN_CHAT, without_absent
+
+if TYPE_CHECKING:
+    from nanovllm.engine.requests import InputProcessor
 
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -38,6 +44,18 @@ OF_TOKENIZING = {
     "tokenizer_kwargs",
     "truncation",
 }
+
+
+def prompts_of_chats(
+    inputs: InputProcessor, messages: Any, options: dict[str, Any]
+) -> list[TokensPrompt]:
+    """Return what an engine's `chat` completes; raises what `chat_prompts` does.
+
+    inputs: the engine's. messages: one conversation, or a list of them. options: of the template.
+    """
+    options = without_absent("LLM.chat", options, ABSENT_IN_CHAT).kept
+    with inputs.lock:
+        return chat_prompts(inputs.tokenizer, messages, options, inputs.config.model)
 
 
 def apply_chat_template(

@@ -83,6 +83,14 @@ class TextDecoder:
         """The text of a token alone, be it special or not."""
         return self.decode([token_id], skips_special=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token alone, which can be only part of a character."""
+        text = self.token_text(token_id)
+        may_be_part = token_id in self.byte_ids if self.byte_ids else True
+        if NO_CHARACTER in text and may_be_part:
+            return self._bytes_of(token_id)
+        return text.encode(errors="replace")
+
     def completion_text(self, token_ids: list[int], skips_special: bool, context: list[int]) -> str:
         """The text of a whole completion behind `context`, see `context_of`. A character at its end
         of which only some bytes are there is left out.

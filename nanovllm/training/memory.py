@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.kernels.cpu_memory import move_to_huge_pages
+from nanovllm.quantization.quantized import forget_dequantized
 from nanovllm.training.virtual_memory import VirtualMemory, padded
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def meet(runner: ModelRunner) -> None:
 
 def drop_values(runner: ModelRunner) -> None:
     """Free the weights; only their shapes are kept."""
+    for module in runner.model.modules():
+        if hasattr(module, "dequantized"):
+            forget_dequantized(module)
     for param in runner.model.parameters():
         param.data = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
 
@@ -91,7 +95,7 @@ class CpuMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again."""
-        attach(runner, torch.empty(self.cache_shape, dtype=runner.config.dtype))
+        attach(runner, torch.empty(self.cache_shape, dtype=runner.config.kv_cache_dtype))
 
     def prepare_steps(self, runner: ModelRunner) -> None:
         """All that steps work with is there."""
@@ -158,7 +162,7 @@ class CudaMemory:
 
     def restore_cache(self, runner: ModelRunner) -> None:
         """Have a KV cache again, of zeros, as at start-up."""
-        dtype = runner.config.dtype
+        dtype = runner.config.kv_cache_dtype
         if self.cache is None:
             cache = VirtualMemory(math.prod(self.cache_shape) * dtype.itemsize, runner.device)
             cache.map()

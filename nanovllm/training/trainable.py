@@ -24,6 +24,7 @@ from nanovllm.training.weights import (
     TensorNames,
     Update,
     Weights,
+    finish,
     is_repeatable,
     load_on_all_ranks,
     names_of,
@@ -47,8 +48,9 @@ class Trainable(LLMEngine):
             weights: a dict or (name, tensor) pairs, the names and shapes those of the checkpoint,
                 as `state_dict()` of transformers has them; or the directory of a checkpoint. What
                 is not named stays. Tensors may be on any device, and be bfloat16, float16, float32
-                or float64. They are copied one after the other, so pairs that come from a generator
-                never have to be in memory together.
+                or float64; those of quantised layers are as in the checkpoint. They are copied one
+                after the other, so pairs that come from a generator never have to be in memory
+                together.
 
         Returns:
             The names of the model's tensors that were loaded.
@@ -76,6 +78,7 @@ class Trainable(LLMEngine):
                         load_on_all_ranks(runner, ours, tensor)
                     loaded.add(ours)
             with self._on_all_ranks():
+                runner.call(finish)
                 runner.call(meet)
         finally:
             self.scheduler.block_manager.forget_prefixes()

@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.checkpoints.checkpoint import EMBEDDING, HEAD, find_tensors, open_weights, read_json
+from nanovllm.checkpoints.kv_scales import is_no_weight
 from nanovllm.checkpoints.wrappers import is_wrapper, text_name
+from nanovllm.models.weight_formats import finish_loading
+from nanovllm.utils.loader import DTYPES as FLOATS
 from nanovllm.utils.loader import LoadTensor, expected_tensors, name_some
 
 if TYPE_CHECKING:
@@ -25,7 +28,19 @@ if TYPE_CHECKING:
     from nanovllm.models.causal_lm import CausalLM
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | str | os.PathLike[str]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What safetensors calls the dtypes that tensors may have; loaders go by these names.
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
+    DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 
 
 class Fits(Exception):
@@ -44,15 +59,28 @@ class Probe:
         raise Fits
 
 
+class EveryName:
+    """The names in a checkpoint that has whatever a module looks for."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
 class TensorNames:
     """The tensors that a model is made of, by the names that they have in checkpoints."""
 
     def __init__(self, model: CausalLM, path: str) -> None:
         """path: of the checkpoint that the model was loaded from. It need not be there any more."""
-        parameter_names = [name for name, _ in model.named_parameters()]
         # A checkpoint of a mixture of experts has three tensors for each expert or, as transformers
         # names them since version 5, two for all experts of a layer.
-        self.ways = [expected_tensors(model, ()), expected_tensors(model, parameter_names)]
+        # Quantised layers may have optional tensors, which the second way has, too.
+        self.ways = [expected_tensors(model, ()), expected_tensors(model, EveryName())]
         self.loaders: dict[str, LoadTensor] = {**self.ways[0], **self.ways[1]}
         self.is_tied = HEAD not in self.loaders  # transformers lists the shared tensor twice
         architectures = read_json(Path(path) / "config.json").get("architectures")
@@ -67,7 +95,7 @@ class TensorNames:
             ours = text_name(name)
         if ours == HEAD and self.is_tied:
             ours = EMBEDDING
-        if ours is None or ours.endswith("rotary_emb.inv_freq"):  # of an image encoder; computed
+        if ours is None or is_no_weight(ours):  # of an image encoder; see there
             return None
         if ours not in self.loaders:
             raise ValueError(
@@ -93,10 +121,12 @@ class TensorNames:
         if ours is None:
             return
         try:
-            if tensor.dtype not in DTYPES:
-                listed = ", ".join(str(dtype) for dtype in DTYPES)
-                raise ValueError(f"is {tensor.dtype} and not {listed}")
-            self.loaders[ours](Probe(tensor.shape))
+            load = self.loaders[ours]
+            names = getattr(load, "dtypes", FLOATS)  # of a quantised layer
+            if DTYPE_NAMES.get(tensor.dtype) not in names:
+                dtypes = [str(dtype) for dtype, name in DTYPE_NAMES.items() if name in names]
+                raise ValueError(f"is {tensor.dtype} and not {', '.join(dtypes)}")
+            load(Probe(tensor.shape))
         except Fits:
             return
         except ValueError as error:
@@ -203,6 +233,11 @@ def broadcast(tensor: Tensor) -> None:
 def load(runner: ModelRunner, name: str, tensor: Tensor) -> None:
     """Copy this rank's part of a tensor to the parameter that it belongs to."""
     names_of(runner).loaders[name](tensor)
+
+
+def finish(runner: ModelRunner) -> None:
+    """Have quantised layers check what all of their tensors must agree on."""
+    finish_loading(runner.model)
 
 
 def names_of(runner: ModelRunner) -> TensorNames:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # utils import nothing of the package when they run
-    from nanovllm.kernels.attention_backend import AttentionPlan
+    from nanovllm.kernels.attention_plan import AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from nanovllm.checkpoints.checkpoint import (
     open_weights,
     settle_tied_head,
 )
+from nanovllm.checkpoints.kv_scales import give_scales, is_no_weight
 from nanovllm.progress import Update, progress_bar
 
 LoadTensor = Callable[[Any], None]  # copies a tensor, or a safetensors slice, to a parameter
@@ -43,7 +44,7 @@ def load_model(model: nn.Module, path: str) -> None:
     unknown = {
         stored_name: file.name
         for name, (file, stored_name) in files.items()
-        if name not in expected and not name.endswith("rotary_emb.inv_freq")  # it is computed
+        if name not in expected and not is_no_weight(name)
     }
     missing = expected.keys() - files.keys()
     problems = []
@@ -55,8 +56,9 @@ def load_model(model: nn.Module, path: str) -> None:
     if problems:
         raise ValueError(
             f"the tensors in {path} do not match its config.json ({'; '.join(problems)}); the "
-            "checkpoint is incomplete or of another model"
+            "checkpoint is incomplete, of another model, or quantised otherwise than it says"
         )
+    give_scales(model, files)
     # Small checkpoints load before a bar would show; a large one keeps a person waiting.
     total = len(expected)
     with progress_bar(total=total, desc="Loading weights", delay=1.0, leave=False) as update:
@@ -79,9 +81,9 @@ def expected_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Load
     """Name every tensor that a checkpoint of this model must hold, and the function to load it.
 
     A module that merges several checkpoint modules has a `packed_modules_mapping`: checkpoint name
-    -> shard id. One whose tensors a checkpoint may name in several ways has a `checkpoint_tensors`,
-    which is shown all `names` that there are. Tied weights are expected once, by the name of the
-    module that comes first.
+    -> shard id. One that is quantised, or whose tensors may be named in several ways, has a
+    `checkpoint_tensors`, which is shown all `names` that there are. Tied weights are expected once,
+    by the name of the module that comes first.
     """
     expected: dict[str, LoadTensor] = {}
     for name, param in model.named_parameters():

@@ -69,7 +69,7 @@ ABSENT_OPTIONS = {
     "additional_config": Absent("nothing here reads any", (None, {})),
     "allowed_local_media_path": Absent(TEXT_ONLY, (None, "")),
     "allowed_media_domains": Absent(TEXT_ONLY, (None, [])),
-    "calculate_kv_scales": Absent("the cache has the model's dtype", (None, False)),
+    "calculate_kv_scales": Absent("the scales are the checkpoint's, or 1", (None, False)),
     "chat_template": Absent("pass it to chat"),
     "code_revision": Absent(NO_CODE),
     "config_format": Absent("config.json is read", (None, "auto", "hf")),
@@ -96,7 +96,6 @@ ABSENT_OPTIONS = {
     "hf_token": Absent("set HF_TOKEN in the environment"),
     "ignore_patterns": Absent("files that contradict each other are an error", (None, [])),
     "io_processor_plugin": Absent(NO_CODE),
-    "kv_cache_dtype": Absent("the cache has the model's dtype", (None, "auto")),
     "kv_events_config": Absent("read LLM.stats() and LLM.trace()"),
     "kv_offloading_size": Absent("blocks that are in no use are computed again", (None, 0)),
     "kv_sharing_fast_prefill": Absent("no such layers are run", (None, False)),
@@ -151,7 +150,7 @@ def our_options(options: dict[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     for name, value in found.kept.items():
         our_name = ALIASES.get(name, name)
-        if value is None and our_name == "enable_prefix_caching":
+        if value is None and our_name in ("enable_prefix_caching", "kv_cache_dtype"):
             continue  # vLLM's default
         if our_name in ours:
             both = " and ".join(each for each in found.kept if ALIASES.get(each, each) == our_name)

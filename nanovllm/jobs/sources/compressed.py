@@ -74,6 +74,9 @@ class DecompressedStream(io.RawIOBase):
         parts = []
         while piece:
             if self.frame is None:
+                piece = self.without_padding(piece)
+                if not piece:
+                    break
                 self.frame = self.new_frame()
             try:
                 parts.append(self.frame.decompress(piece))
@@ -81,13 +84,13 @@ class DecompressedStream(io.RawIOBase):
                 raise ValueError(f"{self.name} has damaged {self.kind} data: {error}") from error
             piece = b""
             if self.frame.eof:
-                piece = self.between(self.frame.unused_data)
+                piece = self.frame.unused_data
                 self.frame = None
         return b"".join(parts)
 
-    def between(self, rest: bytes) -> bytes:
-        """What is behind the end of a frame, without what is no frame and means nothing."""
-        return rest
+    def without_padding(self, piece: bytes) -> bytes:
+        """What follows a frame, without bytes that mean nothing."""
+        return piece
 
 
 class GzipStream(DecompressedStream):
@@ -100,9 +103,9 @@ class GzipStream(DecompressedStream):
         """A member of the file, with its header and its checksum."""
         return zlib.decompressobj(16 + zlib.MAX_WBITS)
 
-    def between(self, rest: bytes) -> bytes:
+    def without_padding(self, piece: bytes) -> bytes:
         """Files from tapes are filled up with zeros."""
-        return rest.lstrip(b"\0")
+        return piece.lstrip(b"\0")
 
 
 class ZstandardStream(DecompressedStream):

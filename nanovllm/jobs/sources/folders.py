@@ -65,8 +65,9 @@ class FolderSource:
         return hash_of(repr([(part.size, part.fingerprint) for part in self.parts]).encode())
 
     def total(self) -> int | None:
-        """The sum, if the files need not be counted for it or are small, or else an estimate."""
-        if self.size <= COUNTED_BYTES or all(part.knows_total for part in self.parts):
+        """The sum, if the files need not be counted for it or are small; before, an estimate."""
+        is_known = all(part.knows_total for part in self.parts) or self.read_bytes == self.size
+        if is_known or self.size <= COUNTED_BYTES:
             totals = [part.total() for part in self.parts]
             known = [total for total in totals if total is not None]
             return sum(known) if len(known) == len(totals) else None

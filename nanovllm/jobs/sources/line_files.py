@@ -107,7 +107,7 @@ class FileSource(LineSource):
 
     def lines(self, is_wanted: Wanted) -> Iterator[Line]:
         """Read it from the beginning."""
-        return self.read_all(self.path.open("rb"), is_wanted)
+        yield from self.read_all(self.path.open("rb"), is_wanted)
 
     def note(self, file: io.BufferedReader) -> None:
         """Where the file is now tells how much of it is left."""

@@ -53,9 +53,10 @@ class TableSource:
                 part = batch.slice(start, BATCH_ROWS)
                 numbers = range(before + 1, before + 1 + len(part))
                 wanted = [number for number in numbers if is_wanted(number)]
-                if len(wanted) < len(part):
+                if 0 < len(wanted) < len(part):
                     part = part.take([number - before - 1 for number in wanted])
-                yield from map(Line, wanted, rows_of(part))
+                if wanted:
+                    yield from map(Line, wanted, rows_of(part))
                 before += len(numbers)
 
     def named_batches(self) -> Iterator[Any]:

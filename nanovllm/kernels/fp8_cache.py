@@ -1,0 +1,71 @@
+"""What the kernels share that store to, and attend from, a KV cache in FP8.
+
+FP8 here is e4m3: a sign, 4 bits of exponent, 3 of fraction; nothing above 448. The cache holds
+`K / k_scale` and `V / v_scale`, rounded to that. What is stored never has to be multiplied by the
+scales: the scores are linear in K, so k_scale becomes part of their scale, and the result is linear
+in V, so v_scale is what it is multiplied by at the end.
+
+**One K and V, whoever reads them.** A prefill without earlier tokens attends to K and V of its own,
+which are there in 16 bits. If it did so, while the same tokens as a second chunk, behind a cached
+prefix or after a preemption attended to what the cache holds, results would depend on how the work
+was cut. So what is stored takes the place of K and V in 16 bits, too, as `norm_rope_store` writes
+them: every number of e4m3 is one of bf16 and fp16. All kernels then see the same numbers, and those
+for 16 bits, such as `hopper_prefill`, are used as they are where nothing has to be read from the
+cache.
+
+**fp16 for the tensor cores.** The GPU converts two numbers of e4m3 to fp16 in one instruction; to
+bf16 it takes four. So keys from an FP8 cache meet their queries, and weights their values, in fp16,
+also in a model that runs in bf16: its queries have fewer bits of fraction, and are far below 65504,
+the largest number of fp16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoints.kv_scales import FP8, KVScales
+from nanovllm.kernels._triton import tl, triton
+
+LARGEST = 448.0
+
+
+def dot_dtype(q: Tensor, keys: Tensor) -> Any:
+    """Return Triton's dtype in which q and these keys, new ones or a cache, are multiplied."""
+    if q.dtype == torch.float32:
+        return tl.float32
+    if keys.dtype == FP8 or q.dtype == torch.float16:
+        return tl.float16
+    return tl.bfloat16
+
+
+@triton.jit
+def as_operand(q, DTYPE: tl.constexpr):
+    """Return q in `dot_dtype`. What fp16 cannot hold becomes its largest number, and not inf."""
+    if q.dtype != DTYPE:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(DTYPE)
+    return q
+
+
+# --- in PyTorch -----------------------------------------------------------------------------------
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """Return a cache as one that can be indexed: not every PyTorch does that with FP8."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def read_slots(cache: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `cache[index]` in another dtype; no scale is applied."""
+    found = as_bytes(cache)[index]
+    return found.view(cache.dtype).to(dtype)
+
+
+def round_to_cache(k: Tensor, v: Tensor, scales: KVScales) -> tuple[Tensor, Tensor]:
+    """Return K and V as an FP8 cache holds them.
+
+    Saturating is done here, because some versions of PyTorch make NaN of what is too large.
+    """
+    rounded_k = (k.float() * (1.0 / scales.k)).clamp(-LARGEST, LARGEST).to(FP8)
+    rounded_v = (v.float() * (1.0 / scales.v)).clamp(-LARGEST, LARGEST).to(FP8)
+    return rounded_k, rounded_v
