@@ -27,6 +27,8 @@ from nanovllm.kernels.int4_layout import (
     pack_int4,
     positions_per_group,
 )
+from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
+from nanovllm.kernels.moe_routing import route_torch
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import int4_matmul
 from nanovllm.quantization.int4_matmul import Int4Kernel, choose_int4_kernel, multiply_int4
@@ -238,3 +240,72 @@ def test_every_epilogue(kernel: Int4Kernel, sorted_: bool, monkeypatch: pytest.M
         rows = torch.empty(num_tokens, 20, device=DEVICE)
         assert multiply_int4(weight, x, bias, Epilogue(out=rows), None) is rows
         assert_near(rows, product, torch.float32)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def make_experts(
+    shape: tuple[int, int, int], sorted_: bool = True
+) -> tuple[MoEWeights, MoEWeights]:
+    """Experts in INT4, and the same dequantised in float64.
+
+    shape: how many, hidden and intermediate size.
+    """
+    num_experts, hidden, intermediate = shape
+    router = randn(num_experts, hidden)
+    group_size = 64 if hidden % 64 == 0 else hidden
+    gate_up = make_weight(num_experts * 2 * intermediate, hidden, group_size, sorted_=sorted_)
+    down = make_weight(num_experts * hidden, intermediate, intermediate, sorted_=sorted_)
+    matrices = [
+        dequantize_int4(weight, torch.float64).unflatten(0, (num_experts, -1))
+        for weight in (gate_up, down)
+    ]
+    return (
+        MoEWeights(router, gate_up, down, top_k=2, is_normalized=True),
+        MoEWeights(router.double(), *matrices, top_k=2, is_normalized=True),
+    )
+
+
+def expected_moe(x: Tensor, weights: MoEWeights) -> Tensor:
+    """Token by token and expert by expert, in float64."""
+    x = x.double()
+    experts, scores = route_torch(x, weights.router, weights.top_k, weights.is_normalized)
+    out = torch.zeros_like(x)
+    for token in range(len(x)):
+        for slot in range(weights.top_k):
+            expert = experts[token, slot]
+            gate, up = (weights.gate_up[expert] @ x[token]).chunk(2)
+            output = weights.down[expert] @ (F.silu(gate) * up)
+            out[token] += scores[token, slot] * output
+    return out
+
+
+@pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])
+@pytest.mark.parametrize("shape", [(3, 64, 40), (2, 72, 136)], ids=str)
+def test_experts_of_one_token(shape: tuple[int, int, int], sorted_: bool) -> None:
+    weights, exact = make_experts(shape, sorted_)
+    x, residual, norm = randn(1, shape[1]), randn(1, shape[1]), randn(shape[1])
+    normed = rms_norm_torch(x.double(), norm.double(), 1e-6)
+    expected = residual.double() + expected_moe(normed, exact)
+    out = moe_gemv(x, weights, residual, norm, 1e-6)
+    assert out is residual
+    assert_near(out, expected, torch.float32)
+    assert_near(moe_gemv(x, weights), expected_moe(x, exact), torch.float32)
+
+
+@pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])
+@pytest.mark.parametrize("num_tokens", [2, 40])
+def test_experts_of_several_tokens(num_tokens: int, sorted_: bool) -> None:
+    weights, exact = make_experts((4, 192, 72), sorted_)
+    x = randn(num_tokens, 192)
+    assert_near(moe_partial_sums(x, weights).sum(0), expected_moe(x, exact), torch.float32)
+
+
+def test_experts_in_half_precision() -> None:
+    weights, exact = make_experts((4, 128, 64))
+    router = weights.router.half()
+    weights, exact = weights._replace(router=router), exact._replace(router=router.double())
+    x = randn(9, 128, dtype=torch.float16)
+    out = moe_partial_sums(x, weights).double().sum(0)
+    assert_near(out, expected_moe(x, exact), torch.float16)

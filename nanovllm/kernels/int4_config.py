@@ -68,3 +68,22 @@ def int4_gemm_config(
     if reader_sums:
         splits = max(1, min(2 * num_multiprocessors // tiles, blocks // MIN_BLOCKS_PER_SPLIT))
     return Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4ExpertConfig:
+    """The tiles of a grouped GEMM of INT4 weights."""
+
+    tokens: int  # pairs of a token and an expert in a tile: a power of two, at least 16
+    rows: int  # of the weight in a tile; of gate and of up each
+    num_warps: int
+    num_stages: int
+
+
+def int4_expert_config(num_pairs: int, num_experts: int, itemsize: int) -> Int4ExpertConfig:
+    """Choose tiles of which an expert rarely needs two, since each dequantises its weight anew."""
+    mean = -(-num_pairs // num_experts)  # pairs of an expert
+    tokens = min(64, max(16, next_power_of_2(2 * mean - 1)))
+    if itemsize > 2:  # exact products are not for tensor cores
+        return Int4ExpertConfig(min(tokens, 32), rows=64, num_warps=4, num_stages=2)
+    return Int4ExpertConfig(tokens, rows=64, num_warps=4, num_stages=4 if tokens <= 32 else 3)

@@ -70,7 +70,7 @@ def dequantization(x: Tensor) -> Dequantization:
 
 
 @triton.jit
-def _take_out(numbers, minus_zero, POSITION: tl.constexpr, ASSEMBLY: tl.constexpr):
+def take_out(numbers, minus_zero, POSITION: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return `n - zero point` of the columns at a position, in the dtype of `minus_zero`.
 
     minus_zero: minus the zero point and the offset, as large as `numbers`.
@@ -143,7 +143,7 @@ def _int4_gemm_kernel(
                 x = tl.load(x_ptrs + column)
             else:
                 x = tl.load(x_ptrs + column, mask=column + stripe < IN_SIZE, other=0.0)
-            weight = _take_out(numbers, minus_zero, position, ASSEMBLY)
+            weight = take_out(numbers, minus_zero, position, ASSEMBLY)
             group_sum = tl.dot(weight, tl.trans(x), group_sum, input_precision="ieee")
             if (position + 1) % POSITIONS == 0:
                 acc += group_sum * scale[:, None]

@@ -36,7 +36,7 @@ def _load_numbers(ptrs, number, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_input(ptr, order_ptr, column, IN_SIZE: tl.constexpr):
+def load_input(ptr, order_ptr, column, IN_SIZE: tl.constexpr):
     """Load x, or the norm's weight, of some columns of the weight, in float32."""
     in_row = column < IN_SIZE
     if order_ptr is not None:
@@ -45,7 +45,7 @@ def _load_input(ptr, order_ptr, column, IN_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
+def multiply(
     numbers,
     x0,
     x1,
@@ -146,21 +146,21 @@ def _int4_gemv_kernel(
             wait_for_previous(PDL)  # no earlier kernel writes the weights above, but one writes x
         first_column = first_number // 32 * 128 + first_number % 32
         column = first_column[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-        x0 = _load_input(x_ptr, order_ptr, column, IN_SIZE)
-        x1 = _load_input(x_ptr, order_ptr, column + 32, IN_SIZE)
-        x2 = _load_input(x_ptr, order_ptr, column + 64, IN_SIZE)
-        x3 = _load_input(x_ptr, order_ptr, column + 96, IN_SIZE)
+        x0 = load_input(x_ptr, order_ptr, column, IN_SIZE)
+        x1 = load_input(x_ptr, order_ptr, column + 32, IN_SIZE)
+        x2 = load_input(x_ptr, order_ptr, column + 64, IN_SIZE)
+        x3 = load_input(x_ptr, order_ptr, column + 96, IN_SIZE)
         if norm_ptr is not None:
             squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-            x0 *= _load_input(norm_ptr, order_ptr, column, IN_SIZE)
-            x1 *= _load_input(norm_ptr, order_ptr, column + 32, IN_SIZE)
-            x2 *= _load_input(norm_ptr, order_ptr, column + 64, IN_SIZE)
-            x3 *= _load_input(norm_ptr, order_ptr, column + 96, IN_SIZE)
+            x0 *= load_input(norm_ptr, order_ptr, column, IN_SIZE)
+            x1 *= load_input(norm_ptr, order_ptr, column + 32, IN_SIZE)
+            x2 *= load_input(norm_ptr, order_ptr, column + 64, IN_SIZE)
+            x3 *= load_input(norm_ptr, order_ptr, column + 96, IN_SIZE)
         x0 *= 65536.0
         x1 *= 4096.0
         x2 *= 256.0
         x3 *= 16.0
-        out += _multiply(
+        out += multiply(
             numbers,
             x0,
             x1,
@@ -177,7 +177,7 @@ def _int4_gemv_kernel(
             SYMMETRIC_ZERO,
         )
         if ACTIVATION is not None:
-            up += _multiply(
+            up += multiply(
                 up_numbers,
                 x0,
                 x1,
