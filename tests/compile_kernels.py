@@ -27,8 +27,10 @@ from nanovllm.kernels import (
     gumbel,
     hopper_prefill,
     int4_dequantize,
+    int4_expert_gemv,
     int4_gemm,
     int4_gemv,
+    int4_grouped_gemm,
     moe,
     moe_routing,
     norm_rope_store,
@@ -141,12 +143,14 @@ def compile_shared_prefixes() -> None:
         )
 
 
-def int4_weight(group_size: int, is_symmetric: bool, in_size: int = HIDDEN) -> Int4Weight:
+def int4_weight(
+    group_size: int, is_symmetric: bool, in_size: int = HIDDEN, out_size: int = 256
+) -> Int4Weight:
     groups = in_size // group_size
     return Int4Weight(
-        packed=numbers(256, packed_width(in_size), dtype=torch.int16),
-        scales=numbers(256, groups, dtype=torch.float16),
-        zero_points=None if is_symmetric else numbers(256, groups, dtype=torch.uint8),
+        packed=torch.empty(out_size, packed_width(in_size), dtype=torch.int16),
+        scales=numbers(out_size, groups, dtype=torch.float16),
+        zero_points=None if is_symmetric else numbers(out_size, groups, dtype=torch.uint8),
         in_size=in_size,
         group_size=group_size,
     )
@@ -157,7 +161,8 @@ def compile_int4() -> None:
     not, and a row that does not fill its last block.
     """
     how = {torch.bfloat16: int4_gemm.BFLOAT16, torch.float16: int4_gemm.FLOAT16}
-    int4_gemm.dequantization = lambda x: how[x.dtype]
+    for module in (int4_gemm, int4_grouped_gemm):
+        module.dequantization = lambda x: how[x.dtype]
     norm = numbers(HIDDEN)
     for weight in (
         int4_weight(32, is_symmetric=False),
@@ -177,6 +182,16 @@ def compile_int4() -> None:
         config = Int4GemmConfig(tokens, rows, splits=4, num_warps=4, num_stages=4)
         int4_gemm.int4_gemm(numbers(tokens, HIDDEN), weight, config=config)
     int4_gemm.int4_gemm(numbers(32, HIDDEN).half(), weight)
+    experts = moe.MoEWeights(
+        router=numbers(16, 2048),
+        gate_up=int4_weight(128, True, in_size=2048, out_size=16 * 2 * 768),
+        down=int4_weight(64, False, in_size=768, out_size=16 * 2048),
+        top_k=8,
+        is_normalized=True,
+    )
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
+    for num_tokens in (2, 200):  # tiles of 16 and 64 pairs
+        moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
 
 
 def compile_fp8_cache() -> None:
@@ -225,8 +240,10 @@ def main() -> None:
         grouped_gemm,
         gumbel,
         int4_dequantize,
+        int4_expert_gemv,
         int4_gemm,
         int4_gemv,
+        int4_grouped_gemm,
         moe_routing,
         norm_rope_store,
         paged_decode,

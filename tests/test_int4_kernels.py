@@ -19,6 +19,7 @@ from nanovllm.kernels.int4_config import (
     int4_gemv_config,
 )
 from nanovllm.kernels.int4_dequantize import int4_dequantize
+from nanovllm.kernels.int4_expert_gemv import int4_expert_down_gemv, int4_expert_gate_up_gemv
 from nanovllm.kernels.int4_gemm import BFLOAT16, FLOAT16, int4_gemm
 from nanovllm.kernels.int4_gemv import int4_gemv
 from nanovllm.kernels.int4_layout import (
@@ -28,7 +29,7 @@ from nanovllm.kernels.int4_layout import (
     positions_per_group,
 )
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
-from nanovllm.kernels.moe_routing import route_torch
+from nanovllm.kernels.moe_routing import route, route_torch
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import int4_matmul
 from nanovllm.quantization.int4_matmul import Int4Kernel, choose_int4_kernel, multiply_int4
@@ -36,8 +37,7 @@ from nanovllm.quantization.weight_format import Epilogue, PartialSums
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3}
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +82,11 @@ SHAPES = [  # rows, columns, group size: whole blocks and pieces, or not; groups
 ]
 
 
-@both_dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[1], torch.float16)],
+    ids=str,
+)
 def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight = make_weight(*shape)
     x = randn(1, shape[1], dtype=dtype)
@@ -91,7 +94,7 @@ def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_near(int4_gemv(x, weight), expected, dtype)
 
 
-@pytest.mark.parametrize("config", [(1, 1, 1), (4, 2, 2), (8, 4, 4)], ids=str)
+@pytest.mark.parametrize("config", [(2, 1, 1), (16, 4, 4)], ids=str)
 def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int]) -> None:
     weight = make_weight(9, 2176, 64)
     x = randn(1, 2176)
@@ -99,9 +102,10 @@ def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int])
     assert_near(int4_gemv(x, weight, config=Int4GemvConfig(*config)), expected, torch.float32)
 
 
-@both_dtypes
-@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
-@pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("symmetric", "sorted_"), [(False, True), (True, False)], ids=["zeros", "symmetric, order"]
+)
 def test_gemv_with_norm_and_addition(dtype: torch.dtype, symmetric: bool, sorted_: bool) -> None:
     weight = make_weight(10, 1100, 1100, symmetric, sorted_)
     x, norm = randn(1, 1100, dtype=dtype), randn(1100)
@@ -114,20 +118,25 @@ def test_gemv_with_norm_and_addition(dtype: torch.dtype, symmetric: bool, sorted
     assert_near(out, expected, dtype)
 
 
-@both_dtypes
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gemv_with_activation(activation: str, dtype: torch.dtype) -> None:
+def test_gemv_with_activation(activation: str) -> None:
     weight = make_weight(14, 384, 128)
-    x, norm = randn(1, 384, dtype=dtype), randn(384, dtype=dtype)
+    x, norm = randn(1, 384), randn(384)
     normed = rms_norm_torch(x.double(), norm.double(), 1e-6)
     product = F.linear(normed, dequantize_int4(weight, torch.float64))
     out = int4_gemv(x, weight, None, norm, 1e-6, activation=activation)
-    assert_near(out, gate_mul_torch(product, activation), dtype)
+    assert_near(out, gate_mul_torch(product, activation), torch.float32)
 
 
-@both_dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("num_tokens", [2, 33])
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "dtype"),
+    [
+        *((shape, 2, torch.float32) for shape in SHAPES),
+        (SHAPES[1], 33, torch.float32),
+        (SHAPES[2], 17, torch.float16),
+    ],
+    ids=str,
+)
 def test_gemm(shape: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) -> None:
     rows, columns, _ = shape
     weight = make_weight(*shape)
@@ -281,17 +290,25 @@ def expected_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])
-@pytest.mark.parametrize("shape", [(3, 64, 40), (2, 72, 136)], ids=str)
-def test_experts_of_one_token(shape: tuple[int, int, int], sorted_: bool) -> None:
-    weights, exact = make_experts(shape, sorted_)
-    x, residual, norm = randn(1, shape[1]), randn(1, shape[1]), randn(shape[1])
+def test_experts_of_one_token() -> None:
+    weights, exact = make_experts((3, 64, 40), sorted_=False)
+    x, residual, norm = randn(1, 64), randn(1, 64), randn(64)
     normed = rms_norm_torch(x.double(), norm.double(), 1e-6)
     expected = residual.double() + expected_moe(normed, exact)
     out = moe_gemv(x, weights, residual, norm, 1e-6)
     assert out is residual
     assert_near(out, expected, torch.float32)
-    assert_near(moe_gemv(x, weights), expected_moe(x, exact), torch.float32)
+
+
+def test_experts_of_one_token_in_several_pieces() -> None:
+    weights, exact = make_experts((2, 1088, 136))
+    x = randn(1, 1088)
+    assert isinstance(weights.gate_up, Int4Weight) and isinstance(weights.down, Int4Weight)
+    routing = route(x, weights.router, weights.top_k, weights.is_normalized)
+    config = Int4GemvConfig(rows=64, chunks=1, num_warps=1)
+    activation = int4_expert_gate_up_gemv(x, weights.gate_up, routing, config=config)
+    out = int4_expert_down_gemv(activation, weights.down, routing, rows=512)
+    assert_near(out, expected_moe(x, exact), torch.float32)
 
 
 @pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])

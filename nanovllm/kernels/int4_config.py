@@ -70,6 +70,13 @@ def int4_gemm_config(
     return Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=4)
 
 
+def int4_expert_rows(num_slots: int) -> int:
+    """Choose the outputs of a program that adds up so many experts: a thread has two for each of
+    its experts, so that what it reads of x serves for both.
+    """
+    return 2 if num_slots >= 4 else 4
+
+
 @dataclass(frozen=True, slots=True)
 class Int4ExpertConfig:
     """The tiles of a grouped GEMM of INT4 weights."""

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from nanovllm.kernels._triton import (
     launch_next,
+    next_power_of_2,
     pdl_options,
     tl,
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.int4_config import Int4GemvConfig, int4_gemv_config
+from nanovllm.kernels.int4_config import Int4GemvConfig, int4_expert_rows, int4_gemv_config
 from nanovllm.kernels.int4_gemv import ONE, load_input, multiply
 from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, Int4Weight, positions_per_group
 from nanovllm.kernels.moe_routing import Routing
@@ -140,52 +141,59 @@ def _int4_down_kernel(
     POSITIONS: tl.constexpr,
     SYMMETRIC_ZERO: tl.constexpr,
     TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes ROWS outputs: all experts' products, weighted and added up."""
+    """A program computes ROWS outputs: all experts' products, weighted and added up.
+
+    Its tile of the weights is `[ROWS, SLOTS, 32, 8]`, for SLOTS experts instead of as many chunks;
+    SLOTS is TOP_K, rounded up to a power of two.
+    """
     launch_next(PDL)
     WIDTH: tl.constexpr = (IN_SIZE + 127) // 128 * 32  # numbers in a row of the weight
-    PIECES: tl.constexpr = (WIDTH + CHUNKS * 256 - 1) // (CHUNKS * 256)
+    PIECES: tl.constexpr = (WIDTH + 255) // 256
     GROUPS: tl.constexpr = (IN_SIZE + GROUP_SIZE - 1) // GROUP_SIZE
     output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_of_expert = tl.minimum(output, OUT_SIZE - 1)[:, None, None]
-    thread = tl.arange(0, CHUNKS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    out = tl.zeros([ROWS, CHUNKS, 32], tl.float32)
+    slot = tl.arange(0, SLOTS)[None, :, None]
+    is_slot = slot < TOP_K
+    slot_start = tl.minimum(slot, TOP_K - 1)[:, :, :, None] * IN_SIZE
+    out = tl.zeros([ROWS, SLOTS, 32], tl.float32)
     wait_for_previous(PDL)
-    for slot in tl.static_range(TOP_K):
-        expert = tl.load(experts_ptr + slot).to(tl.int64)
-        routing_weight = tl.load(routing_weights_ptr + slot)
-        row = expert * OUT_SIZE + row_of_expert
-        row_ptr = packed_ptr + row[:, :, :, None] * WIDTH
-        for piece in tl.static_range(PIECES):
-            first_number = piece * (CHUNKS * 256) + thread * 8
-            number = first_number[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-            numbers = tl.load(row_ptr + number, mask=number < WIDTH, other=0)
-            first_column = first_number // 32 * 128 + first_number % 32
-            column = first_column[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-            slot_ptr = x_ptr + slot * IN_SIZE
-            x0 = load_input(slot_ptr, order_ptr, column, IN_SIZE) * (routing_weight * 65536.0)
-            x1 = load_input(slot_ptr, order_ptr, column + 32, IN_SIZE) * (routing_weight * 4096.0)
-            x2 = load_input(slot_ptr, order_ptr, column + 64, IN_SIZE) * (routing_weight * 256.0)
-            x3 = load_input(slot_ptr, order_ptr, column + 96, IN_SIZE) * (routing_weight * 16.0)
-            out += multiply(
-                numbers,
-                x0,
-                x1,
-                x2,
-                x3,
-                scales_ptr,
-                zeros_ptr,
-                row,
-                first_column,
-                one,
-                GROUPS,
-                GROUP_SIZE,
-                POSITIONS,
-                SYMMETRIC_ZERO,
-            )
+    # One load for the experts of all slots, so that none of them waits for another.
+    expert = tl.load(experts_ptr + slot, mask=is_slot, other=0).to(tl.int64)
+    routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)[:, :, :, None]
+    row = expert * OUT_SIZE + tl.minimum(output, OUT_SIZE - 1)[:, None, None]
+    row_ptr = packed_ptr + row[:, :, :, None] * WIDTH
+    for piece in tl.static_range(PIECES):
+        first_number = piece * 256 + tl.arange(0, 32)[None, None, :] * 8
+        first_number = tl.broadcast_to(first_number, (1, SLOTS, 32))
+        number = first_number[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+        in_row = is_slot[:, :, :, None] & (number < WIDTH)
+        numbers = tl.load(row_ptr + number, mask=in_row, other=0)
+        first_column = first_number // 32 * 128 + first_number % 32
+        column = first_column[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+        x_ptrs = x_ptr + slot_start
+        x0 = load_input(x_ptrs, order_ptr, column, IN_SIZE) * (routing_weight * 65536.0)
+        x1 = load_input(x_ptrs, order_ptr, column + 32, IN_SIZE) * (routing_weight * 4096.0)
+        x2 = load_input(x_ptrs, order_ptr, column + 64, IN_SIZE) * (routing_weight * 256.0)
+        x3 = load_input(x_ptrs, order_ptr, column + 96, IN_SIZE) * (routing_weight * 16.0)
+        out += multiply(
+            numbers,
+            x0,
+            x1,
+            x2,
+            x3,
+            scales_ptr,
+            zeros_ptr,
+            row,
+            first_column,
+            one,
+            GROUPS,
+            GROUP_SIZE,
+            POSITIONS,
+            SYMMETRIC_ZERO,
+        )
     result = tl.sum(tl.sum(out, axis=2), axis=1)
     is_output = output < OUT_SIZE
     if residual_ptr is not None:
@@ -238,9 +246,12 @@ def int4_expert_down_gemv(
     weight: Int4Weight,
     routing: Routing,
     residual: Tensor | None = None,
-    config: Int4GemvConfig | None = None,
+    rows: int | None = None,
 ) -> Tensor:
-    """`expert_down_gemv` with an INT4 weight `[num_experts * hidden, intermediate]`."""
+    """`expert_down_gemv` with an INT4 weight `[num_experts * hidden, intermediate]`.
+
+    rows: outputs of a program; it overrides `int4_expert_rows`, for tests and tuning.
+    """
     out_size = weight.out_size // len(routing.counts)
     top_k = routing.experts.shape[1]
     assert x.shape == (top_k, weight.in_size) and x.is_contiguous()
@@ -248,8 +259,9 @@ def int4_expert_down_gemv(
     out = residual
     if out is None:
         out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
-    config = config or int4_gemv_config(out_size, weight.in_size, is_gated=True)
-    _int4_down_kernel[(triton.cdiv(out_size, config.rows),)](
+    slots = next_power_of_2(top_k)
+    rows = rows or int4_expert_rows(slots)
+    _int4_down_kernel[(triton.cdiv(out_size, rows),)](
         x,
         weight.column_order,
         weight.packed,
@@ -266,9 +278,9 @@ def int4_expert_down_gemv(
         POSITIONS=positions_per_group(weight.group_size, weight.in_size),
         SYMMETRIC_ZERO=float(SYMMETRIC_ZERO),
         TOP_K=top_k,
-        ROWS=config.rows,
-        CHUNKS=config.chunks,
-        num_warps=config.num_warps,
+        SLOTS=slots,
+        ROWS=rows,
+        num_warps=min(4, slots),
         **pdl_options(),
     )
     return out
