@@ -22,6 +22,13 @@ from transformers import AutoModelForCausalLM
 
 E4M3 = torch.float8_e4m3fn
 WEIGHTS = "model.safetensors"
+QWEN3_MOE: dict[str, Any] = dict(
+    architecture="Qwen3MoeForCausalLM",
+    head_dim=16,
+    moe_intermediate_size=24,
+    num_experts=8,
+    num_experts_per_tok=3,
+)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from conftest import (
     random_prompts,
 )
 from quantized import (
+    QWEN3_MOE,
     WEIGHTS,
     Quantize,
     block_config,
@@ -45,13 +46,6 @@ from nanovllm.quantization.weight_format import Epilogue, PartialSums
 from nanovllm.utils.tensor_parallel import tensor_parallel
 
 LLAMA = "LlamaForCausalLM"
-QWEN3_MOE: dict[str, Any] = dict(
-    architecture="Qwen3MoeForCausalLM",
-    head_dim=16,
-    moe_intermediate_size=24,
-    num_experts=8,
-    num_experts_per_tok=3,
-)
 PROMPTS = random_prompts(3, [40, 3, 33])
 FLOAT8: dict[str, Any] = dict(num_bits=8, type="float", symmetric=True)
 CHANNEL = QuantizationArgs(**FLOAT8, strategy="channel")
@@ -205,6 +199,21 @@ def test_a_gpu_without_a_kernel_for_the_format(layout: str, num_tokens: int) -> 
     if isinstance(product, PartialSums):
         product = hidden + product.sum()
     torch.testing.assert_close(product.as_subclass(Tensor), expected)
+
+
+def test_experts_on_a_gpu_without_a_kernel_for_the_format(tmp_path: Path) -> None:
+    """All at once, `[experts, rows, in]`, what a CPU dequantises one by one."""
+    make(tmp_path, BLOCKS, **QWEN3_MOE)
+    config = Config.from_options(str(tmp_path), dict(device="cpu"))
+    model = build_model(config, torch.device("cpu"))
+    experts: Any = model.get_submodule("model.layers.1.mlp.experts")
+    x = torch.zeros(1, 48)
+    for matrices, shape in ((experts.gate_up_proj, (8, 48, 48)), (experts.down_proj, (8, 48, 24))):
+        on_gpu = matrices.weights_for(x.as_subclass(OnGPU))
+        on_cpu = matrices.weights_for(x)
+        assert on_gpu.shape == shape
+        assert torch.equal(on_gpu[5], on_cpu[5])
+        assert list(matrices.dequantized) == [5]  # of the others nothing is kept
 
 
 # --- made from 16 bits ----------------------------------------------------------------------------

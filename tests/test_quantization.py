@@ -14,6 +14,7 @@ pytest.importorskip("compressed_tensors")  # the test extra has it from Python 3
 
 from conftest import generate_ids, greedy, make_checkpoint, make_llm, random_prompts
 from quantized import (
+    QWEN3_MOE,
     WEIGHTS,
     Quantized,
     block_config,
@@ -222,16 +223,17 @@ def test_damaged_tensors(
 # --- new weights, and sleep -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=["online", "tensor"])
+@pytest.fixture(params=["online", "online-moe", "tensor"])
 def changing(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[tuple[LLM, Any, list[list[int]]]]:
     """An engine, new weights for it, and the tokens that those give."""
-    if request.param == "online":
+    if request.param.startswith("online"):
         options = dict(quantization="fp8")
-        old = make_checkpoint(tmp_path / "old")
-        new = make_checkpoint(tmp_path / "new", seed=5)
-        weights: Any = new.model.state_dict()
+        model = {} if request.param == "online" else QWEN3_MOE
+        old = make_checkpoint(tmp_path / "old", **model)
+        new = make_checkpoint(tmp_path / "new", **model, seed=5)
+        weights: Any = new.model.state_dict()  # of experts, in transformers 5, two tensors a layer
     else:
         options = {}
         config = dict(quant_method="fp8", activation_scheme="static", ignored_layers=["lm_head"])
