@@ -12,7 +12,7 @@ from nanovllm.jobs.line import Answer, Line
 
 
 class FakeWorker:
-    """Answers with the line's number, its own process id, and how many lines it had before.
+    """Answers with the line's number and its own process id.
 
     A line is {"prompt": ..., "do": ...}; `do` is one of
 
@@ -31,7 +31,6 @@ class FakeWorker:
         self.max_num_seqs = engine_options.get("max_num_seqs", 8)
         self.failure: BaseException | None = None
         self.running: list[tuple[Line, Callable[[Answer], None]]] = []
-        self.num_lines = 0
         self.lock = threading.Lock()
         self.wake = threading.Condition(self.lock)
         start = engine_options.get("start")
@@ -80,13 +79,14 @@ class FakeWorker:
         if "break" in to_do:
             self.failure = RuntimeError("a rank has failed")
         for line, done in batch:
-            self.num_lines += 1
             error = None
             if to_do & {"break", "fail"}:
                 error = "engine_failed"
             elif json.loads(line.data).get("do") == "refuse":
                 error = "refused"
-            body = {"line": line.number, "pid": os.getpid(), "before": self.num_lines}
+            body: dict[str, Any] = {"line": line.number, "pid": os.getpid()}
+            if error is not None:
+                body["error"] = {"message": f"{error}, says a fake"}
             done(Answer(line.number, json.dumps(body).encode(), error))
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     Checkpoint,
     assert_idle,
@@ -393,8 +394,9 @@ def test_callbacks_cannot_end_the_thread(llm: AsyncLLM) -> None:
     def go_on(future: Future[Any]) -> None:
         llm.submit(PROMPTS[1], greedy(3)).add_done_callback(record)
 
-    for callback in (record, fail, leave, go_on):
-        llm.submit(PROMPTS[0], greedy(9)).add_done_callback(callback)
+    with llm.llm._lock:  # until all callbacks are there: a later one would run in this thread
+        for callback in (record, fail, leave, go_on):
+            llm.submit(PROMPTS[0], greedy(9)).add_done_callback(callback)
     want = generate(llm, PROMPTS[:2], [greedy(9), greedy(3)]) if wait_for(calls, 2) else []
     assert calls == [("nanovllm-engine", result.token_ids) for result in want]
     assert tokens(llm.submit(PROMPTS[1], greedy(3)).result(SECONDS)) == tokens(want[1])
@@ -444,8 +446,9 @@ def test_an_event_loop_is_woken_once_in_a_step(
 
 def test_the_thread_sleeps_while_it_has_nothing_to_do(llm: AsyncLLM) -> None:
     seen: list[Any] = []
-    future = llm.submit(PROMPTS[0], greedy(5))
-    future.add_done_callback(lambda _: seen.append(gc.get_threshold()[0]))
+    with llm.llm._lock:
+        future = llm.submit(PROMPTS[0], greedy(5))
+        future.add_done_callback(lambda _: seen.append(gc.get_threshold()[0]))
     future.result(SECONDS)
     wait_until_idle(llm)
     time.sleep(0.05)
@@ -458,6 +461,20 @@ def test_the_thread_sleeps_while_it_has_nothing_to_do(llm: AsyncLLM) -> None:
     start = time.clock_gettime(clock)
     time.sleep(0.2)
     assert time.clock_gettime(clock) == start
+
+
+def test_the_thread_computes_with_as_many_threads_as_its_maker(checkpoint: Checkpoint) -> None:
+    number = torch.get_num_threads()
+    torch.set_num_threads(number + 1)
+    llm = make_async(checkpoint.path)
+    torch.set_num_threads(number)  # as a step does that is worth no more
+    seen: list[int] = []
+    with llm.llm._lock:
+        future = llm.submit(PROMPTS[0], greedy(2))
+        future.add_done_callback(lambda _: seen.append(torch.get_num_threads()))
+    future.result(SECONDS)
+    llm.close()
+    assert seen == [number + 1] and torch.get_num_threads() == number
 
 
 def test_a_finished_future_refers_to_no_sequence(llm: AsyncLLM) -> None:
@@ -525,6 +542,27 @@ def test_an_engine_that_has_ended(checkpoint: Checkpoint) -> None:
     llm.close()
 
 
+def test_two_ranks_one_of_which_dies(checkpoint: Checkpoint) -> None:
+    llm = make_async(checkpoint.path, tensor_parallel_size=2, max_num_batched_tokens=40)
+    want = generate(llm, PROMPTS, greedy(8))
+    vectors = llm.llm.embed(PROMPTS, use_tqdm=False)
+    with llm.llm._lock:  # so that completions and embeddings share steps
+        embedded = [llm.submit_embed(prompt) for prompt in PROMPTS]
+        completed = [llm.submit(prompt, greedy(8)) for prompt in PROMPTS]
+    for future, vector in zip(embedded, vectors, strict=True):
+        assert future.result(SECONDS).embedding == pytest.approx(vector.embedding, abs=1e-5)
+    assert [tokens(future.result(SECONDS)) for future in completed] == [tokens(r) for r in want]
+    future = llm.submit(PROMPTS[0], greedy(200))
+    channel = llm.llm._channel
+    assert channel is not None
+    channel.processes[0].kill()
+    assert isinstance(future.exception(SECONDS), EngineError)
+    assert isinstance(llm.failure, RuntimeError) and "rank 1" in str(llm.failure)
+    with pytest.raises(EngineError, match="rank 1"):
+        llm.submit(PROMPTS[0])
+    llm.close()
+
+
 def test_requests_that_others_take_away(llm: AsyncLLM) -> None:
     """`reset` is there for every caller, and so is `step`; nobody may wait for ever."""
     (want,) = generate(llm, PROMPTS[:1], greedy(10))
@@ -543,6 +581,18 @@ def test_requests_that_others_take_away(llm: AsyncLLM) -> None:
     with pytest.raises(EngineError, match="reset"):
         future.result(SECONDS)
     assert tokens(other.result(SECONDS)) == tokens(want)
+
+
+def test_an_engine_that_sleeps_takes_no_requests(llm: AsyncLLM) -> None:
+    (want,) = generate(llm, PROMPTS[:1], greedy(10))
+    with llm.llm._lock:
+        late = llm.submit(PROMPTS[0], greedy(10))
+        llm.llm.sleep()
+    assert "sleep" in str(late.exception(SECONDS))
+    with pytest.raises(RuntimeError, match="sleep"):
+        llm.submit(PROMPTS[0], greedy(10))
+    llm.llm.wake_up()
+    assert tokens(llm.submit(PROMPTS[0], greedy(10)).result(SECONDS)) == tokens(want)
 
 
 # --- the end --------------------------------------------------------------------------------------

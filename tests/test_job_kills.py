@@ -26,7 +26,7 @@ from nanovllm.jobs.numbers import NumberSet
 from nanovllm.jobs.readers import open_input
 
 NUM_MOMENTS = int(os.environ.get("NANOVLLM_KILL_MOMENTS", "2"))
-LINES_PER_MOMENT = 60
+LINES_PER_MOMENT = 100
 ROOT = Path(__file__).parents[1]
 WAYS = ("kill the job", "kill a replica", "Ctrl-C", "SIGTERM")
 SECONDS = 120.0  # after which something hangs
@@ -109,31 +109,37 @@ def number_of(answer: dict[str, Any]) -> int:
     return answer["line"] if "line" in answer else int(answer["id"].removeprefix("batch_req_"))
 
 
-def end_in_a_way(job: Job, way: str, chooser: random.Random) -> None:
-    """Start the job, and end it (or a replica of it) at a random moment."""
+def end_in_a_way(job: Job, way: str, chooser: random.Random) -> bool:
+    """Start the job, and end it (or a replica of it, and then the job) at a random moment. Returns
+    whether there was anything left to end.
+    """
     process = job.start()
+
+    def wait_for(num_lines: int) -> None:
+        wait_until(
+            lambda: job.num_lines() >= num_lines or process.poll() is not None, "answers come"
+        )
+
     # One in four moments is in the seconds in which the engine starts.
     if chooser.random() < 0.25:
         time.sleep(chooser.uniform(0.5, 5))
     else:
-        num_lines = job.num_lines() + chooser.randrange(1, LINES_PER_MOMENT)
-        wait_until(
-            lambda: job.num_lines() >= num_lines or process.poll() is not None, "answers come"
-        )
+        wait_for(job.num_lines() + chooser.randrange(1, LINES_PER_MOMENT // 2))
     replicas = children_of(process.pid)
-    if process.poll() is not None:
-        return  # it has come to its end before
-    if way == "kill a replica":
-        if replicas:
-            os.kill(chooser.choice(replicas), signal.SIGKILL)
-        assert process.wait(SECONDS) == 1, job.said()  # it has gone on, and there are wrong lines
-        return
-    numbers = {"kill the job": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
-    process.send_signal(numbers[way])
+    is_ended = process.poll() is not None
+    if way == "kill a replica" and replicas:
+        os.kill(chooser.choice(replicas), signal.SIGKILL)
+        wait_for(job.num_lines() + chooser.randrange(1, LINES_PER_MOMENT // 2))  # it goes on
+        replicas = [*replicas, *children_of(process.pid)]
+    number = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(way, signal.SIGKILL)
+    process.send_signal(number)
     status = process.wait(SECONDS)
-    if way != "kill the job":
-        assert status in (128 + numbers[way], 1), (status, job.said())
+    if number == signal.SIGKILL:
+        assert status in (-number, 1), (status, job.said())
+    else:
+        assert status in (128 + number, 1), (status, job.said())
     wait_until(lambda: not any(map(is_running, replicas)), f"after {way} the replicas end")
+    return not is_ended
 
 
 def test_a_job_that_is_ended_again_and_again(tmp_path: Path) -> None:
@@ -141,8 +147,10 @@ def test_a_job_that_is_ended_again_and_again(tmp_path: Path) -> None:
     lines = [make_line(number) for number in range(1, (NUM_MOMENTS + 1) * LINES_PER_MOMENT)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     job = Job(tmp_path, "--in-order", "--replicas", "2" if NUM_MOMENTS > 2 else "1")
-    for moment in range(NUM_MOMENTS):
-        end_in_a_way(job, WAYS[moment % len(WAYS)], chooser)
+    was_running = [
+        end_in_a_way(job, WAYS[moment % len(WAYS)], chooser) for moment in range(NUM_MOMENTS)
+    ]
+    assert all(was_running), f"more lines are needed: {was_running}"
     last = job.start()
     assert last.wait(SECONDS) == 1, job.said()
     answers = [json.loads(line) for line in job.output.read_bytes().splitlines()]

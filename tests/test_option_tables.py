@@ -9,6 +9,7 @@ import pytest
 
 from nanovllm import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
+from nanovllm.jobs.cli_options import Parser, RunBatchOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +58,18 @@ def test_the_reference_is_complete(heading: str, options: Any) -> None:
     if options is Config:
         del defaults["model"]  # the one that has no name in a call
     assert read_table("docs/OPTIONS.md", heading) == defaults
+
+
+def test_the_options_that_only_the_command_has_are_listed() -> None:
+    parser = Parser(prog="nanovllm run-batch")
+    RunBatchOptions(parser)
+    elsewhere = {*defaults_of(Config), *defaults_of(SamplingParams)} - {"model"}
+    own = {action.dest for action in parser._actions} - elsewhere - {"help"}
+    text = (ROOT / "docs/JOBS.md").read_text("utf-8")
+    rows = re.findall(r"^\| `-.*", text[: text.index("| exit status |")], flags=re.M)
+    flags = [flag for row in rows for flag in re.findall(r"`--([\w-]+)`", row.split("|")[1])]
+    listed = {flag.replace("-", "_").replace("no_progress", "progress") for flag in flags}
+    assert listed == own
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,7 @@ class AsyncLLM:
         self.llm._check_process()
         self._owner.check_open()
         self.llm._check_alive()
+        self.llm._sleep.check_awake()
 
     def _check(
         self, prompt: Prompt, params: SamplingParams | None, is_streamed: bool = False

@@ -149,8 +149,8 @@ class BatchJob:
             )
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
-        except RuntimeError as error:
-            raise JobStopped(str(error)) from error
+        except Exception as error:  # of the engine: it is out of memory, a file cannot be read
+            raise JobStopped(f"no engine could be started: {error}") from error
 
     def _answer(
         self, answers: Iterator[Answer], writer: AnswerWriter, signals: StopSignals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -69,8 +70,11 @@ def run_batch(
     except Interrupted as stop:
         say("stopped by a signal", how_far(job))
         return SIGNAL_BASE + stop.number
+    except KeyboardInterrupt:  # the second Ctrl-C, while the job was ending after the first
+        say("stopped at once", how_far(job))
+        return SIGNAL_BASE + signal.SIGINT
     if not is_quiet:
-        say(counts.summary(options.output))
+        say(counts.summary(options.output_name))
     return LINES_FAILED if counts.num_failed else ALL_FINE
 
 
@@ -85,10 +89,11 @@ def how_far(job: BatchJob | ClusterJob | None) -> str:
     """What a job that was stopped has done, and how it goes on."""
     if job is None:
         return "nothing was written"
-    done = job.counts.summary(job.options.output)
-    if job.can_resume:
-        return f"{done}\nThe same command goes on from there."
-    return f"{done}\nIt cannot be gone on with, as the output is no file."
+    done = job.counts.summary(job.options.output_name)
+    if not job.can_resume:
+        return f"{done}\nIt cannot be gone on with, as the output is no file."
+    without = " without --overwrite" if job.options.overwrite else ""
+    return f"{done}\nThe same command{without} goes on from there."
 
 
 def say(*texts: str) -> None:

@@ -46,8 +46,6 @@ class ClusterJob:
             JobStopped: if Ray gives up.
         """
         try:
-            from ray.exceptions import RayError
-
             from nanovllm.jobs.ray import run_on_ray
 
             locked = open_directory_alone(self.options.output)
@@ -56,7 +54,7 @@ class ClusterJob:
         try:
             self._check_manifest()
             self.counts = run_on_ray(**self._arguments())
-        except RayError as error:
+        except RuntimeError as error:
             raise JobStopped(f"Ray has given the job up: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise UsageError(str(error)) from error
@@ -83,6 +81,7 @@ class ClusterJob:
             "address": options.ray_address,
             "replicas": None if options.replicas == "auto" else options.replicas,
             "retry_errors": options.retry_errors,
+            "progress": options.progress,
         }
 
 

@@ -78,10 +78,11 @@ class Counts:
             )
         for code, count in self.errors.most_common():
             lines.append(f"  {code}: {count:,}")
-        lines.append(
-            f"  {self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} new ones, in "
-            f"{duration(self.seconds)}: {self.throughput()}"
-        )
+        if self.num_lines:
+            lines.append(
+                f"  {self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} new ones, in "
+                f"{duration(self.seconds)}: {self.throughput()}"
+            )
         return "\n".join(lines)
 
 

@@ -14,14 +14,16 @@ COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
 def count_gpus() -> int:
-    """The number of GPUs that this process may use.
+    """The number of GPUs that this process may use. No memory of theirs is taken for it.
 
-    Another process counts them: it imports PyTorch, which this one may not need otherwise, and
-    whatever it starts of CUDA ends with it. That takes seconds, so not where there cannot be any.
+    If this process does without PyTorch, another one counts them. That takes seconds, so it does
+    not where there cannot be any.
     """
     is_hidden = os.environ.get(VISIBLE, "0").strip() in ("", "-1")
     if is_hidden or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
         return 0
+    if "torch" in sys.modules:
+        return sys.modules["torch"].cuda.device_count()
     result = subprocess.run(
         [sys.executable, "-c", COUNT_GPUS], capture_output=True, text=True, check=False
     )
@@ -65,12 +67,14 @@ def replica_environments(
     num_gpus = 0 if engine_options.get("device") == "cpu" else count_gpus()
     if num_gpus == 0:
         return cpu_environments(1 if replicas == "auto" else int(replicas), ranks)
-    count = max(1, num_gpus // ranks) if replicas == "auto" else int(replicas)
-    if count * ranks > num_gpus:
+    most = num_gpus // ranks
+    count = most if replicas == "auto" else int(replicas)
+    if count == 0:
+        return [{}]  # the engine says that there are not enough GPUs for one
+    if count > most:
         raise ValueError(
             f"{count} replicas with tensor_parallel_size {ranks} need {count * ranks} GPUs, and "
-            f"{num_gpus} can be seen; pass replicas={max(1, num_gpus // ranks)} or "
-            'replicas="auto"'
+            f'{num_gpus} can be seen; pass replicas={max(1, most)}, or "auto"'
         )
     names = visible_gpus(num_gpus)
     return [

@@ -46,6 +46,7 @@ class Slot:
 
     index: int
     is_ready: bool = False  # its engine has started
+    is_ending: bool = False  # its engine has failed, or its process is about to end
     max_num_seqs: int = 0  # of its engine
     in_flight: dict[int, Task] = field(default_factory=dict)  # by ticket
     rate: AnswerRate = field(default_factory=AnswerRate)
@@ -53,6 +54,11 @@ class Slot:
     probe: Task | None = None  # a line in flight alone that was in no failure before
     num_silent_failures: int = 0
     is_given_up: bool = False
+
+    @property
+    def takes_lines(self) -> bool:
+        """Whether there is an engine."""
+        return self.is_ready and not self.is_ending
 
     @property
     def room(self) -> int:
@@ -97,7 +103,7 @@ class Dispatcher:
     @property
     def is_hungry(self) -> bool:
         """Whether some replica would take a line if one came."""
-        return any(slot.is_ready and not slot.is_closed and slot.room > 0 for slot in self.slots)
+        return any(slot.takes_lines and not slot.is_closed and slot.room > 0 for slot in self.slots)
 
     def assign(self, may_steal: bool = True) -> dict[int, dict[int, Task]]:
         """Take lines for all replicas with room: for the index of each, new lines by ticket.
@@ -105,7 +111,7 @@ class Dispatcher:
         may_steal: whether a replica may get a line whose prefix is another's; see `LookAhead`.
         """
         assigned: dict[int, dict[int, Task]] = {}
-        ready = [slot for slot in self.slots if slot.is_ready]
+        ready = [slot for slot in self.slots if slot.takes_lines]
         for slot in ready:
             if not slot.in_flight:
                 for task in self._take_alone(slot):
@@ -161,6 +167,12 @@ class Dispatcher:
             slot.num_silent_failures = 0
         return slot.in_flight.pop(ticket)
 
+    def stop(self, index: int) -> None:
+        """A replica's process is about to end: no line is sent that would count as one of those
+        that were in its engine when it failed.
+        """
+        self.slots[index].is_ending = True
+
     def die(self, index: int) -> Failure:
         """A replica's process has ended."""
         slot = self.slots[index]
@@ -169,6 +181,7 @@ class Dispatcher:
         # A line that was in no failure before is innocent, with all likelihood.
         is_innocent = not slot.is_ready or tasks == [slot.probe]
         slot.is_ready = False
+        slot.is_ending = False
         slot.is_closed = False
         slot.probe = None
         slot.num_silent_failures += 1

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from nanovllm.jobs.line import Answer, Line
+from nanovllm.jobs.line_options import LineOptions
 
 
 class EngineWorker:
     """The `Worker` of a replica: makes an engine, which raises what it cannot start for."""
 
-    def __init__(self, model: str, engine_options: dict[str, Any], line_options: Any) -> None:
+    def __init__(
+        self, model: str, engine_options: dict[str, Any], line_options: LineOptions
+    ) -> None:
         # Here, because the main process imports this file, and needs no PyTorch.
         from nanovllm.jobs.async_llm import AsyncLLM
         from nanovllm.jobs.line_worker import LineWorker

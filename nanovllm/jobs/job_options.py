@@ -45,6 +45,11 @@ class JobOptions:
     overwrite: bool = False  # whether what the output holds is dropped
     progress: bool = True  # whether stderr shows how far the job is
 
+    @property
+    def output_name(self) -> str:
+        """How the output is called."""
+        return "standard output" if self.output == "-" else self.output
+
     def line_options(self, config: Config) -> LineOptions:
         """What the replicas are told about lines. Raises a TypeError or ValueError for defaults
         that no line could have.

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# The `error` of an answer that says nothing of its line, which the engine has lost: a step failed,
+# or the engine has ended. The line is to be run again.
+ENGINE_FAILED = "engine_failed"
+
 
 @dataclass(frozen=True, slots=True)
 class Line:

@@ -13,16 +13,14 @@ from typing import Any
 
 from nanovllm.jobs.answers import answer, error_answer
 from nanovllm.jobs.async_llm import AsyncLLM
-from nanovllm.jobs.line import Answer, Line, LineError
+from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line, LineError
 from nanovllm.jobs.line_options import LineOptions
 from nanovllm.jobs.line_request import LineRequest
 from nanovllm.jobs.owner import EngineError
 from nanovllm.jobs.parse import parse_line
+from nanovllm.text.decoder import decoder_of
 
 LOGGER = logging.getLogger("nanovllm")
-# The `error` of an answer that says nothing of its line: the engine has lost it.
-ENGINE_FAILED = "engine_failed"
-
 Done = Callable[[Answer], None]
 
 
@@ -36,6 +34,8 @@ class LineWorker:
         """Start the thread. Raises a ValueError if the model's generation_config.json is wrong."""
         self._llm = llm
         self._options = options.with_recommended(llm.llm.get_default_sampling_params())
+        tokenizer = llm.llm._inputs.tokenizer
+        self._token_bytes = None if tokenizer is None else decoder_of(tokenizer).token_bytes
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: the end
         self._thread = threading.Thread(target=self._run, name="nanovllm-lines", daemon=True)
         self._thread.start()
@@ -87,7 +87,9 @@ class LineWorker:
                 code="duplicate_custom_id",
                 param="custom_id",
             )
-        return parse_line(line, self._options)
+        request = parse_line(line, self._options)
+        request.token_bytes = self._token_bytes
+        return request
 
     def _submit(self, request: LineRequest) -> list[Future[Any]]:
         """Queue what a line asks for, all of it or nothing."""

@@ -16,8 +16,9 @@ from nanovllm.jobs.task import Task
 # marks come with a backslash.
 PROMPT = re.compile(rb'"(?:messages|prompt|input)"\s*:\s*')
 PROMPT_BEGINS = 16384  # bytes of a line in which its prompt is looked for
-# How often more blocks of the KV cache than one level a level of the tree stands for.
-LEVELS = (1, 4, 16)
+# How many blocks of the KV cache the levels of the tree stand for. Where lines have a header in
+# common and then a document, one of the levels should end in the document.
+LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 BYTES_PER_TOKEN = 4  # roughly, of most texts
 MAX_LINES = 4096  # that wait
 MAX_OWNED = 16384  # prefixes of which it is remembered which replica has computed them
@@ -32,11 +33,16 @@ def prefix_keys(data: bytes, num_bytes: tuple[int, ...]) -> tuple[int, ...]:
     """
     match = PROMPT.search(data, 0, PROMPT_BEGINS)
     start = 0 if match is None else match.end()
+    position = start
+    key = 0
     keys = []
     for length in num_bytes:
-        keys.append(hash(data[start : start + length]))
-        if start + length >= len(data):
+        end = start + length
+        key = hash((key, data[position:end]))
+        keys.append(key)
+        if end >= len(data):
             break
+        position = end
     return tuple(keys)
 
 
@@ -47,7 +53,7 @@ class PrefixNode:
              /     \
           [ab..]   [x...]                  their first 1,024 bytes
           /    \        \
-      [abc..] [abd..]   [xyz..]            their first 4,096 bytes, and so on
+      [abc..] [abd..]   [xyz..]            their first 2,048 bytes, and so on
 
     A node is there as long as lines below it wait. Its owner is the replica that got a line of it
     first, and so has its prefix in its cache.

@@ -248,12 +248,12 @@ def open_output(path: str) -> OutputFile | Stream:
     Raises:
         OutputError: if no answers can be written there.
     """
-    if path == "-":
-        fd = os.dup(1)
-        os.dup2(2, 1)  # whatever else this process prints must not come between the answers
-        return Stream(fd, "standard output")
-    path = os.path.realpath(path)  # a link stays a link when the file that it names is rewritten
     try:
+        if path == "-":
+            fd = os.dup(1)
+            os.dup2(2, 1)  # whatever else this process prints must not come between the answers
+            return Stream(fd, "standard output")
+        path = os.path.realpath(path)  # a link stays a link when the file behind it is rewritten
         if os.path.exists(path) and not os.path.isfile(path):
             return Stream(os.open(path, os.O_WRONLY), path)  # a pipe or a device
         return OutputFile(path)

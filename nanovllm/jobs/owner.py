@@ -49,6 +49,7 @@ class EngineOwner:
         self.outbox = Outbox()
         self._llm = llm
         self._pid = os.getpid()
+        self._num_threads = torch.get_num_threads()  # of PyTorch on a CPU, as our maker has set it
         # Of this kind of queue, a `put` may come in the middle of another one, from a finalizer.
         self._inbox: SimpleQueue[Ticket | None] = SimpleQueue()  # None only wakes the thread
         self._in_flight: dict[int, Ticket] = {}  # request id -> those that the engine has
@@ -99,6 +100,10 @@ class EngineOwner:
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Asked for the first time in a thread, PyTorch takes the number that was last set in any
+        # other, perhaps for a step of another engine. Only what is set afterwards stays.
+        torch.get_num_threads()
+        torch.set_num_threads(self._num_threads)
         try:
             while self._wait_for_work():
                 with collector_slowed():
@@ -144,11 +149,14 @@ class EngineOwner:
             self._tell(ticket.acknowledge)
         try:
             scheduler = exchange(self._llm, self._scheduler, dropped, list(new.values()))
-            if scheduler is not self._scheduler:
-                self._fail_all(DROPPED)
-                self._scheduler = scheduler
-        finally:
-            self._in_flight |= new  # in any case: whoever is not in there could wait for ever
+        except Exception as error:  # it sleeps, and so nothing else is in flight
+            self._in_flight |= new
+            self._fail_all(str(error), error)
+            return
+        if scheduler is not self._scheduler:
+            self._fail_all(DROPPED)
+            self._scheduler = scheduler
+        self._in_flight |= new
         self._streams = [
             ticket
             for ticket in (*self._streams, *new.values())
@@ -238,12 +246,15 @@ class EngineOwner:
 def exchange(llm: LLM, scheduler: Scheduler, dropped: list[Ticket], new: list[Ticket]) -> Scheduler:
     """Abort requests of `scheduler`, and queue others; returns the scheduler that has those now.
 
-    What comes at once is ordered as a job is, for the prefix cache.
+    What comes at once is ordered as a job is, for the prefix cache. Raises a RuntimeError if the
+    engine sleeps.
     """
     if scheduler is llm.scheduler:  # else a reset has dropped them
         for ticket in dropped:
             llm._requests.pop(ticket.request_id, None)  # nobody wants its result
             scheduler.abort(ticket.seqs)
+    if new:
+        llm._sleep.check_awake()
     streamed = {ticket.request_id for ticket in new if isinstance(ticket, Streamed)}
     for seqs in job_order([ticket.seqs for ticket in new], llm.config):
         llm._queue_sequences(seqs, is_streamed=seqs[0].request_id in streamed)

@@ -9,13 +9,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from os.path import expanduser, isdir
 from typing import Any
 
 from nanovllm.jobs.answers import error_answer
 from nanovllm.jobs.devices import replica_environments
 from nanovllm.jobs.engine_worker import EngineWorker
-from nanovllm.jobs.line import Answer, Line, LineError
-from nanovllm.jobs.replica_process import ENGINE_FAILED, Worker, WorkerOrder
+from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line, LineError
+from nanovllm.jobs.line_options import LineOptions
+from nanovllm.jobs.replica_process import Worker, WorkerOrder
 from nanovllm.jobs.run import EndOfLines, Run
 from nanovllm.jobs.supervisor import Supervisor
 from nanovllm.jobs.task import FutureTask
@@ -50,12 +52,12 @@ class ReplicaPool:
         self,
         model: str,
         engine_options: dict[str, Any],
-        line_options: Any,
+        line_options: LineOptions,
         replicas: int | str = 1,
-        make_worker: Callable[[str, dict[str, Any], Any], Worker] = EngineWorker,
+        make_worker: Callable[[str, dict[str, Any], LineOptions], Worker] = EngineWorker,
     ) -> None:
         environments = replica_environments(replicas, engine_options)
-        model = find_model(model, engine_options)
+        model, engine_options = find_model(model, engine_options)
         order = WorkerOrder(make_worker, model, engine_options, line_options, os.getpid())
         block_size = engine_options.get("kvcache_block_size")
         if type(block_size) is not int or block_size <= 0:
@@ -120,9 +122,9 @@ class ReplicaPool:
                     continue
                 task, answer = result
                 yield answer
-                run.take(task)
-                with supervisor.room:
-                    supervisor.room.notify_all()
+                if run.take(task):
+                    with supervisor.lock:
+                        supervisor.room.notify_all()
             if error is not None:
                 raise error
         finally:
@@ -138,7 +140,7 @@ def read(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
     """In a thread: add the lines of a run, as far ahead as there is room for."""
     try:
         for line in lines:
-            with supervisor.room:
+            with supervisor.lock:
                 while not (run.is_abandoned or (supervisor.has_room and run.may_read)):
                     supervisor.check()
                     supervisor.room.wait()
@@ -151,19 +153,34 @@ def read(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
         run.end()
 
 
-def find_model(model: str, engine_options: dict[str, Any]) -> str:
-    """Where the model is. What is on the hub is fetched now, so that replicas need not fetch it,
-    all at the same time.
+def find_model(model: str, engine_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model's directory, and the options with that of its tokenizer. What is on the hub is
+    fetched now, so that replicas need not do it, all at the same time.
     """
-    if not isinstance(model, str) or os.path.isdir(os.path.expanduser(model)):
-        return model  # if it is wrong the engine says so
-    from nanovllm.checkpoints.hub import HubSource, resolve_model  # which imports PyTorch
+    options = dict(engine_options)
+    # What is wrong is passed on, too: the engine says so.
+    needs_tokenizer = options.get("tokenizer") is not None and not options.get(
+        "skip_tokenizer_init"
+    )
+    if is_on_hub(model) or (needs_tokenizer and is_on_hub(options["tokenizer"])):
+        from nanovllm.checkpoints import hub  # which imports PyTorch
 
-    source = HubSource(engine_options.get("revision"), engine_options.get("download_dir"))
-    return resolve_model(model, engine_options.get("load_format") != "dummy", source)
+        directory = options.get("download_dir")
+        if is_on_hub(model):
+            source = hub.HubSource(options.get("revision"), directory)
+            model = hub.resolve_model(model, options.get("load_format") != "dummy", source)
+        if needs_tokenizer and is_on_hub(options["tokenizer"]):
+            source = hub.HubSource(options.get("tokenizer_revision"), directory)
+            options["tokenizer"] = hub.resolve_tokenizer(options["tokenizer"], source)
+    return model, options
 
 
-def engine_failed_answer(line_options: Any, line: Line, message: str) -> Answer:
+def is_on_hub(name: Any) -> bool:
+    """Whether this, of a model or a tokenizer, is no directory here."""
+    return isinstance(name, str) and not isdir(expanduser(name))
+
+
+def engine_failed_answer(line_options: LineOptions, line: Line, message: str) -> Answer:
     """The answer to a line that is given up."""
     error = LineError(message, ENGINE_FAILED, status=500)
     return error_answer(line.number, line.data, error, line_options)

@@ -9,6 +9,7 @@ Three threads share the work, so that neither side ever waits for the other whil
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -23,10 +24,10 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from nanovllm.jobs.line import Answer, Line
+from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line
+from nanovllm.jobs.line_options import LineOptions
 
 MAX_CLOSE_SECONDS = 5.0  # for the engine, once the process is to end
-ENGINE_FAILED = "engine_failed"  # error of an answer: a step failed, or the engine has ended
 
 
 class Worker(Protocol):
@@ -53,10 +54,10 @@ class Worker(Protocol):
 class WorkerOrder:
     """What a replica is to run; pickled."""
 
-    make_worker: Callable[[str, dict[str, Any], Any], Worker]
+    make_worker: Callable[[str, dict[str, Any], LineOptions], Worker]
     model: str
     engine_options: dict[str, Any]
-    line_options: Any
+    line_options: LineOptions
     parent_pid: int
 
 
@@ -125,17 +126,23 @@ def send_answers(link: Connection, outbox: SimpleQueue[tuple[int, Answer]], work
         # All lines that were in an engine when it failed are answered with that error. They are
         # not to blame, all but one at most: they are run again, in an engine of which more is known
         # than that it may go on.
-        has_failed = any(answer.error == ENGINE_FAILED for _, answer in answers)
-        if has_failed:
+        failed = [answer for _, answer in answers if answer.error == ENGINE_FAILED]
+        if failed:
             answers = [(ticket, answer) for ticket, answer in answers if answer.error is None]
         try:
             link.send(answers)
-            if has_failed:
-                send_failure(link, worker.failure or RuntimeError("a step failed"))
-        except OSError:
-            has_failed = True  # the parent is gone
-        if has_failed:
+            if failed:
+                send_failure(link, worker.failure or RuntimeError(error_message(failed[0])))
+                end_process(worker)
+        except OSError:  # the parent is gone
             end_process(worker)
+
+
+def error_message(answer: Answer) -> str:
+    """What an error answer says, in either form."""
+    fields = json.loads(answer.data)
+    error = fields["error"] or fields["response"]["body"]["error"]
+    return error["message"]
 
 
 def send_failure(link: Connection, error: BaseException) -> None:

@@ -57,6 +57,7 @@ class Run:
             SimpleQueue()
         )
         self._lock = threading.Lock()  # of the rest
+        self._is_full = False  # when the reader last asked
         self._num_held_bytes = 0
         # The lines that are read, from the oldest whose answer is not taken.
         self._window: deque[RunTask] = deque()
@@ -65,9 +66,9 @@ class Run:
     def may_read(self) -> bool:
         """Whether there is memory for another line."""
         with self._lock:
-            if not self._window:
-                return True
-            return len(self._window) < MAX_DISTANCE and self._num_held_bytes < MAX_HELD_BYTES
+            has_memory = len(self._window) < MAX_DISTANCE and self._num_held_bytes < MAX_HELD_BYTES
+            self._is_full = len(self._window) > 0 and not has_memory
+            return not self._is_full
 
     def add_line(self, line: Line) -> RunTask:
         """A line has been read."""
@@ -92,13 +93,14 @@ class Run:
         """The pool can answer nothing more."""
         self.results.put(error)
 
-    def take(self, task: RunTask) -> None:
-        """An answer has been taken."""
+    def take(self, task: RunTask) -> bool:
+        """An answer has been taken. Returns whether the reader may be waiting for that."""
         with self._lock:
             task.is_taken = True
             self._num_held_bytes -= task.num_bytes
             while self._window and self._window[0].is_taken:
                 self._window.popleft()
+            return self._is_full
 
     @property
     def is_empty(self) -> bool:

@@ -43,11 +43,13 @@ class Supervisor:
         """
         self.num_restarts = 0
         self.failure: BaseException | None = None  # why nothing can be answered any more
-        self.room = threading.Condition()  # notified when the look-ahead may have room
+        # Taken as it is, and not by `with self.room`: there, Ctrl-C could come between the two.
+        self.lock = threading.RLock()
+        self.room = threading.Condition(self.lock)  # notified when the look-ahead may have room
         self._order_bytes = order_bytes
         self._environments = environments
         self._error_answer = error_answer
-        # These are guarded by the lock of `room`.
+        # These are guarded by the lock.
         self._look_ahead = LookAhead(block_size)
         self._dispatcher = Dispatcher(len(environments), self._look_ahead)
         self._last_added = 0.0  # when, by time.monotonic()
@@ -95,12 +97,12 @@ class Supervisor:
 
     @property
     def has_room(self) -> bool:
-        """Whether lines should be read ahead; with the lock of `room` held."""
+        """Whether lines should be read ahead; with the lock held."""
         return self._look_ahead.num_waiting < self._look_ahead.max_lines
 
     def add(self, task: Task) -> None:
         """Have a line answered. Raises a RuntimeError if that is impossible now."""
-        with self.room:
+        with self.lock:
             self.check()
             self._look_ahead.add(task)
             self._last_added = time.monotonic()
@@ -110,13 +112,13 @@ class Supervisor:
 
     def open(self, run: Run) -> None:
         """Begin a run: it is told if nothing can be answered any more."""
-        with self.room:
+        with self.lock:
             self.check()
             self._runs.add(run)
 
     def leave(self, run: Run) -> None:
         """End a run: lines of it that still wait are dropped."""
-        with self.room:
+        with self.lock:
             run.is_abandoned = True
             self._runs.discard(run)
             self.room.notify_all()
@@ -132,11 +134,16 @@ class Supervisor:
         """End all replicas; what is not answered fails. Returns when they have ended."""
         if os.getpid() != self._pid:  # a fork: they are the parent's
             return
-        with self.room:
+        with self.lock:
             is_first, self._is_closing = not self._is_closing, True
         if is_first:
             self._wake()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join(2 * MAX_CLOSE_SECONDS)
+        if self._thread.is_alive():  # it waits for a replica that somebody has stopped
+            for replica in self._replicas:
+                replica.process.kill()
             self._thread.join()
 
     def _wake(self) -> None:
@@ -163,13 +170,14 @@ class Supervisor:
         """Send what replicas have room for; returns for how long nothing else is to be sent."""
         look_ahead = self._look_ahead
         dispatcher = self._dispatcher
-        with self.room:
+        with self.lock:
             is_quiet = time.monotonic() - self._last_added >= PATIENCE
             may_steal = is_quiet or not self.has_room
             assigned = dispatcher.assign(may_steal)
             is_impatient = dispatcher.is_hungry and look_ahead.num_waiting > 0
             self._is_hungry = dispatcher.is_hungry
-            if assigned:
+            # Not for every single line: each time costs two changes of the running thread.
+            if look_ahead.num_waiting <= look_ahead.max_lines * 7 // 8:
                 self.room.notify_all()
         for index, tasks in assigned.items():
             self._replicas[index].send([(ticket, task.line) for ticket, task in tasks.items()])
@@ -193,18 +201,24 @@ class Supervisor:
                 message = self._replicas[index].receive()
             except EOFError:
                 self._ending.add(index)
+                self._stop(index)
                 continue
             if isinstance(message, Ready):
-                with self.room:
+                with self.lock:
                     self._dispatcher.start(index, message.max_num_seqs)
             elif isinstance(message, Failed):
                 self._last_errors[index] = message
+                self._stop(index)
             else:
                 self._take_answers(index, message)
 
+    def _stop(self, index: int) -> None:
+        with self.lock:
+            self._dispatcher.stop(index)
+
     def _take_answers(self, index: int, answers: list[tuple[int, Answer]]) -> None:
         dispatcher = self._dispatcher
-        with self.room:
+        with self.lock:
             tasks = [dispatcher.answer(index, ticket, answer) for ticket, answer in answers]
             dispatcher.slots[index].rate.add(len(tasks), time.monotonic())
         # Without the lock: a future's callbacks, which run here, may take locks of their own.
@@ -223,7 +237,7 @@ class Supervisor:
             how = replica.end()
             error = self._last_errors.pop(index, None)
             reason = f"{type(error.error).__name__}: {error.error}" if error is not None else how
-            with self.room:
+            with self.lock:
                 failure = self._dispatcher.die(index)
             self._give_up_lines(failure, reason)
             if failure.is_replica_given_up:
@@ -256,7 +270,7 @@ class Supervisor:
         self.failure = failure
 
     def _fail(self, error: BaseException) -> None:
-        with self.room:
+        with self.lock:
             self.failure = error
             tasks = self._dispatcher.take_all()
             runs = list(self._runs)
