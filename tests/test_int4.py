@@ -235,6 +235,17 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str
     return apply
 
 
+def add_bias(value: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.full((128,), value)})
+
+
+def test_a_bias_of_zeros_is_none(tmp_path: Path) -> None:
+    """Early GPTQ checkpoints have them, whatever the model."""
+    checkpoint = make(tmp_path, "gptq")
+    rewrite(checkpoint, add_bias(0.0))
+    assert load(checkpoint.path).get_submodule("model.layers.0.self_attn.qkv_proj").bias is None
+
+
 @pytest.mark.parametrize(
     ("layout", "change", "match"),
     [
@@ -244,6 +255,7 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str
         ("awq-32", replace("scales", lambda t: t * float("nan")), "scales' holds a scale that is"),
         ("awq-32", replace("qweight", lambda t: t.float()), "qweight' is F32 and not I32"),
         ("gptq", replace("g_idx", lambda t: t * 0), "g_idx' does not give each group of 64"),
+        ("gptq", add_bias(1.0), "q_proj.bias' is not zero"),
         ("gptq-desc-act", drop("g_idx"), "1 missing: .*q_proj.g_idx"),
         ("gptq-desc-act", replace("g_idx", lambda t: t.flip(0)), "qkv_proj: .*different groups"),
         ("packed", replace("weight_shape", lambda t: t + 1), r"weight_shape' is \(129, 129\)"),

@@ -51,7 +51,8 @@ class GPTQ(Int4):
             required["g_idx"] = ("I32",)
         return required
 
-    optional_tensors = {"g_idx": ("I32",)}
+    # AutoGPTQ's early checkpoints have a bias of zeros in every layer.
+    optional_tensors = {"g_idx": ("I32",), "bias": SCALE_TENSORS}
 
     def load_tensor(self, layer: Any, kind: str, loaded: Any, shard: Shard) -> None:
         """Copy the shard's part; see `WeightFormat.load`."""
@@ -75,9 +76,13 @@ class GPTQ(Int4):
             check_shape(loaded, (num_groups, num_rows))
             scales = read_group_scales(loaded, (slice(None), shard.source_rows), layer)
             self.put_scales(layer, scales.t(), shard)
-        else:
+        elif kind == "g_idx":
             check_shape(loaded, (num_columns,))
             self.put_group_index(layer, loaded[:], shard)
+        else:
+            check_shape(loaded, (num_rows,))
+            if loaded[:].any():
+                raise ValueError("is not zero, and the model's configuration has no such bias")
 
     def zero_points(self, words: Tensor) -> Tensor:
         """Make the first version of the format the second.
