@@ -20,6 +20,11 @@ from nanovllm.kernels import (
     all_reduce,
     copy_blocks,
     expert_gemv,
+    fp8_block_gemm,
+    fp8_dequantize,
+    fp8_gemm,
+    fp8_gemv,
+    fp8_quantize,
     gate_mul,
     gate_up_gemm,
     gemv,
@@ -45,6 +50,7 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
+from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.sharing.copy_on_write import BlockCopy
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
@@ -174,12 +180,42 @@ def compile_fp8_cache() -> None:
         shared_prefix.shared_prefix_decode(q, *caches, prefixes, ints(16, 16), 1.0, **options)
 
 
+def compile_fp8() -> None:
+    """FP8 weights: a scale for a row, for a block that is larger than a tile, and for a small one.
+
+    The conversions have to be single instructions: for two numbers, to fp16 and from float32.
+    """
+    norm, bias = numbers(HIDDEN), numbers(256)
+    for row_grain, column_grain in ((1, HIDDEN), (128, 128), (32, 32)):
+        scales = numbers(256 // row_grain, HIDDEN // column_grain, dtype=torch.float32)
+        weight = FP8Weight(numbers(256, HIDDEN).to(FP8), scales, row_grain, column_grain)
+        x = numbers(1, HIDDEN)
+        fp8_gemv.fp8_gemv(x, weight, bias, norm, EPS, numbers(1, 256))
+        fp8_gemv.fp8_gemv(x, weight, None, norm.float(), EPS, activation="silu")
+        fp8_gemv.fp8_gemv(x.half(), weight, out_dtype=torch.float32)
+        for num_tokens in (2, 32, 64, 128):
+            for dtype in (torch.bfloat16, torch.float16):
+                fp8_gemm.fp8_gemm(numbers(num_tokens, HIDDEN, dtype=dtype), weight)
+        fp8_gemm.fp8_gemm(numbers(2, HIDDEN), weight, bias, reader_sums=False)
+        fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
+        for num_tokens in (128, 512):
+            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), column_grain)
+            if column_grain < HIDDEN:
+                out = numbers(num_tokens, 256)
+                fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
     for module in (
         all_reduce,
         expert_gemv,
+        fp8_block_gemm,
+        fp8_dequantize,
+        fp8_gemm,
+        fp8_gemv,
+        fp8_quantize,
         gemv,
         grouped_gemm,
         gumbel,
@@ -262,6 +298,7 @@ def main() -> None:
     compile_gluon()
     compile_shared_prefixes()
     compile_fp8_cache()
+    compile_fp8()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):
