@@ -21,11 +21,11 @@ import pytest
 from job_workers import FakeWorker, OddError
 
 from nanovllm.checkpoints import hub
-from nanovllm.jobs import devices, run, supervisor
-from nanovllm.jobs.devices import replica_environments
-from nanovllm.jobs.line import Answer, Line
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.pool import ReplicaPool, find_model
+from nanovllm.jobs.lines.line import Answer, Line
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.replicas import devices, run, supervisor
+from nanovllm.jobs.replicas.devices import replica_environments
+from nanovllm.jobs.replicas.pool import ReplicaPool, find_model
 
 TESTS = Path(__file__).resolve().parent
 MODEL = str(TESTS)  # any directory: nobody reads it
@@ -450,9 +450,9 @@ def test_an_interrupt_does_not_reach_replicas() -> None:
 ENGINE_SCRIPT = """
 import json
 from nanovllm import DEMO_MODEL
-from nanovllm.jobs.line import Line
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.pool import ReplicaPool, find_model
+from nanovllm.jobs.lines.line import Line
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.replicas.pool import ReplicaPool, find_model
 
 def lines(count, **fields):
     for number in range(count):
