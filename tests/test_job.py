@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
-from nanovllm.jobs.batch_job import BatchJob
-from nanovllm.jobs.cli import main, run_batch
-from nanovllm.jobs.counts import Counts
-from nanovllm.jobs.job_options import JobOptions, JobStopped, UsageError
-from nanovllm.jobs.line import Answer
-from nanovllm.jobs.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.command.batch_job import BatchJob
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.counts import Counts
+from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
+from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.lines.line import Answer
 
 GOOD = b'{"prompt": "Hello"}'
 BROKEN = b'{"prompt": '
@@ -422,8 +422,8 @@ TO_STDOUT = """
 import sys
 from dataclasses import replace
 from fake_pool import FakePool
-from nanovllm.jobs.cli import main, run_batch
-from nanovllm.jobs.job_options import JobOptions
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.job_options import JobOptions
 
 class Noisy(FakePool):
     def answer(self, line):
@@ -503,7 +503,7 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], name: str) 
 
 WITHOUT_TORCH = """
 import json, sys
-from nanovllm.jobs.cli import main
+from nanovllm.jobs.command.cli import main
 for arguments in json.loads(sys.stdin.read()):
     try:
         main(arguments)
