@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench_attention import microseconds
+from attention_work import microseconds
 from nanovllm.kernels.expert_gemv import (
     ExpertGemvConfig,
     expert_down_gemv,

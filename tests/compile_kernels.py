@@ -60,6 +60,8 @@ run = JITFunction.run
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
     if "APPROX" in options:
         options["APPROX"] = True  # as on a GPU
+    if "NATIVE" in options:
+        options["NATIVE"] = True  # likewise
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
     if "READ_AHEAD" in options:
@@ -147,7 +149,7 @@ def compile_fp8_cache() -> None:
     norm_rope_store.norm_rope_store(qkv, *inputs, scales=scales)
     q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     options: dict[str, Any] = {"v_scale": scales.v}
-    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
+    for block_n, splits, registers in ((64, 1, 128), (64, 8, None)):
         config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
         tables = ints(16, 16).t()
         paged_decode.paged_decode(q, *caches, ints(16), tables, 1.0, config=config, **options)

@@ -18,7 +18,7 @@ from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_plan import AttentionOptions
 from nanovllm.kernels.copy_blocks import copy_blocks
 from nanovllm.kernels.cpu_attention import CpuStep
-from nanovllm.kernels.decode_config import DecodeConfig
+from nanovllm.kernels.decode_config import DecodeConfig, decode_config
 from nanovllm.kernels.fp8_cache import round_to_cache
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch, rotate
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_torch
@@ -240,6 +240,21 @@ def test_decode(block_size: int, dim: int, options: dict[str, Any], dtype: torch
         for config in (None, DecodeConfig(16, 3)):
             out = paged_decode(q, *arguments, **scaled, config=config)
             assert_near(out, expected, dtype)
+
+
+@pytest.mark.parametrize("num_seqs, block_n, registers", [(99, 64, None), (100, 64, 128)])
+def test_tiles_of_decode_have_as_many_bytes_as_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, num_seqs: int, block_n: int, registers: int | None
+) -> None:
+    """Where a GPU has enough programs. Of few, each has as many tokens: longer tiles would leave
+    splits without any.
+    """
+    monkeypatch.setattr(
+        "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
+    )
+    device = torch.device("cuda")
+    config = decode_config(num_seqs, 8, 128, torch.bfloat16, device, 256, cache_dtype=FP8)
+    assert config == DecodeConfig(block_n, 1, num_stages=3, max_registers=registers)
 
 
 @CASES

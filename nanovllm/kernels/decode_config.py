@@ -28,9 +28,11 @@ def decode_config(
     device: torch.device,
     block_size: int,
     window: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> DecodeConfig:
     """Return the configuration that was measured to be fastest, within the GPU's shared memory.
 
+    dtype, cache_dtype: of q, and of K and V; None: the same.
     It does not depend on the context lengths, because a CUDA graph that was recorded with it is
     replayed with others.
     """
@@ -47,12 +49,15 @@ def decode_config(
         splits = min(MAX_SPLITS, 1 << (largest.bit_length() - 1))
     block_n = 64
     max_registers = None
-    token_bytes = next_power_of_2(head_dim) * dtype.itemsize
-    if programs > 6 * num_multiprocessors and token_bytes == 256:
+    cache_itemsize = dtype.itemsize if cache_dtype is None else cache_dtype.itemsize
+    token_bytes = next_power_of_2(head_dim) * cache_itemsize
+    if programs > 6 * num_multiprocessors and next_power_of_2(head_dim) * dtype.itemsize == 256:
         # Many programs, maybe with short contexts, gain when four of them are on a multiprocessor.
         # Few gain by longer tiles, and by having as many registers as they want.
         block_n = 32
         max_registers = 128
+        if cache_itemsize == 1:  # as many bytes, in no more registers
+            block_n = 64
     if block_size % 16 == 0:
         # The largest power of two that divides block_size: a tile in one block is found faster.
         block_n = min(block_n, block_size & -block_size)

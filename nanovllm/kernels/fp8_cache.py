@@ -17,6 +17,13 @@ cache.
 bf16 it takes four. So keys from an FP8 cache meet their queries, and weights their values, in fp16,
 also in a model that runs in bf16: its queries have fewer bits of fraction, and are far below 65504,
 the largest number of fp16.
+
+**V in pairs.** A tensor core wants two values of one dimension side by side, which are those of two
+tokens; in the cache, two dimensions of one token are. Shared memory can be read transposed, but not
+in units of a byte: each number would take a load of its own. So decode attention reads V in pairs
+of two dimensions, has them transposed as what they seem to be, numbers of 16 bits, and multiplies
+the weights once with the even dimensions, and once with the odd ones. (K needs nothing of this: the
+two numbers side by side are of two dimensions, and in the cache they are so.)
 """
 
 from typing import Any
@@ -39,12 +46,50 @@ def dot_dtype(q: Tensor, keys: Tensor) -> Any:
     return tl.bfloat16
 
 
+def unpacks_natively(q: Tensor) -> bool:
+    """Whether `unpack_pairs` is to use the GPU's own instructions, which make fp16."""
+    return q.is_cuda and q.dtype != torch.float32
+
+
 @triton.jit
 def as_operand(q, DTYPE: tl.constexpr):
     """Return q in `dot_dtype`. What fp16 cannot hold becomes its largest number, and not inf."""
     if q.dtype != DTYPE:
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(DTYPE)
     return q
+
+
+@triton.jit
+def unpack_pairs(pairs, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """Return the first and the second number of pairs of e4m3, int16, each in DTYPE.
+
+    NATIVE: for two pairs (a, b), (c, d) at a time make (a, c) and (b, d) of them, and convert each
+    of these by one instruction. Triton's interpreter, and float32, do without.
+    """
+    if NATIVE:
+        first, second = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 both;
+                .reg .b16 low, high;
+                prmt.b32 both, $2, 0, 0x4420;
+                mov.b32 {low, high}, both;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                prmt.b32 both, $2, 0, 0x4431;
+                mov.b32 {low, high}, both;
+                cvt.rn.f16x2.e4m3x2 $1, low;
+            }
+            """,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        first = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        second = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    return first, second
 
 
 # --- in PyTorch -----------------------------------------------------------------------------------

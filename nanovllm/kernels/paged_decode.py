@@ -23,7 +23,13 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig, decode_config
-from nanovllm.kernels.fp8_cache import as_bytes, as_operand, dot_dtype
+from nanovllm.kernels.fp8_cache import (
+    as_bytes,
+    as_operand,
+    dot_dtype,
+    unpack_pairs,
+    unpacks_natively,
+)
 from nanovllm.kernels.torch_attention import masked_attention
 
 
@@ -71,6 +77,7 @@ def _paged_decode_kernel(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr,
     STAGES: tl.constexpr,
     READ_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -78,7 +85,7 @@ def _paged_decode_kernel(
     """A program takes one split of one sequence, for the GROUP query heads of one KV head.
 
     The query sees the last WINDOW tokens; 0: all. `softcap_log2` is None without a cap, `v_scale`
-    unless the cache is FP8; for DOT_DTYPE see fp8_cache.py.
+    unless the cache is FP8; for DOT_DTYPE, NATIVE, and V in pairs see fp8_cache.py.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -120,9 +127,15 @@ def _paged_decode_kernel(
         # of K and V need not wait for it.
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
         block = tl.load(table_ptr + first_tile * BLOCK_N // BLOCK_SIZE * column_stride).to(tl.int64)
+    NUM_SUMS: tl.constexpr = BLOCK_D if v_scale is None else BLOCK_D // 2
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_G, NUM_SUMS], tl.float32)
+    if v_scale is not None:
+        odd_acc = tl.zeros([BLOCK_G, NUM_SUMS], tl.float32)  # and `acc` is of the even dimensions
+        pairs = tl.arange(0, NUM_SUMS)
+        pair_columns = (kv_head * (HEAD_DIM // 2) + pairs)[None, :]
+        v_pairs_ptr = v_cache_ptr.to(tl.pointer_type(tl.int16))
     for tile in range(first_tile, last_tile):
         if READ_AHEAD:  # noqa: SIM102 (this is decided when the kernel is compiled)
             if tile == first_tile:
@@ -135,6 +148,7 @@ def _paged_decode_kernel(
         # The offsets have 64 bits, as a cache has more than 2^31 elements.
         if BLOCK_SIZE % BLOCK_N == 0:
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
+            slots = slot + tl.arange(0, BLOCK_N)
             offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
             next_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE * column_stride
             block = tl.load(next_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
@@ -155,12 +169,21 @@ def _paged_decode_kernel(
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
-        v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0).to(DOT_DTYPE)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        p = p.to(DOT_DTYPE)
+        if v_scale is None:
+            v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0)
+            acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+        else:
+            pair_offsets = slots[:, None] * (KV_HEADS * HEAD_DIM // 2) + pair_columns
+            pair_mask = valid[:, None] & (pairs < HEAD_DIM // 2)[None, :]
+            v_pairs = tl.load(v_pairs_ptr + pair_offsets, mask=pair_mask, other=0)
+            even, odd = unpack_pairs(v_pairs, DOT_DTYPE, NATIVE)
+            acc = tl.dot(p, even, acc * alpha[:, None], input_precision="ieee")
+            odd_acc = tl.dot(p, odd, odd_acc * alpha[:, None], input_precision="ieee")
     launch_next(PDL)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of a padding row, whose context is 0: zeros
     if v_scale is not None:
-        acc *= v_scale
+        acc = tl.interleave(acc, odd_acc) * v_scale
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=q_mask)
@@ -249,7 +272,7 @@ def paged_decode(
     assert heads % kv_heads == 0 and q.stride(2) == 1 and q.stride(1) == head_dim
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
     config = config or decode_config(
-        num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size, window
+        num_seqs, kv_heads, head_dim, q.dtype, q.device, block_size, window, k_cache.dtype
     )
     splits = config.num_splits
     group = heads // kv_heads
@@ -284,6 +307,7 @@ def paged_decode(
         BLOCK_N=config.block_n,
         WINDOW=window or 0,
         DOT_DTYPE=dot_dtype(q, k_cache),
+        NATIVE=unpacks_natively(q),
         STAGES=config.num_stages,
         # In float32 the q that the loop carries would not stay in registers.
         READ_AHEAD=q.itemsize == 2,

@@ -74,7 +74,9 @@ def suffix_config(num_seqs: int, heads: int, k_cache: Tensor, dtype: torch.dtype
     """Return the fastest measured configuration for what is behind the prefixes."""
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     device = k_cache.device
-    config = decode_config(num_seqs, kv_heads, head_dim, dtype, device, block_size)
+    config = decode_config(
+        num_seqs, kv_heads, head_dim, dtype, device, block_size, cache_dtype=k_cache.dtype
+    )
     if config.num_splits > 1 or dtype.itemsize != 2:
         return config._replace(num_stages=3)  # for any number of sequences one kernel to compile
     # There are many programs with little to read. If they are small, many fit on a multiprocessor,

@@ -18,7 +18,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig
-from nanovllm.kernels.fp8_cache import as_operand, dot_dtype
+from nanovllm.kernels.fp8_cache import as_operand, dot_dtype, unpack_pairs, unpacks_natively
 from nanovllm.kernels.paged_decode import _divide_tiles
 from nanovllm.kernels.prefix_tensors import PartialResults, SharedPrefixes
 
@@ -61,6 +61,7 @@ def _suffix_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program takes one split of a sequence's suffix, for the GROUP query heads of one KV head.
@@ -95,14 +96,21 @@ def _suffix_kernel(
         # A tile lies in one block, whose number is loaded one round ahead.
         in_tile = tl.arange(0, BLOCK_N)[:, None] * (KV_HEADS * HEAD_DIM) + columns
         block = tl.load(table_ptr + first_tile * BLOCK_N // BLOCK_SIZE * column_stride).to(tl.int64)
+    NUM_SUMS: tl.constexpr = BLOCK_D if v_scale is None else BLOCK_D // 2
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_G, NUM_SUMS], tl.float32)
+    if v_scale is not None:
+        odd_acc = tl.zeros([BLOCK_G, NUM_SUMS], tl.float32)  # and `acc` is of the even dimensions
+        pairs = tl.arange(0, NUM_SUMS)
+        pair_columns = (kv_head * (HEAD_DIM // 2) + pairs)[None, :]
+        v_pairs_ptr = v_cache_ptr.to(tl.pointer_type(tl.int16))
     for tile in range(first_tile, last_tile):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = tokens < suffix_len
         if BLOCK_SIZE % BLOCK_N == 0:
             slot = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
+            slots = slot + tl.arange(0, BLOCK_N)
             offsets = slot * (KV_HEADS * HEAD_DIM) + in_tile
             next_ptr = table_ptr + (tile + 1) * BLOCK_N // BLOCK_SIZE * column_stride
             block = tl.load(next_ptr, mask=tile + 1 < last_tile, other=0).to(tl.int64)
@@ -121,13 +129,23 @@ def _suffix_kernel(
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
-        v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0, cache_modifier=".cg")
-        v = v.to(DOT_DTYPE)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        p = p.to(DOT_DTYPE)
+        if v_scale is None:
+            v = tl.load(v_cache_ptr + offsets, mask=kv_mask, other=0.0, cache_modifier=".cg")
+            acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+        else:
+            pair_offsets = slots[:, None] * (KV_HEADS * HEAD_DIM // 2) + pair_columns
+            pair_mask = valid[:, None] & (pairs < HEAD_DIM // 2)[None, :]
+            v_pairs = tl.load(
+                v_pairs_ptr + pair_offsets, mask=pair_mask, other=0, cache_modifier=".cg"
+            )
+            even, odd = unpack_pairs(v_pairs, DOT_DTYPE, NATIVE)
+            acc = tl.dot(p, even, acc * alpha[:, None], input_precision="ieee")
+            odd_acc = tl.dot(p, odd, odd_acc * alpha[:, None], input_precision="ieee")
     launch_next(PDL)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # of a padding row, whose context is 0
     if v_scale is not None:
-        acc *= v_scale
+        acc = tl.interleave(acc, odd_acc) * v_scale
     rows = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_slots + max_parts + split
     tl.store(
         results_ptr + rows[:, None] * HEAD_DIM + dims[None, :], acc / row_sum[:, None], mask=q_mask
@@ -238,6 +256,7 @@ def attend_to_suffixes(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_N=config.block_n,
         DOT_DTYPE=dot_dtype(q, k_cache),
+        NATIVE=unpacks_natively(q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,
