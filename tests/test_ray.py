@@ -38,7 +38,7 @@ from nanovllm.jobs.ray.parts import checkpoint_of, drop_errors, forget_lost_part
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=8, num_kvcache_blocks=16)
-GREEDY = dict(temperature=0, max_tokens=48, ignore_eos=True)
+GREEDY = dict(temperature=0, max_tokens=40, ignore_eos=True)
 KINDS = (("actor", "job"), ("engine", "actor"), ("job", "engine"))  # what is killed in a job
 KILLS = int(os.environ.get("NANOVLLM_KILL_MOMENTS", "2"))
 
@@ -172,7 +172,7 @@ def test_rows_keep_their_columns_and_get_answers_or_errors(
     plain = [number for number in rows if number % 8 in (0, 6, 7)]
     texts = expected([f"Number {number} is" for number in plain])
     assert [rows[number]["generated_text"] for number in plain] == texts
-    assert {rows[number]["completion_tokens"] for number in plain} == {48}
+    assert {rows[number]["completion_tokens"] for number in plain} == {40}
     assert all(rows[number]["generated_text"] for number in rows if number % 8 == 1)
     embeddings = [row["embedding"] for number, row in rows.items() if number % 8 == 5]
     np.testing.assert_allclose(embeddings, [embeddings[0]] * 25, atol=1e-5)
@@ -321,7 +321,7 @@ def test_nothing_is_lost_and_nothing_twice_whatever_is_killed(
     expected: Callable[[list[str]], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    prompts = write_input(tmp_path / "input.jsonl", 400)
+    prompts = write_input(tmp_path / "input.jsonl", 300)
     victim = Victim(tmp_path, cluster)
     try:
         for kind in kinds:
