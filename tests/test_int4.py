@@ -235,17 +235,6 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str
     return apply
 
 
-def add_bias(value: float) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.full((128,), value)})
-
-
-def test_a_bias_of_zeros_is_none(tmp_path: Path) -> None:
-    """Early GPTQ checkpoints have them, whatever the model."""
-    checkpoint = make(tmp_path, "gptq")
-    rewrite(checkpoint, add_bias(0.0))
-    assert load(checkpoint.path).get_submodule("model.layers.0.self_attn.qkv_proj").bias is None
-
-
 @pytest.mark.parametrize(
     ("layout", "change", "match"),
     [
@@ -255,7 +244,6 @@ def test_a_bias_of_zeros_is_none(tmp_path: Path) -> None:
         ("awq-32", replace("scales", lambda t: t * float("nan")), "scales' holds a scale that is"),
         ("awq-32", replace("qweight", lambda t: t.float()), "qweight' is F32 and not I32"),
         ("gptq", replace("g_idx", lambda t: t * 0), "g_idx' does not give each group of 64"),
-        ("gptq", add_bias(1.0), "q_proj.bias' is not zero"),
         ("gptq-desc-act", drop("g_idx"), "1 missing: .*q_proj.g_idx"),
         ("gptq-desc-act", replace("g_idx", lambda t: t.flip(0)), "qkv_proj: .*different groups"),
         ("packed", replace("weight_shape", lambda t: t + 1), r"weight_shape' is \(129, 129\)"),
@@ -268,6 +256,17 @@ def test_tensors_are_refused_by_name(
     checkpoint = make(tmp_path, layout)
     rewrite(checkpoint, change)
     refused(checkpoint, match)
+
+
+def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
+    """Checkpoints of AutoGPTQ's first year have them for every layer."""
+    checkpoint = make(tmp_path, "gptq")
+    expected = load(checkpoint.path).state_dict()
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(128)}))
+    for name, param in load(checkpoint.path).state_dict().items():
+        assert torch.equal(param, expected[name])
+    rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
+    refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
 
 
 def test_a_rank_must_have_whole_groups(tmp_path: Path) -> None:
