@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     Checkpoint,
     assert_idle,
@@ -33,6 +34,7 @@ from test_pooling import write_modules
 from nanovllm import DEMO_MODEL, AsyncLLM, EngineError, SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.jobs.tickets import Streamed
+from nanovllm.text.detokenizer import Detokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 PROMPTS = random_prompts(4, [5, 9, 20, 7, 33, 16, 1, 12])
@@ -375,6 +377,36 @@ def test_a_slow_reader_gets_all_tokens_in_few_parts(llm: AsyncLLM) -> None:
     assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
 
 
+def test_a_stream_that_cannot_be_decoded_fails_alone(
+    demo: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (want,) = generate(demo, ["Hello"], greedy(20))
+    take = Detokenizer.take
+    spoilt: list[Detokenizer] = []  # the first one that is asked
+
+    def fail(self: Detokenizer, is_last: bool) -> str:
+        spoilt.append(self)
+        if self is spoilt[0]:
+            raise ValueError("of a tokenizer")
+        return take(self, is_last)
+
+    async def read() -> list[int]:
+        parts = demo.stream("Hello", greedy(20))
+        return [token_id async for part in parts for token_id in part.token_ids]
+
+    async def work() -> list[Any]:
+        calls = [read(), read(), demo.generate("Hello", greedy(20))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    monkeypatch.setattr(Detokenizer, "take", fail)
+    *streams, result = asyncio.run(work())
+    (failed,) = [outcome for outcome in streams if isinstance(outcome, Exception)]
+    assert isinstance(failed, ValueError) and "of a tokenizer" in str(failed)
+    streams.remove(failed)
+    assert streams == [want.token_ids] and result.token_ids == want.token_ids
+    wait_until_idle(demo)
+
+
 # --- callbacks, and what they do to the thread ----------------------------------------------------
 
 
@@ -393,8 +425,9 @@ def test_callbacks_cannot_end_the_thread(llm: AsyncLLM) -> None:
     def go_on(future: Future[Any]) -> None:
         llm.submit(PROMPTS[1], greedy(3)).add_done_callback(record)
 
-    for callback in (record, fail, leave, go_on):
-        llm.submit(PROMPTS[0], greedy(9)).add_done_callback(callback)
+    with llm.llm._lock:  # until all callbacks are there: a later one would run in this thread
+        for callback in (record, fail, leave, go_on):
+            llm.submit(PROMPTS[0], greedy(9)).add_done_callback(callback)
     want = generate(llm, PROMPTS[:2], [greedy(9), greedy(3)]) if wait_for(calls, 2) else []
     assert calls == [("nanovllm-engine", result.token_ids) for result in want]
     assert tokens(llm.submit(PROMPTS[1], greedy(3)).result(SECONDS)) == tokens(want[1])
@@ -444,8 +477,9 @@ def test_an_event_loop_is_woken_once_in_a_step(
 
 def test_the_thread_sleeps_while_it_has_nothing_to_do(llm: AsyncLLM) -> None:
     seen: list[Any] = []
-    future = llm.submit(PROMPTS[0], greedy(5))
-    future.add_done_callback(lambda _: seen.append(gc.get_threshold()[0]))
+    with llm.llm._lock:
+        future = llm.submit(PROMPTS[0], greedy(5))
+        future.add_done_callback(lambda _: seen.append(gc.get_threshold()[0]))
     future.result(SECONDS)
     wait_until_idle(llm)
     time.sleep(0.05)
@@ -458,6 +492,20 @@ def test_the_thread_sleeps_while_it_has_nothing_to_do(llm: AsyncLLM) -> None:
     start = time.clock_gettime(clock)
     time.sleep(0.2)
     assert time.clock_gettime(clock) == start
+
+
+def test_the_thread_computes_with_as_many_threads_as_its_maker(checkpoint: Checkpoint) -> None:
+    number = torch.get_num_threads()
+    torch.set_num_threads(number + 1)
+    llm = make_async(checkpoint.path)
+    torch.set_num_threads(number)  # as a step does that is worth no more
+    seen: list[int] = []
+    with llm.llm._lock:
+        future = llm.submit(PROMPTS[0], greedy(2))
+        future.add_done_callback(lambda _: seen.append(torch.get_num_threads()))
+    future.result(SECONDS)
+    llm.close()
+    assert seen == [number + 1] and torch.get_num_threads() == number
 
 
 def test_a_finished_future_refers_to_no_sequence(llm: AsyncLLM) -> None:

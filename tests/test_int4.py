@@ -330,7 +330,7 @@ def test_each_layout_is_read(
     assert torch.equal(weight_format.dequantize(layer, torch.float32), expected)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", ["awq-64", "gptq-desc-act", "packed", "packed-channel"])
 def test_random_weights(layout: str, tmp_path: Path) -> None:
     """`load_format="dummy"` rounds normal weights: to 7 or 15 steps a group, so within one step."""
     checkpoint = make(tmp_path, layout)

@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
-from nanovllm.jobs.batch_job import BatchJob
-from nanovllm.jobs.cli import run_batch
-from nanovllm.jobs.counts import Counts
-from nanovllm.jobs.job_options import JobOptions, JobStopped, UsageError
-from nanovllm.jobs.line import Answer
-from nanovllm.jobs.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.command.batch_job import BatchJob
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.counts import Counts
+from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
+from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.lines.line import Answer
 
 GOOD = b'{"prompt": "Hello"}'
 BROKEN = b'{"prompt": '
@@ -379,6 +379,22 @@ def test_a_job_goes_on_when_the_disk_has_room_again(
             subprocess.run(["umount", str(directory)], check=True)
 
 
+@pytest.mark.parametrize("error, status", [(ValueError, 2), (MemoryError, 3), (RuntimeError, 3)])
+def test_an_engine_that_cannot_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: type[Exception], status: int
+) -> None:
+    def fail(model: str, **options: Any) -> FakePool:
+        raise error("there is not enough memory")
+
+    write_input(tmp_path, [GOOD])
+    options = options_for(tmp_path, overwrite=True)
+    assert run_batch(options, make_pool=fail) == status
+    said = capsys.readouterr().err
+    assert "there is not enough memory" in said
+    assert ("command without --overwrite goes on" in said) == (status == 3)
+    assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 0
+
+
 def test_a_full_device_stops_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(tmp_path, [GOOD] * 3)
     options = replace(options_for(tmp_path), output="/dev/full")
@@ -406,8 +422,8 @@ TO_STDOUT = """
 import sys
 from dataclasses import replace
 from fake_pool import FakePool
-from nanovllm.jobs.cli import run_batch
-from nanovllm.jobs.job_options import JobOptions
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.job_options import JobOptions
 
 class Noisy(FakePool):
     def answer(self, line):
@@ -434,42 +450,79 @@ def test_answers_to_stdout_are_all_that_is_there() -> None:
     assert b"3 lines are answered in standard output, 1 of them with an error" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--max-num-seq", "3"], "unknown option --max-num-seq; did you mean --max-num-seqs?"),
-        (["--inorder"], "unknown option --inorder; did you mean --in-order?"),
-        (["--temprature=0"], "unknown option --temprature; did you mean --temperature?"),
-        (["more"], "unexpected argument 'more'"),
-        (["--max_num_seqs", "x"], "must be an integer, not 'x'"),
-        (["--shard", "3/2"], "must be I/N with I from 1 to N"),
-        (["--chat-template-kwargs", "[]"], "must be a JSON object, not '[]'"),
-        (["--replicas", "0"], "must be a number from 1 on, or auto"),
-        (["--format", "xml"], "invalid choice: 'xml'"),
-        (["-i", "missing.jsonl"], "there is no input 'missing.jsonl'"),
-        (["-o", "missing/out.jsonl"], "there is no directory"),
-        (["-o", "."], "is a directory"),
-    ],
-)
-def test_what_is_wrong_is_said_without_pytorch(
-    tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    code = (
-        "import sys; from nanovllm.jobs.cli import main\n"
-        "try: status = main(sys.argv[1:])\n"
-        "except SystemExit as error: status = error.code\n"
-        "assert 'torch' not in sys.modules\n"
-        "sys.exit(status)"
-    )
-    (tmp_path / "in.jsonl").touch()
+WRONG = [
+    (["--max-num-seq", "3"], "unknown option --max-num-seq; did you mean --max-num-seqs?"),
+    (["--inorder"], "unknown option --inorder; did you mean --in-order?"),
+    (["--temprature=0"], "unknown option --temprature; did you mean --temperature?"),
+    (["more"], "unexpected argument 'more'"),
+    (["--max_num_seqs", "x"], "must be an integer, not 'x'"),
+    (["--shard", "3/2"], "must be I/N with I from 1 to N"),
+    (["--chat-template-kwargs", "[]"], "must be a JSON object, not '[]'"),
+    (["--replicas", "0"], "must be a number from 1 on, or auto"),
+    (["--format", "xml"], "invalid choice: 'xml'"),
+    (["-i", "missing.jsonl"], "there is no input 'missing.jsonl'"),
+    (["-o", "missing/out.jsonl"], "there is no directory"),
+    (["-o", "."], "is a directory"),
+]
+
+
+def command(arguments: list[str]) -> list[str]:
     job = ["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", DEMO_MODEL]
+    return [*job, *arguments]
+
+
+def status_of(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_what_is_wrong_with_a_command_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").touch()
+    assert status_of(command(arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["-i", "-o", "--model"])
+def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    words = command([])
+    place = words.index(name)
+    assert status_of(words[:place] + words[place + 2 :]) == 2
+    assert f"{name} is missing" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = """
+import json, sys
+from nanovllm.jobs.command.cli import main
+for arguments in json.loads(sys.stdin.read()):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, arguments
+"""
+
+
+def test_none_of_that_takes_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").touch()
+    cases = [command(arguments) for arguments, _ in WRONG] + [["--help"], ["run-batch", "--help"]]
     result = subprocess.run(
-        [sys.executable, "-c", code, *job, *arguments],
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(cases),
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+    assert result.returncode == 0, result.stderr
+    assert "--max-num-seqs N" in result.stdout and "exit status:" in result.stdout

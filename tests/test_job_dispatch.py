@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from nanovllm.jobs.dispatcher import MIN_RESERVE, Dispatcher
-from nanovllm.jobs.line import Answer, Line
-from nanovllm.jobs.look_ahead import LookAhead, prefix_keys
-from nanovllm.jobs.suspects import MAX_RERUNS
-from nanovllm.jobs.task import Task
+from nanovllm.jobs.lines.line import Answer, Line
+from nanovllm.jobs.replicas.dispatcher import MIN_RESERVE, Dispatcher
+from nanovllm.jobs.replicas.look_ahead import LookAhead, prefix_keys
+from nanovllm.jobs.replicas.suspects import MAX_RERUNS
+from nanovllm.jobs.replicas.task import Task
 
-BLOCK_SIZE = 16  # so the levels of prefixes are 64, 256 and 1,024 bytes
+BLOCK_SIZE = 16  # so the levels of prefixes are 64, 128, 192, 256, 384, ... bytes
 
 
 class PlainTask(Task):
@@ -47,14 +47,16 @@ def document(name: object, length: int = 300) -> str:
 
 def test_lines_have_equal_keys_as_far_as_their_prompts_begin_alike() -> None:
     num_bytes = LookAhead(BLOCK_SIZE).num_bytes
-    assert num_bytes == (64, 256, 1024)
-    first, second = (make_task(i, document("a") + "x" * 900 + str(i)) for i in range(2))
-    keys = prefix_keys(first.line.data, num_bytes)
-    assert len(keys) == 3
-    assert keys[:2] == prefix_keys(second.line.data, num_bytes)[:2]
-    assert keys[2] == prefix_keys(second.line.data, num_bytes)[2]
-    other = prefix_keys(make_task(2, document("a") + "y" * 900).line.data, num_bytes)
-    assert other[:2] == keys[:2] and other[2] != keys[2]
+    assert num_bytes[:4] == (64, 128, 192, 256)
+    lines = [
+        make_task(i, document("a") + end).line for i, end in enumerate(["", "b" * 90, "c" * 90])
+    ]
+    keys = [prefix_keys(line.data, num_bytes) for line in lines]
+    assert [len(each) for each in keys] == [5, 6, 6]  # the last one ends behind the prompt
+    assert keys[0][:4] == keys[1][:4] == keys[2][:4]
+    assert len({each[4] for each in keys}) == 3
+    long, other = (make_task(i, "x" * 100_000 + str(i)).line for i in range(2))
+    assert prefix_keys(long.data, num_bytes) == prefix_keys(other.data, num_bytes)
     assert len(prefix_keys(make_task(3, "short").line.data, num_bytes)) == 1
 
 
@@ -115,6 +117,15 @@ def test_a_replica_goes_on_with_the_longest_prefix() -> None:
     assert look_ahead.take(1, may_steal=False).line.number == 3
     assert look_ahead.take(0).line.number == 4
     assert take_all(look_ahead, replica=1) == [5, 7, 6]
+
+
+def test_documents_behind_a_long_header_are_told_apart() -> None:
+    """Each has several questions, and none of the texts ends where a level does."""
+    look_ahead = LookAhead(BLOCK_SIZE)
+    header = document("header", 290)
+    for number in range(30):
+        look_ahead.add(make_task(number, header + document(number % 3, 160) + f"Question {number}"))
+    assert take_all(look_ahead) == [*range(0, 30, 3), *range(1, 30, 3), *range(2, 30, 3)]
 
 
 def test_who_has_computed_a_prefix_gets_later_lines_of_it() -> None:

@@ -24,14 +24,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.jobs.line import Line, LineError
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.parse import parse_line
-from nanovllm.jobs.readers import Input, open_input
+from nanovllm.jobs.lines.line import Line, LineError
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.parse import parse_line
+from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES
 from nanovllm.jobs.sources import line_files
 from nanovllm.jobs.sources.compressed import open_decompressed
+from nanovllm.jobs.sources.readers import Input, open_input
 from nanovllm.jobs.sources.rows import row_data
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
@@ -229,8 +229,8 @@ def test_a_pipe_is_read_as_it_comes(tmp_path: Path) -> None:
 def test_stdin_is_read_without_pytorch() -> None:
     program = (
         "import sys\n"
-        "from nanovllm.jobs.answers import answered, error_answer\n"
-        "from nanovllm.jobs.readers import open_input\n"
+        "from nanovllm.jobs.lines.answers import answered, error_answer\n"
+        "from nanovllm.jobs.sources.readers import open_input\n"
         "print([line.number for line in open_input('-', (1, 2))])\n"
         "print('torch' in sys.modules, 'pyarrow' in sys.modules, 'datasets' in sys.modules)\n"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.jobs import output as output_module
-from nanovllm.jobs.output import (
+from nanovllm.jobs.command import output as output_module
+from nanovllm.jobs.command.output import (
     REWRITTEN,
     OutputError,
     OutputFile,
@@ -139,7 +139,7 @@ def test_parts_that_are_in_order_are_merged(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     first = open_file(path)
-    code = f"from nanovllm.jobs.output import open_output; open_output({str(path)!r})"
+    code = f"from nanovllm.jobs.command.output import open_output; open_output({str(path)!r})"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode == 1 and "another process writes" in second.stderr
     first.close()
@@ -161,7 +161,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, signal, sys
-from nanovllm.jobs.output import OutputError, open_output
+from nanovllm.jobs.command.output import OutputError, open_output
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 output = open_output(sys.argv[1])

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.config import Config
-from nanovllm.jobs import custom_ids as custom_ids_module
-from nanovllm.jobs.custom_ids import CustomIds, find_custom_id
-from nanovllm.jobs.declared_options import DeclaredOption, declared_options
-from nanovllm.jobs.manifest import (
+from nanovllm.jobs.command import custom_ids as custom_ids_module
+from nanovllm.jobs.command.custom_ids import CustomIds, find_custom_id
+from nanovllm.jobs.command.declared_options import DeclaredOption, declared_options
+from nanovllm.jobs.command.manifest import (
     ENDING,
     WITHOUT_EFFECT,
     ManifestError,
@@ -23,7 +23,7 @@ from nanovllm.jobs.manifest import (
     describe_engine,
     digest_files,
 )
-from nanovllm.jobs.numbers import NumberSet
+from nanovllm.jobs.command.numbers import NumberSet
 from nanovllm.sampling_params import SamplingParams
 
 

@@ -30,11 +30,11 @@ import ray.data
 
 import nanovllm.jobs.ray
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
-from nanovllm.jobs.cli import LINES_FAILED, main
-from nanovllm.jobs.line_options import LineOptions
+from nanovllm.jobs.command.cli import LINES_FAILED, main
+from nanovllm.jobs.lines.line_options import LineOptions
 from nanovllm.jobs.ray import RowWorker, run_on_ray, worker_arguments
-from nanovllm.jobs.ray_job import read_blocks, reason
-from nanovllm.jobs.ray_parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
+from nanovllm.jobs.ray.job import read_blocks, reason
+from nanovllm.jobs.ray.parts import checkpoint_of, drop_errors, forget_lost_parts, read_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=8, num_kvcache_blocks=16)
@@ -227,7 +227,7 @@ small_job = partial(run_on_ray, batch_size=8, rows_per_part=16)
 JOB_IN_A_PROCESS = """
 import sys
 import nanovllm.jobs.ray
-from nanovllm.jobs.cli import main
+from nanovllm.jobs.command.cli import main
 from test_ray import small_job
 nanovllm.jobs.ray.run_on_ray = small_job
 main(sys.argv[1:])

@@ -49,6 +49,7 @@ class EngineOwner:
         self.outbox = Outbox()
         self._llm = llm
         self._pid = os.getpid()
+        self._num_threads = torch.get_num_threads()  # of PyTorch on a CPU, as our maker has set it
         # Of this kind of queue, a `put` may come in the middle of another one, from a finalizer.
         self._inbox: SimpleQueue[Ticket | None] = SimpleQueue()  # None only wakes the thread
         self._in_flight: dict[int, Ticket] = {}  # request id -> those that the engine has
@@ -68,10 +69,11 @@ class EngineOwner:
 
     def check_open(self) -> None:
         """Raise an EngineError if there will be no more results."""
-        if self.failure is not None:
-            raise EngineError(f"{ENDED}: {self.failure!r}") from self.failure
         if self._is_closing or self._has_ended:
-            raise EngineError(CLOSED)
+            raise EngineError(self._reason()) from self.failure
+
+    def _reason(self) -> str:
+        return CLOSED if self.failure is None else f"{ENDED}: {self.failure!r}"
 
     def send(self, ticket: Ticket) -> None:
         """Have a ticket queued, or aborted if it was dropped. This never waits."""
@@ -99,6 +101,10 @@ class EngineOwner:
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Asked for the first time in a thread, PyTorch takes the number that was last set in any
+        # other, perhaps for a step of another engine. Only what is set afterwards stays.
+        torch.get_num_threads()
+        torch.set_num_threads(self._num_threads)
         try:
             while self._wait_for_work():
                 with collector_slowed():
@@ -214,7 +220,7 @@ class EngineOwner:
     def _end(self) -> None:
         """Leave nobody waiting, and free the engine's memory."""
         self._has_ended = True
-        self._fail_all(CLOSED)
+        self._fail_all(self._reason())
         self._refuse_inbox()
         if self._is_closing:  # an engine that is not referred to any more frees it itself
             with suppress(Exception):  # after a CUDA error every call raises it again
@@ -234,7 +240,7 @@ class EngineOwner:
             if ticket.is_dropped:
                 self._tell(ticket.acknowledge)
             else:
-                self._tell(ticket.fail, EngineError(CLOSED))
+                self._tell(ticket.fail, EngineError(self._reason()))
 
 
 @exclusive
@@ -260,4 +266,8 @@ def exchange(llm: LLM, scheduler: Scheduler, dropped: list[Ticket], new: list[Ti
 def send_parts(llm: LLM, streams: list[Streamed]) -> None:
     """Send what the last step has added to streams."""
     for stream in streams:
-        stream.send_parts()
+        try:
+            stream.send_parts()
+        except Exception as error:  # of a tokenizer, which must not be the others' failure
+            stream.fail(error)
+            stream.drop()

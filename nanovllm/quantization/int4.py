@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.kernels.int4_layout import (
     STRIPE,
     SYMMETRIC_ZERO,
@@ -25,6 +26,12 @@ from nanovllm.kernels.int4_layout import (
     unpack_int4,
 )
 from nanovllm.quantization.fp8_blocks import grain
+from nanovllm.quantization.int4_matmul import (
+    Int4Kernel,
+    choose_int4_kernel,
+    dequantize_on_gpu,
+    multiply_int4,
+)
 from nanovllm.quantization.quantized import (
     ALL_ROWS,
     QuantizedFormat,
@@ -32,7 +39,8 @@ from nanovllm.quantization.quantized import (
     read_scales,
     register,
 )
-from nanovllm.quantization.weight_format import Shard
+from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard
+from nanovllm.utils.context import get_context
 
 SCALE_TENSORS = ("F16", "BF16", "F32")
 WHOLE_ROW = -1  # as a group size: one group a row
@@ -206,7 +214,7 @@ class Int4(QuantizedFormat):
     # --- the weight ---
 
     def weight_of(self, layer: Any, rows: slice = ALL_ROWS) -> Int4Weight:
-        """The matrix as the kernels take it, or some rows of it; columns in `column_order`."""
+        """The matrix as the kernels take it, or some rows of it."""
         zero_points = layer.zero_points
         return Int4Weight(
             packed=layer.packed[rows],
@@ -214,16 +222,30 @@ class Int4(QuantizedFormat):
             zero_points=None if zero_points is None else zero_points[rows],
             in_size=layer.input_columns,
             group_size=layer.group_size,
+            column_order=layer.column_order if layer.is_sorted else None,
         )
 
     def dequantize(self, layer: Any, dtype: torch.dtype, rows: slice = ALL_ROWS) -> Tensor:
         """The columns are those of the input."""
-        weight = dequantize_int4(self.weight_of(layer, rows), dtype)
-        if not layer.is_sorted:
-            return weight
-        ordered = torch.empty_like(weight)
-        ordered[:, layer.column_order.long()] = weight
-        return ordered
+        weight = self.weight_of(layer, rows)
+        if weight.packed.is_cuda:
+            return dequantize_on_gpu(weight, dtype)
+        return dequantize_int4(weight, dtype)
+
+    def applies_activation(self, layer: Any, x: Tensor) -> bool:
+        """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
+        kernel = choose_int4_kernel(x)
+        if kernel is Int4Kernel.DEQUANTIZE:
+            return can_fuse_gate(x, layer.packed, get_context().in_graph)
+        return kernel is Int4Kernel.GEMV
+
+    def matmul(
+        self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
+    ) -> Tensor | PartialSums:
+        """Multiply by the kernel that `choose_int4_kernel` names; see `WeightFormat.matmul`."""
+        if not x.is_cuda:
+            return super().matmul(layer, x, bias, epilogue, norm)
+        return multiply_int4(self.weight_of(layer), x, bias, epilogue, norm)
 
     def quantize(self, layer: Any, weight: Tensor, shard: Shard) -> None:
         """Round to the nearest, with the scale that the largest weight of a group asks for."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanovllm.jobs.line import Line
+from nanovllm.jobs.lines.line import Line
 from nanovllm.jobs.sources.line_files import COUNTED_BYTES
 from nanovllm.jobs.sources.source import Source, Wanted, hash_of
 from nanovllm.jobs.sources.tables import DatasetSource

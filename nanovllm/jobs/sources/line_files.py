@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from nanovllm.jobs.line import Line
+from nanovllm.jobs.lines.line import Line
+from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES, custom_id_in, too_long, unreadable
 from nanovllm.jobs.sources.compressed import open_decompressed
 from nanovllm.jobs.sources.source import HEAD_BYTES, Wanted, hash_of
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES, custom_id_in, too_long, unreadable
 
 COUNTED_BYTES = 2**26  # files up to this size are counted before they are read: it takes 30 ms
 UTF8_MARK = b"\xef\xbb\xbf"

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from nanovllm.jobs.line import Line
+from nanovllm.jobs.lines.line import Line
 
 HEAD_BYTES = 2**20  # of a file, which its fingerprint is made of
 Wanted = Callable[[int], bool]  # whether the line of a number is to be read

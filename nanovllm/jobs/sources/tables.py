@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanovllm.jobs.line import Line, LineError
+from nanovllm.jobs.lines.line import Line, LineError
+from nanovllm.jobs.lines.unreadable import unreadable
 from nanovllm.jobs.sources.rows import row_data
 from nanovllm.jobs.sources.source import HEAD_BYTES, Wanted, hash_of
-from nanovllm.jobs.unreadable import unreadable
 
 BATCH_ROWS = 64  # that are in memory at once
 HEADS = ("state.json", "dataset_info.json")  # files that say what a saved dataset is
