@@ -258,6 +258,17 @@ def test_tensors_are_refused_by_name(
     refused(checkpoint, match)
 
 
+def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
+    """Checkpoints of AutoGPTQ's first year have them for every layer."""
+    checkpoint = make(tmp_path, "gptq")
+    expected = load(checkpoint.path).state_dict()
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(128)}))
+    for name, param in load(checkpoint.path).state_dict().items():
+        assert torch.equal(param, expected[name])
+    rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
+    refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
+
+
 def test_a_rank_must_have_whole_groups(tmp_path: Path) -> None:
     """48 of 96 columns are no groups of 32; and groups out of order are on several ranks."""
     sizes = {**SIZES, "intermediate_size": 96}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from nanovllm.jobs.lines.line import Line
@@ -42,3 +43,9 @@ class Source(Protocol):
 def hash_of(data: bytes) -> str:
     """A short hash, to compare inputs with."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def hash_of_head(path: Path) -> str:
+    """The same of the first bytes of a file."""
+    with path.open("rb") as file:
+        return hash_of(file.read(HEAD_BYTES))

@@ -10,7 +10,7 @@ from typing import Any
 from nanovllm.jobs.lines.line import Line, LineError
 from nanovllm.jobs.lines.unreadable import unreadable
 from nanovllm.jobs.sources.rows import row_data
-from nanovllm.jobs.sources.source import HEAD_BYTES, Wanted, hash_of
+from nanovllm.jobs.sources.source import Wanted, hash_of, hash_of_head
 
 BATCH_ROWS = 64  # that are in memory at once
 HEADS = ("state.json", "dataset_info.json")  # files that say what a saved dataset is
@@ -29,8 +29,7 @@ class TableSource:
     @property
     def fingerprint(self) -> str:
         """A hash of the first bytes."""
-        with self.path.open("rb") as file:
-            return hash_of(file.read(HEAD_BYTES))
+        return hash_of_head(self.path)
 
     @property
     def last_number(self) -> int:
