@@ -349,3 +349,13 @@ def test_random_weights(layout: str, tmp_path: Path) -> None:
     assert isinstance(layer.weight_format, Int4)
     weight = layer.weight_format.dequantize(layer, torch.float32)
     assert 0.015 < weight.std() < 0.025 and len(weight.unique()) > 1000
+
+
+def test_random_weights_of_a_rank_that_holds_half_a_group(tmp_path: Path) -> None:
+    """96 of 192 columns, in groups of 64."""
+    checkpoint = make(tmp_path, "packed")
+    with tensor_parallel(1, 2):
+        model = load(checkpoint.path, load_format="dummy")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer.weight_format, Int4) and layer.group_size == 32
+    assert 0.015 < layer.weight_format.dequantize(layer, torch.float32).std() < 0.025
