@@ -258,6 +258,17 @@ def test_tensors_are_refused_by_name(
     refused(checkpoint, match)
 
 
+def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
+    """Checkpoints of AutoGPTQ's first year have them for every layer."""
+    checkpoint = make(tmp_path, "gptq")
+    expected = load(checkpoint.path).state_dict()
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(128)}))
+    for name, param in load(checkpoint.path).state_dict().items():
+        assert torch.equal(param, expected[name])
+    rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
+    refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
+
+
 def test_a_rank_must_have_whole_groups(tmp_path: Path) -> None:
     """48 of 96 columns are no groups of 32; and groups out of order are on several ranks."""
     sizes = {**SIZES, "intermediate_size": 96}
@@ -338,3 +349,13 @@ def test_random_weights(layout: str, tmp_path: Path) -> None:
     assert isinstance(layer.weight_format, Int4)
     weight = layer.weight_format.dequantize(layer, torch.float32)
     assert 0.015 < weight.std() < 0.025 and len(weight.unique()) > 1000
+
+
+def test_random_weights_of_a_rank_that_holds_half_a_group(tmp_path: Path) -> None:
+    """96 of 192 columns, in groups of 64."""
+    checkpoint = make(tmp_path, "packed")
+    with tensor_parallel(1, 2):
+        model = load(checkpoint.path, load_format="dummy")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer.weight_format, Int4) and layer.group_size == 32
+    assert 0.015 < layer.weight_format.dequantize(layer, torch.float32).std() < 0.025

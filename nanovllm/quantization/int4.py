@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.kernels.int4_layout import (
@@ -252,7 +253,8 @@ class Int4(QuantizedFormat):
         forget_dequantized(layer)
         num_rows, num_columns = weight.shape
         size = num_columns if self.group_size == WHOLE_ROW else self.group_size
-        groups = weight.float().view(num_rows, -1, size)
+        # A rank's part of random weights may end inside a group.
+        groups = F.pad(weight.float(), (0, -num_columns % size)).view(num_rows, -1, size)
         if self.is_symmetric:
             scales = groups.abs().amax(2) / 7
             zero_points = torch.full_like(scales, SYMMETRIC_ZERO)
@@ -265,7 +267,7 @@ class Int4(QuantizedFormat):
         self.put_zero_points(layer, zero_points, shard)
         scales = scales.to(layer.scales.dtype).float()
         values = (groups / scales[..., None]).round() + zero_points[..., None]
-        values = values.clamp(0, 15).view(num_rows, num_columns)
+        values = values.clamp(0, 15).view(num_rows, -1)
         self.put_values(layer, values[:, shard.source_columns], shard)
         if self.has_group_index:
             layer.group_indices.append(torch.arange(num_columns)[shard.source_columns] // size)

@@ -13,7 +13,7 @@ from nanovllm.jobs.command.job_options import (
     make_config,
 )
 from nanovllm.jobs.command.manifest import check_manifest
-from nanovllm.jobs.command.output import OutputError, open_directory_alone
+from nanovllm.jobs.command.output import OutputError, check_apart, open_directory_alone
 from nanovllm.jobs.sources.readers import open_input
 
 # This process runs no engine, and may have neither the GPUs of those that do nor the weights.
@@ -31,10 +31,11 @@ class ClusterJob:
         refuse_options(options)
         try:
             source = open_input(options.input)
+            check_apart(options.output, options.input)
             config = make_config(options.model, {**options.engine, **HERE})
             self._line_options = options.line_options(config)
             self._description = describe_job(options, source, config)
-        except (OSError, ValueError, TypeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, ImportError, OutputError) as error:
             raise UsageError(str(error)) from error
 
     def run(self) -> Counts:
