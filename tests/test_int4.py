@@ -201,6 +201,7 @@ def configure(checkpoint: Checkpoint, **changes: Any) -> None:
         ("gptq", {"lm_head": True}, "lm_head True"),
         ("gptq", {"dynamic": {".*down.*": {"bits": 8}}}, r"dynamic '\.\*down\.\*'"),
         ("gptq", {"sym": "yes"}, "sym 'yes'"),
+        ("gptq", {"modules_in_block_to_quantize": ["mlp.up_proj"]}, "in a list, not by 'mlp.up_"),
         ("packed", pack_quantized_config(64, strategy="tensor"), "strategy 'tensor'"),
         ("packed", pack_quantized_config(64, num_bits=8), "pack-quantized of 8-bit int"),
         ("packed", pack_quantized_config(64, actorder="odd"), "actorder 'odd'"),
