@@ -20,12 +20,22 @@ from nanovllm.kernels import (
     all_reduce,
     copy_blocks,
     expert_gemv,
+    fp8_block_gemm,
+    fp8_dequantize,
+    fp8_gemm,
+    fp8_gemv,
+    fp8_quantize,
     gate_mul,
     gate_up_gemm,
     gemv,
     grouped_gemm,
     gumbel,
     hopper_prefill,
+    int4_dequantize,
+    int4_expert_gemv,
+    int4_gemm,
+    int4_gemv,
+    int4_grouped_gemm,
     moe,
     moe_routing,
     norm_rope_store,
@@ -45,6 +55,9 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
+from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.int4_config import Int4GemmConfig
+from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.sharing.copy_on_write import BlockCopy
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
@@ -138,6 +151,57 @@ def compile_shared_prefixes() -> None:
         )
 
 
+def int4_weight(
+    group_size: int, is_symmetric: bool, in_size: int = HIDDEN, out_size: int = 256
+) -> Int4Weight:
+    groups = in_size // group_size
+    return Int4Weight(
+        packed=torch.empty(out_size, packed_width(in_size), dtype=torch.int16),
+        scales=numbers(out_size, groups, dtype=torch.float16),
+        zero_points=None if is_symmetric else numbers(out_size, groups, dtype=torch.uint8),
+        in_size=in_size,
+        group_size=group_size,
+    )
+
+
+def compile_int4() -> None:
+    """INT4 weights: groups in one block, of a whole block, and over several; columns in order or
+    not, and a row that does not fill its last block.
+    """
+    how = {torch.bfloat16: int4_gemm.BFLOAT16, torch.float16: int4_gemm.FLOAT16}
+    for module in (int4_gemm, int4_grouped_gemm):
+        module.dequantization = lambda x: how[x.dtype]
+    norm = numbers(HIDDEN)
+    for weight in (
+        int4_weight(32, is_symmetric=False),
+        int4_weight(HIDDEN, is_symmetric=True),
+        int4_weight(192, is_symmetric=False, in_size=960),
+    ):
+        x = numbers(16, weight.in_size)
+        weights = {"norm_weight": norm[: weight.in_size], "eps": EPS}
+        int4_gemv.int4_gemv(x[:1], weight, numbers(256), **weights, residual=numbers(1, 256))
+        int4_dequantize.int4_dequantize(weight, torch.bfloat16)
+        int4_gemm.int4_gemm(x, weight, numbers(256))
+    weight = int4_weight(128, is_symmetric=True)
+    int4_gemv.int4_gemv(numbers(1, HIDDEN).half(), weight)
+    ordered = weight._replace(column_order=ints(HIDDEN))
+    int4_gemv.int4_gemv(numbers(1, HIDDEN), ordered, None, norm, EPS, activation="silu")
+    for tokens, rows in ((16, 128), (64, 64), (128, 64)):
+        config = Int4GemmConfig(tokens, rows, splits=4, num_warps=4, num_stages=4)
+        int4_gemm.int4_gemm(numbers(tokens, HIDDEN), weight, config=config)
+    int4_gemm.int4_gemm(numbers(32, HIDDEN).half(), weight)
+    experts = moe.MoEWeights(
+        router=numbers(16, 2048),
+        gate_up=int4_weight(128, True, in_size=2048, out_size=16 * 2 * 768),
+        down=int4_weight(64, False, in_size=768, out_size=16 * 2048),
+        top_k=8,
+        is_normalized=True,
+    )
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
+    for num_tokens in (2, 200):  # tiles of 16 and 64 pairs
+        moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+
+
 def compile_fp8_cache() -> None:
     """Everything that stores to a KV cache in FP8, or attends from it."""
     scales = KVScales(0.5, 0.25)
@@ -174,15 +238,50 @@ def compile_fp8_cache() -> None:
         shared_prefix.shared_prefix_decode(q, *caches, prefixes, ints(16, 16), 1.0, **options)
 
 
+def compile_fp8() -> None:
+    """FP8 weights: a scale for a row, for a block that is larger than a tile, and for a small one.
+
+    The conversions have to be single instructions: for two numbers, to fp16 and from float32.
+    """
+    norm, bias = numbers(HIDDEN), numbers(256)
+    for row_grain, column_grain in ((1, HIDDEN), (128, 128), (32, 32)):
+        scales = numbers(256 // row_grain, HIDDEN // column_grain, dtype=torch.float32)
+        weight = FP8Weight(numbers(256, HIDDEN).to(FP8), scales, row_grain, column_grain)
+        x = numbers(1, HIDDEN)
+        fp8_gemv.fp8_gemv(x, weight, bias, norm, EPS, numbers(1, 256))
+        fp8_gemv.fp8_gemv(x, weight, None, norm.float(), EPS, activation="silu")
+        fp8_gemv.fp8_gemv(x.half(), weight, out_dtype=torch.float32)
+        for num_tokens in (2, 32, 64, 128):
+            for dtype in (torch.bfloat16, torch.float16):
+                fp8_gemm.fp8_gemm(numbers(num_tokens, HIDDEN, dtype=dtype), weight)
+        fp8_gemm.fp8_gemm(numbers(2, HIDDEN), weight, bias, reader_sums=False)
+        fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
+        for num_tokens in (128, 512):
+            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), column_grain)
+            if column_grain < HIDDEN:
+                out = numbers(num_tokens, 256)
+                fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+
+
 def main() -> None:
     driver.set_active(target)
     JITFunction.run = compile_only
     for module in (
         all_reduce,
         expert_gemv,
+        fp8_block_gemm,
+        fp8_dequantize,
+        fp8_gemm,
+        fp8_gemv,
+        fp8_quantize,
         gemv,
         grouped_gemm,
         gumbel,
+        int4_dequantize,
+        int4_expert_gemv,
+        int4_gemm,
+        int4_gemv,
+        int4_grouped_gemm,
         moe_routing,
         norm_rope_store,
         paged_decode,
@@ -261,7 +360,9 @@ def main() -> None:
     compile_attention_options()
     compile_gluon()
     compile_shared_prefixes()
+    compile_int4()
     compile_fp8_cache()
+    compile_fp8()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):

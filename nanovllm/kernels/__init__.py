@@ -5,8 +5,9 @@
 - `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
   Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
-- `int4_layout`: how INT4 weights lie in memory
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
+- `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
+  `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
@@ -16,6 +17,9 @@
 - `shared_prefix`, then `suffix_decode`: attention with one new token a sequence that reads what
   sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
   `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
+- `fp8_weight`: FP8 weights and inputs, and their references; `fp8_gemv`, `fp8_gemm`: a linear layer
+  of FP8 weights for one token, and for few; `fp8_quantize`, `fp8_block_gemm`: the input in FP8 as
+  well, for many; `fp8_dequantize`: in 16 bits; `fp8_config`: how they divide their work
 - `fp8_cache`: what all of these share where the KV cache is in FP8
 - `copy_blocks`: copies of blocks of the KV cache
 - `flash_attention`: the same two attentions by the `flash_attn` package

@@ -113,6 +113,12 @@ def is_hopper() -> bool:
 
 
 @lru_cache
+def has_e4m3() -> bool:
+    """Whether the GPU converts FP8 (e4m3) numbers: from Ada on, and Triton's interpreter does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+
+@lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Return the number of multiprocessors, and the bytes of shared memory a program may use."""
     if device.type != "cuda":
@@ -152,3 +158,14 @@ def padded_empty(num_rows: int, row_size: int, like: Tensor) -> Tensor:
     allocated_rows = max(num_rows, gemm_tile_rows(num_rows))
     memory = torch.empty(allocated_rows, row_size, dtype=like.dtype, device=like.device)
     return memory[:num_rows]
+
+
+def readable_rows(x: Tensor, tile_rows: int) -> int:
+    """Return how many rows TMA may read of x `[n, size]`, contiguous: with as much memory as
+    `padded_empty` allocates, at least a tile of `tile_rows`.
+    """
+    num_rows, size = x.shape
+    elements_from_x = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+    if elements_from_x >= tile_rows * size:
+        return max(num_rows, tile_rows)
+    return num_rows

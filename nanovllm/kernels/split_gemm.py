@@ -22,6 +22,7 @@ from nanovllm.kernels._triton import (
     launch_next,
     next_power_of_2,
     pdl_options,
+    readable_rows,
     tl,
     triton,
     wait_for_previous,
@@ -169,17 +170,14 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> T
     out_size = weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
     tile_tokens = gemm_tile_rows(num_tokens)
-    # Let TMA copy a whole tile where x has memory behind its rows, see `padded_empty`.
-    elements_from_x = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-    readable_rows = num_tokens
-    if elements_from_x >= tile_tokens * in_size:
-        readable_rows = max(num_tokens, tile_tokens)
+    # TMA copies a whole tile where x has memory behind its rows.
+    x_shape = [readable_rows(x, tile_tokens), in_size]
     columns = whole_tile_columns(num_tokens, in_size, splits, x.itemsize)
     if columns > 0:
         splits = triton.cdiv(in_size, columns)
         partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
         _whole_tile_kernel[(triton.cdiv(out_size, ROWS), splits)](
-            TensorDescriptor(x, [readable_rows, in_size], [in_size, 1], [tile_tokens, columns]),
+            TensorDescriptor(x, x_shape, [in_size, 1], [tile_tokens, columns]),
             TensorDescriptor.from_tensor(weight, [ROWS, columns]),
             bias,
             partial_sums,
@@ -200,7 +198,7 @@ def split_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> T
     partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(out_size, ROWS), splits, triton.cdiv(num_tokens, tile_tokens))
     _split_gemm_kernel[grid](
-        TensorDescriptor(x, [readable_rows, in_size], [in_size, 1], [tile_tokens, chunk]),
+        TensorDescriptor(x, x_shape, [in_size, 1], [tile_tokens, chunk]),
         TensorDescriptor.from_tensor(weight, [ROWS, chunk]),
         weight,
         bias,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.cpu_memory import in_huge_pages
 from nanovllm.layers.linear import divide
+from nanovllm.quantization.int4 import Int4
 from nanovllm.quantization.quantized import QuantizedFormat
 from nanovllm.quantization.tensor_loader import LoadTensor, tensor_loaders
 from nanovllm.quantization.weight_format import Shard
@@ -72,11 +73,13 @@ class ExpertMatrices(nn.Module):
             self.load("weight", ExpertPart(loaded, expert, part * rows, shard.full_shape), shard)
 
     def weights_for(self, x: Tensor) -> Any:
-        """The dequantised weights to multiply x with: a tensor `[experts, rows, in]`, or on a CPU
-        something that has those of expert e at index e.
+        """The weights to multiply x with, as a format's kernels take them, or dequantised: a tensor
+        `[experts, rows, in]`, or on a CPU something that has those of expert e at index e.
         """
         if not x.is_cuda:
             return DequantizedExperts(self, x)
+        if isinstance(self.weight_format, Int4):
+            return self.weight_format.weight_of(self)
         return self.weight_format.dequantize(self, x.dtype).unflatten(0, (self.num_experts, -1))
 
 

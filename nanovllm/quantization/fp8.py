@@ -9,6 +9,7 @@ of them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.fp8_weight import E4M3, FP8Weight, dequantize_fp8, scale_of, to_e4m3
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate
+from nanovllm.quantization.fp8_matmul import (
+    FP8Kernel,
+    choose_fp8_kernel,
+    dequantize_on_gpu,
+    multiply_fp8,
+)
 from nanovllm.quantization.quantized import (
     ALL_ROWS,
     SCALE_DTYPES,
@@ -24,22 +33,9 @@ from nanovllm.quantization.quantized import (
     read_scales,
     register,
 )
-from nanovllm.quantization.weight_format import Shard
+from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard, uses_gemv
+from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import DTYPES, check_shape
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-SMALLEST_SCALE = 2.0**-100  # of rows of zeros, whose scale could be anything but 0
-
-
-def to_e4m3(values: Tensor) -> Tensor:
-    """Round to FP8. What lies beyond the largest number would become NaN without the clamp."""
-    return values.clamp(-LARGEST, LARGEST).to(E4M3)
-
-
-def scale_of(largest: Tensor) -> Tensor:
-    """The scale with which the largest absolute value of a row or block becomes FP8's largest."""
-    return largest.float().clamp(min=SMALLEST_SCALE * LARGEST) / LARGEST
 
 
 def load_e4m3(layer: Any, loaded: Any, shard: Shard) -> None:
@@ -60,8 +56,43 @@ def shape_of(loaded: Any) -> Sequence[int]:
     return loaded.get_shape() if hasattr(loaded, "get_shape") else loaded.shape
 
 
+class FP8(QuantizedFormat):
+    """What the two formats of FP8 weights share: how they are multiplied."""
+
+    quantizes_input: bool  # the input of a wide step on a GPU is rounded to FP8, too
+
+    @abstractmethod
+    def weight_of(self, layer: Any, rows: slice = ALL_ROWS) -> FP8Weight:
+        """The matrix as the kernels take it, or some rows of it."""
+
+    def dequantize(self, layer: Any, dtype: torch.dtype, rows: slice = ALL_ROWS) -> Tensor:
+        """See `dequantize_fp8`."""
+        weight = self.weight_of(layer, rows)
+        if weight.values.is_cuda:
+            return dequantize_on_gpu(weight, dtype)
+        return dequantize_fp8(weight, dtype)
+
+    def applies_activation(self, layer: Any, x: Tensor) -> bool:
+        """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
+        if uses_gemv(x):
+            return True
+        if not can_fuse_gate(x, layer.weight, get_context().in_graph):
+            return False
+        kernel = choose_fp8_kernel(x, self.weight_of(layer), self.quantizes_input)
+        return kernel is FP8Kernel.DEQUANTIZE
+
+    def matmul(
+        self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
+    ) -> Tensor | PartialSums:
+        """Multiply by the kernel that `choose_fp8_kernel` names; see `WeightFormat.matmul`."""
+        if not x.is_cuda:
+            return super().matmul(layer, x, bias, epilogue, norm)
+        weight = self.weight_of(layer)
+        return multiply_fp8(weight, x, bias, epilogue, norm, self.quantizes_input)
+
+
 @dataclass(frozen=True)
-class FP8Rows(QuantizedFormat):
+class FP8Rows(FP8):
     """`weight` `[out, in]` e4m3 and `weight_scale` `[out]` float32.
 
     Its scales in a checkpoint are one for a tensor, `[]` or `[1]`, or one a row, `[out, 1]` or
@@ -69,6 +100,7 @@ class FP8Rows(QuantizedFormat):
     """
 
     has_row_scales: bool  # in the checkpoint; otherwise one for a tensor
+    quantizes_input: bool = False
 
     tensors = {"weight": ("F8_E4M3",), "weight_scale": SCALE_DTYPES}
     optional_tensors = {"input_scale": SCALE_DTYPES}
@@ -103,10 +135,14 @@ class FP8Rows(QuantizedFormat):
             return read_scales(loaded).flatten()
         return read_scales(loaded, shard.source_rows).flatten()
 
-    def dequantize(self, layer: Any, dtype: torch.dtype, rows: slice = ALL_ROWS) -> Tensor:
-        """Every e4m3 number is one of `dtype`, too, so only the product is rounded."""
-        weight = layer.weight[rows].to(dtype)
-        return torch.mul(weight, layer.weight_scale[rows, None], out=torch.empty_like(weight))
+    def weight_of(self, layer: Any, rows: slice = ALL_ROWS) -> FP8Weight:
+        """The matrix as the kernels take it, or some rows of it."""
+        return FP8Weight(
+            values=layer.weight[rows],
+            scales=layer.weight_scale[rows],
+            row_grain=1,
+            column_grain=layer.weight.shape[1],
+        )
 
     def quantize(self, layer: Any, weight: Tensor, shard: Shard) -> None:
         """Scale each row by its largest absolute value, in all columns of the matrix."""

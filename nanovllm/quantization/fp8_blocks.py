@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.quantization.fp8 import (
-    E4M3,
-    check_input_scale,
-    load_e4m3,
-    scale_of,
-    to_e4m3,
-)
+from nanovllm.kernels.fp8_weight import E4M3, FP8Weight, scale_of, to_e4m3
+from nanovllm.quantization.fp8 import FP8, check_input_scale, load_e4m3
 from nanovllm.quantization.quantized import (
     ALL_ROWS,
     SCALE_DTYPES,
-    QuantizedFormat,
     forget_dequantized,
     read_scales,
     register,
@@ -33,7 +27,7 @@ from nanovllm.utils.loader import check_shape
 
 
 @dataclass(frozen=True)
-class FP8Blocks(QuantizedFormat):
+class FP8Blocks(FP8):
     """`weight` `[out, in]` e4m3 and `weight_scale` `[out / row_grain, in / column_grain]` float32.
 
     A grain is as large as a block of the checkpoint, unless a rank's or a merged matrix's part
@@ -45,6 +39,7 @@ class FP8Blocks(QuantizedFormat):
 
     block: tuple[int, int]  # rows and columns
     scale_name: str  # in the checkpoint
+    quantizes_input: bool = False
 
     optional_tensors = {"input_scale": SCALE_DTYPES}
 
@@ -101,13 +96,14 @@ class FP8Blocks(QuantizedFormat):
         sizes = (-1, layer.row_grain, weight.shape[1] // layer.column_grain, layer.column_grain)
         return weight.view(sizes)
 
-    def dequantize(self, layer: Any, dtype: torch.dtype, rows: slice = ALL_ROWS) -> Tensor:
-        """Every e4m3 number is one of `dtype`, too, so only the product is rounded."""
-        weight = layer.weight[rows].to(dtype)
-        scales = layer.weight_scale[self.grains(layer, rows)][:, None, :, None]
-        out = torch.empty_like(weight)
-        torch.mul(self.split(layer, weight), scales, out=self.split(layer, out))
-        return out
+    def weight_of(self, layer: Any, rows: slice = ALL_ROWS) -> FP8Weight:
+        """The matrix as the kernels take it, or some rows of it."""
+        return FP8Weight(
+            values=layer.weight[rows],
+            scales=layer.weight_scale[self.grains(layer, rows)],
+            row_grain=layer.row_grain,
+            column_grain=layer.column_grain,
+        )
 
     def quantize(self, layer: Any, weight: Tensor, shard: Shard) -> None:
         """Scale each grain by its largest absolute value."""

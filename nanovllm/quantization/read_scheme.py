@@ -45,7 +45,8 @@ def read_scheme(hf_config: Any, option: str | None) -> Scheme | None:
             return None
         if option == "fp8":
             # has_row_scales is of checkpoints; here each row has its own.
-            return Scheme("fp8", (Rule(ALL_LAYERS, FP8Online(has_row_scales=True)),))
+            online = FP8Online(has_row_scales=True, quantizes_input=True)
+            return Scheme("fp8", (Rule(ALL_LAYERS, online),))
         raise ValueError(
             f"quantization={option!r}, and the checkpoint is not quantised: its config.json has no "
             "quantization_config; pass quantization='fp8' to quantise it, or None"
@@ -97,11 +98,12 @@ def block_of(value: object) -> tuple[int, int]:
 def read_fp8(options: Options) -> Scheme:
     """Qwen's and DeepSeek's checkpoints, in blocks; AutoFP8's, with a scale for each tensor."""
     check(options, "fmt", "e4m3", "float8_e4m3fn", None)
-    check(options, "activation_scheme", "dynamic", "static", None)
+    activations = check(options, "activation_scheme", "dynamic", "static", None)
+    quantizes_input = activations is not None
     block = options.get("weight_block_size")
-    weight_format: WeightFormat = FP8Rows(has_row_scales=False)
+    weight_format: WeightFormat = FP8Rows(False, quantizes_input)
     if block is not None:
-        weight_format = FP8Blocks(block_of(block), "weight_scale_inv")
+        weight_format = FP8Blocks(block_of(block), "weight_scale_inv", quantizes_input)
     # transformers' name of the list, and AutoFP8's.
     ignored = options.get("modules_to_not_convert") or options.get("ignored_layers")
     return Scheme("fp8", (Rule(ALL_LAYERS, weight_format),), as_names(ignored))
@@ -155,7 +157,7 @@ def is_float8(numbers: object) -> bool:
 
 
 def read_float8(group: Options, weights: Options) -> WeightFormat:
-    """FP8 weights; activations in FP8 too are computed in 16 bits, or as a kernel likes best."""
+    """FP8 weights. Activations that are to be in FP8 are so where that is faster."""
     check(weights, "symmetric", True)
     check(weights, "dynamic", False)
     inputs = group.get("input_activations")
@@ -163,8 +165,9 @@ def read_float8(group: Options, weights: Options) -> WeightFormat:
         raise refusal("input_activations", inputs, "none, or float of 8 bits")
     strategy = check(weights, "strategy", "tensor", "channel", "block")
     if strategy == "block":
-        return FP8Blocks(block_of(weights.get("block_structure")), "weight_scale")
-    return FP8Rows(has_row_scales=strategy == "channel")
+        block = block_of(weights.get("block_structure"))
+        return FP8Blocks(block, "weight_scale", quantizes_input=inputs is not None)
+    return FP8Rows(has_row_scales=strategy == "channel", quantizes_input=inputs is not None)
 
 
 READERS: dict[str, Callable[[Options], Scheme]] = {

@@ -1,0 +1,93 @@
+"""How the kernels of FP8 weights divide their work.
+
+Nothing here has been measured yet: the numbers follow from those of 16-bit weights (gemv.py,
+split_gemm.py), which were, and from the compiled code. `scripts/bench_quantized.py` is there to
+replace them.
+"""
+
+from dataclasses import dataclass
+
+from nanovllm.kernels._triton import next_power_of_2
+
+# Up to so many tokens the weight is converted in registers, and the input stays in 16 bits. Above,
+# the tensor cores' time counts, which FP8 halves; where the input may not be quantised, converting
+# in registers takes less than writing the weight in 16 bits and reading it again.
+MAX_GEMM_TOKENS = 64
+MAX_GEMM_TOKENS_ALONE = 512
+# Whether the tensor cores may keep fewer bits of a sum than float32 has: Hopper's do in FP8, 14 or
+# so, unless they stop to add each 128 columns outside. That costs some of their speed.
+FAST_ACCUMULATION = True
+
+
+@dataclass(frozen=True, slots=True)
+class FP8GemvConfig:
+    """How `fp8_gemv` divides the work; the result does not depend on it."""
+
+    rows: int  # of the weight, that a program takes; of the gate and of up as many each
+    chunks: int  # of 256 columns, that are multiplied at a time: a power of two
+    num_warps: int  # at most `chunks`: then each warp reads the part of x that it multiplies with
+
+
+def fp8_gemv_config(out_size: int, in_size: int, is_gated: bool) -> FP8GemvConfig:
+    """Choose the rows and columns of a program.
+
+    With 8 rows and 2 chunks a warp, a thread has 128 bytes on their way, as those of `gemv` have.
+    """
+    chunks = min(8, next_power_of_2(max(1, in_size // 256)))
+    rows = 8 if out_size >= 2048 else 4
+    if is_gated:
+        rows //= 2  # each output needs two rows of the weight
+    return FP8GemvConfig(rows=rows, chunks=chunks, num_warps=min(4, chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class FP8GemmConfig:
+    """The tiles of `fp8_gemm`; the result does not depend on them but for rounding."""
+
+    tokens: int  # in a tile: a power of two, at least 16
+    rows: int  # of the weight in a tile: 64 or 128
+    chunk: int  # of the inner dimension; all of one grain
+    splits: int  # of the inner dimension
+    num_warps: int
+    num_stages: int
+
+
+def fp8_gemm_config(
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    column_grain: int,
+    num_multiprocessors: int,
+    reader_sums: bool = True,
+) -> FP8GemmConfig:
+    """Choose tiles that give every multiprocessor some work.
+
+    reader_sums: whether the kernel that reads the product adds up partial sums. Otherwise there is
+        one of them, as an addition of its own would cost what splitting gains.
+    """
+    tokens = min(128, max(16, next_power_of_2(num_tokens)))
+    rows = 64 if tokens <= 64 else 128
+    chunk = 128 if column_grain == in_size else min(128, column_grain & -column_grain)
+    tiles = -(-out_size // rows) * -(-num_tokens // tokens)
+    splits = 1
+    if reader_sums:
+        splits = max(1, min(2 * num_multiprocessors // tiles, in_size // 512))
+    num_warps = 4 if rows == 64 else 8
+    return FP8GemmConfig(tokens, rows, chunk, splits, num_warps, num_stages=6 if rows == 64 else 4)
+
+
+@dataclass(frozen=True, slots=True)
+class FP8BlockGemmConfig:
+    """The tiles of `fp8_block_gemm`; the result does not depend on them."""
+
+    tokens: int  # in a tile
+    rows: int  # of the weight in a tile
+    num_warps: int
+    num_stages: int
+
+
+def fp8_block_gemm_config(num_tokens: int) -> FP8BlockGemmConfig:
+    """Choose large tiles: a wide step has enough of them."""
+    if num_tokens <= 256:
+        return FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
+    return FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)

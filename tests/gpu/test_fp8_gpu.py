@@ -1,0 +1,273 @@
+"""FP8 weights on a GPU: each kernel at the sizes of Qwen3-8B, alone and in a CUDA graph, and the
+engine against `transformers` running the dequantised weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Checkpoint, generate_ids, greedy, make_llm, random_prompts
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanovllm.kernels._triton import has_tma
+from nanovllm.kernels.fp8_dequantize import fp8_dequantize
+from nanovllm.kernels.fp8_quantize import quantize_input
+from nanovllm.kernels.fp8_weight import (
+    FP8Weight,
+    dequantize_fp8,
+    dequantize_input,
+    quantize_input_torch,
+    scale_of,
+    to_e4m3,
+)
+from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
+from nanovllm.quantization.weight_format import PLAIN, READER_SUMS, Epilogue, PartialSums
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+GRAINS = {"rows": (1, 0), "blocks": (128, 128), "small": (64, 32)}
+LAYERS = [(6144, 4096), (4096, 12288), (1040, 1024)]  # qkv, down; one that fills no tiles
+TOKENS = [1, 2, 16, 17, 64, 65, 128, 300, 513, 2048]
+
+
+def make_weight(rows: int, columns: int, grains: str) -> FP8Weight:
+    row_grain, column_grain = GRAINS[grains]
+    if rows % row_grain:
+        row_grain = 16
+    column_grain = column_grain or columns
+    matrix = torch.randn(rows, columns, device="cuda") * columns**-0.5
+    matrix *= torch.exp2(torch.randn(rows, 1, device="cuda"))
+    blocks = matrix.view(-1, row_grain, columns // column_grain, column_grain)
+    scales = scale_of(blocks.abs().amax((1, 3)))
+    values = to_e4m3(blocks / scales[:, None, :, None]).view(rows, columns)
+    return FP8Weight(values, scales, row_grain, column_grain)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def whole(product: Tensor | PartialSums) -> Tensor:
+    return product.values.float().sum(0) if isinstance(product, PartialSums) else product.float()
+
+
+def assert_near(out: Tensor, expected: Tensor) -> None:
+    """Rounding to bf16 is an error of 0.2%, that of several partial sums is less than twice as
+    much; a scale, row or block mistaken for another is one of 10% and more.
+    """
+    assert out.shape == expected.shape
+    errors = (out.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.max() < 0.01, errors.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("quantizes_input", [False, True], ids=["16-bit", "fp8"])
+@pytest.mark.parametrize("grains", GRAINS)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_products(
+    layer: tuple[int, int], grains: str, quantizes_input: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, columns = layer
+    weight = make_weight(rows, columns, grains)
+    matrix = dequantize_fp8(weight, torch.float32)
+    bias = randn(rows, dtype=dtype)
+    for num_tokens in TOKENS:
+        x = randn(num_tokens, columns, dtype=dtype)
+        seen = x.float()
+        kernel = choose_fp8_kernel(x, weight, quantizes_input)
+        if kernel is FP8Kernel.SCALED:
+            seen = dequantize_input(quantize_input_torch(x, weight.column_grain))
+        expected = F.linear(seen, matrix, bias.float())
+
+        def multiply(epilogue: Epilogue, x: Tensor = x) -> Tensor:
+            return whole(multiply_fp8(weight, x, bias, epilogue, None, quantizes_input))
+
+        assert_near(multiply(PLAIN), expected)
+        assert_near(multiply(READER_SUMS), expected)
+        residual = randn(num_tokens, rows, dtype=dtype)
+        before = residual.float()
+        added = multiply_fp8(weight, x, bias, Epilogue(add_to=residual), None, quantizes_input)
+        if isinstance(added, PartialSums):
+            assert torch.equal(residual.float(), before)
+            assert_near(whole(added), expected)
+        else:
+            assert added is residual
+            assert_near(residual, expected + before)
+        if kernel is not FP8Kernel.GEMV:
+            pieces = torch.full((2 * num_tokens, rows), torch.nan, dtype=dtype, device="cuda")
+            out = pieces[num_tokens:]
+            assert_near(multiply(Epilogue(out=out)), expected)
+            assert_near(out, expected)
+            assert pieces[:num_tokens].isnan().all()
+
+
+def test_all_kernels_are_taken() -> None:
+    """So that the test above is of all of them."""
+    if not has_tma():
+        pytest.skip("before Hopper, wider steps are dequantised")
+    rows, blocks = (make_weight(1024, 1024, grains) for grains in ("rows", "blocks"))
+    for weight in (rows, blocks):
+        chosen = {choose_fp8_kernel(randn(n, 1024), weight, n != 2048) for n in TOKENS}
+        assert chosen == set(FP8Kernel)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("grains", GRAINS)
+def test_one_token_with_norm_and_activation(grains: str, activation: str | None) -> None:
+    torch.manual_seed(0)
+    weight = make_weight(2 * 12288 if activation else 6144, 4096, grains)
+    norm = RMSNorm(4096, 1e-6).to("cuda", torch.bfloat16)
+    norm.weight.copy_(randn(4096))
+    x = randn(1, 4096)
+    normed = rms_norm_torch(x.float(), norm.weight.float(), 1e-6)
+    expected = F.linear(normed, dequantize_fp8(weight, torch.float32))
+    if activation is not None:
+        expected = gate_mul_torch(expected, activation)
+    out = multiply_fp8(weight, x, None, Epilogue(activation=activation), norm, False)
+    assert_near(whole(out), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1000])
+@pytest.mark.parametrize("grains", GRAINS)
+def test_a_graph_computes_the_same_bits(grains: str, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    weight = make_weight(4096, 4096, grains)
+    x = randn(num_tokens, 4096)
+
+    def multiply() -> Tensor:
+        product = multiply_fp8(weight, x, None, READER_SUMS, None, True)
+        return product.values if isinstance(product, PartialSums) else product
+
+    multiply()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = multiply()
+    for _ in range(2):
+        x.copy_(randn(num_tokens, 4096) * 3)
+        graph.replay()
+        assert torch.equal(out, multiply())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [1024, 4096, 12288])
+def test_rounding(columns: int, dtype: torch.dtype) -> None:
+    """The bits of the references: of the inputs, and of a dequantised weight."""
+    torch.manual_seed(0)
+    x = randn(70, columns, dtype=dtype) * torch.exp2(randn(70, 1, dtype=dtype) * 3)
+    x[3] = 0.0
+    for group_size in (columns, 128, 32):
+        out = quantize_input(x, group_size)
+        expected = quantize_input_torch(x, group_size)
+        assert torch.equal(out.scales, expected.scales)
+        assert torch.equal(out.values.float(), expected.values.float())
+    for grains in GRAINS:
+        weight = make_weight(1040, columns, grains)
+        assert torch.equal(fp8_dequantize(weight, dtype), dequantize_fp8(weight, dtype))
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = dict(
+    std=256**-0.5,
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=512,
+    head_dim=64,
+    num_hidden_layers=3,
+)
+
+
+@pytest.fixture(scope="module", params=["blocks", "channels"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from quantized import (
+        block_config,
+        block_fp8,
+        compressed,
+        compressed_config,
+        quantize_checkpoint,
+    )
+
+    layout: Any = block_fp8(), block_config()
+    if request.param == "channels":
+        args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+        layout = compressed(args, "float-quantized"), compressed_config(args, "float-quantized")
+    saved = quantize_checkpoint(tmp_path_factory.mktemp(request.param), *layout, **SIZES)
+    checkpoint = Checkpoint(saved.path, saved.model.to("cuda"))
+    prompts = random_prompts(0, [1, 2, 17, 63, 129, 256, 300, 513], 1000)
+    return checkpoint, prompts, checkpoint.complete(prompts, 32, min_margin=2e-5)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_of_transformers(case: Any, dtype: str, eager: bool) -> None:
+    checkpoint, prompts, expected = case
+    llm = make_llm(
+        checkpoint.path,
+        device="cuda",
+        dtype=dtype,
+        enforce_eager=eager,
+        max_model_len=1024,
+        kvcache_block_size=256,
+        num_kvcache_blocks=100,
+    )
+    try:
+        runs = [
+            generate_ids(llm, prompts, greedy(32)),
+            [generate_ids(llm, [prompt], greedy(32))[0] for prompt in prompts],  # one token a step
+        ]
+    finally:
+        llm.exit()
+    for completions in runs:
+        if dtype == "float32":
+            assert completions == expected
+        else:
+            assert share_of_good_choices(checkpoint, prompts, completions) > 0.95
+
+
+def share_of_good_choices(
+    checkpoint: Checkpoint, prompts: list[list[int]], completions: list[list[int]]
+) -> float:
+    """Of the chosen tokens, each given the tokens before it, how many have a logit near the largest
+    in float32 with inputs that are not rounded.
+    """
+    good = []
+    for prompt, tokens in zip(prompts, completions, strict=True):
+        logits = checkpoint.logits(prompt + tokens)[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1)
+        good.append((logits.max(dim=1).values - chosen) / logits.std(dim=1) < 0.2)
+    return torch.cat(good).float().mean().item()
+
+
+def test_online_quantisation_runs(tmp_path: Path) -> None:
+    """`quantization="fp8"` of a checkpoint in 16 bits, in all kinds of steps."""
+    from conftest import make_checkpoint
+
+    saved = make_checkpoint(tmp_path, **SIZES)
+    checkpoint = Checkpoint(saved.path, saved.model.to("cuda"))
+    prompts = random_prompts(0, [2, 63, 129, 513], 1000)
+    llm = make_llm(
+        checkpoint.path,
+        device="cuda",
+        dtype="bfloat16",
+        quantization="fp8",
+        max_model_len=1024,
+        kvcache_block_size=256,
+        num_kvcache_blocks=100,
+    )
+    try:
+        completions = generate_ids(llm, prompts, greedy(32))
+    finally:
+        llm.exit()
+    assert share_of_good_choices(checkpoint, prompts, completions) > 0.7
