@@ -706,6 +706,23 @@ def answer_to(line: Line, options: LineOptions) -> Answer:
         return error_answer(line.number, line.data, error, options)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "a", "n": 10**400},
+        {"prompt": ["a"] * 20_000, "n": "two"},
+        {"prompt": ["a"] * 200, "n": 100},
+        {"prompt": [[1]] * 20_000},
+        {"input": ["a"] * 20_000},
+    ],
+)
+def test_a_line_cannot_ask_for_more_than_memory_holds(asked: dict[str, Any]) -> None:
+    url = "/v1/embeddings" if "input" in asked else "/v1/completions"
+    data = json.dumps({"custom_id": "a", "url": url, "body": asked}).encode()
+    with pytest.raises(LineError, match="16384 completions or vectors at most"):
+        parse_line(Line(1, data), LineOptions("m"))
+
+
 def test_a_long_custom_id_is_read_back_in_little_memory() -> None:
     start = b'{"id":"batch_req_7","custom_id":"' + b"x" * 1_000_000
     data = start + b'","response":{"status_code":200,"body":{}},"error":null}'

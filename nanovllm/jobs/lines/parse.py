@@ -30,6 +30,7 @@ KIND_OF_URL: dict[str, Kind] = {
     "/v1/embeddings": "embed",
 }
 KIND_OF_SUBJECT: dict[str, Kind] = {"messages": "chat", "prompt": "generate", "input": "embed"}
+MAX_COMPLETIONS = 16384  # of a line, or vectors; each is some kilobytes before it is run
 # max_tokens of lines in the batch form that do not say, as OpenAI and vLLM's server have it; None:
 # as many as fit. Plain lines have what SamplingParams has.
 BATCH_MAX_TOKENS: dict[Kind, int | None] = {"chat": None, "generate": 16}
@@ -207,6 +208,7 @@ class RequestParser:
         """The request of a line that asks for vectors."""
         names = list(self.fields)
         prompts = checked_prompts("input", required(self.fields, "input"))
+        check_number(len(prompts), 1)
         del self.fields["input"]
         self.check_special_tokens()
         encoding = self.fields.pop("encoding_format", "float")
@@ -261,6 +263,7 @@ class RequestParser:
         """
         given = take_params(self.fields)
         merged = {**self.usual, **self.options.recommended, **self.options.defaults, **given}
+        check_number(number, merged.get("n", 1))
         has_seed = merged.get("seed") is not None or self.options.seed is None
         try:
             if has_seed:
@@ -305,6 +308,22 @@ def checked_prompts(name: str, value: Any) -> list[Prompt]:
         code="invalid_type",
         param=name,
     )
+
+
+def check_number(num_prompts: int, n: Any) -> None:
+    """Raise for more than one line should take: they are all made at once, before the engine can
+    say that it has no memory.
+
+    n: completions of a prompt, or what the line has in this place.
+    """
+    num_completions = num_prompts * n if type(n) is int else num_prompts
+    if num_completions > MAX_COMPLETIONS:
+        raise LineError(
+            f"a line may ask for {MAX_COMPLETIONS} completions or vectors at most, prompts times "
+            f"n, not {num_prompts} times {n!r:.20}; make several lines of it",
+            code="invalid_value",
+            param="n" if n != 1 else None,
+        )
 
 
 def is_token_ids(value: Any) -> bool:
