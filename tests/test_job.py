@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,12 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
+from nanovllm.jobs.command import answer_writer
 from nanovllm.jobs.command import output as output_module
+from nanovllm.jobs.command.answer_writer import AnswerWriter
 from nanovllm.jobs.command.batch_job import BatchJob
 from nanovllm.jobs.command.cli import main, run_batch
 from nanovllm.jobs.command.cluster_job import ClusterJob
 from nanovllm.jobs.command.counts import Counts
 from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
+from nanovllm.jobs.command.output import Finished, OutputFile
 from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
 from nanovllm.jobs.lines.line import Answer
 
@@ -247,6 +251,28 @@ def test_answers_beside_the_model_are_no_other_model(tmp_path: Path) -> None:
     options = replace(options_for(tmp_path), model=str(tmp_path))
     run(options, FakePool())
     assert run(options, FakePool()).num_lines_before == 2
+
+
+def test_answers_that_wait_for_their_turn_have_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_writer, "MAX_WAITING_BYTES", 1000)
+    output = OutputFile(str(tmp_path / "out.jsonl"))
+    writer = AnswerWriter(output, Finished(), Counts(), in_order=True)
+    for number in range(1, 5):
+        writer.expect(number)
+    for number in range(2, 5):
+        writer.put(Answer(number, b"x" * 400))
+    reader = threading.Thread(target=writer.expect, args=(5,), daemon=True)
+    reader.start()
+    reader.join(0.1)
+    assert reader.is_alive() and writer.num_waiting == 3
+    writer.put(Answer(1, b"x"))
+    reader.join(30)
+    assert not reader.is_alive() and writer.num_waiting == 0
+    writer.put(Answer(5, b"x"))
+    output.close()
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 5
 
 
 def test_another_input_is_refused(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 
 from nanovllm.jobs.command.counts import Counts
 from nanovllm.jobs.command.output import Finished, Stream
 from nanovllm.jobs.lines.line import Answer
 
+MAX_WAITING_BYTES = 256 << 20  # of answers whose turn has not come
+
 
 class AnswerWriter:
     """Takes answers in any order. In order, those that come early wait for the line before them;
-    how many, is bounded by how far the pool reads ahead of its oldest unanswered line.
+    how many, is bounded by how far the pool reads ahead of its oldest unanswered line, and by
+    MAX_WAITING_BYTES: beyond, `expect` keeps the thread that reads lines waiting.
     """
 
     def __init__(self, output: Stream, finished: Finished, counts: Counts, in_order: bool) -> None:
@@ -23,6 +27,9 @@ class AnswerWriter:
         self._in_order = in_order
         self._expected: deque[int] = deque()  # numbers of lines without an answer, in order
         self._waiting: dict[int, Answer] = {}  # answers whose turn has not come
+        self._num_waiting_bytes = 0  # of them
+        self._has_room = threading.Event()  # whether that is not too many
+        self._has_room.set()
 
     @property
     def num_waiting(self) -> int:
@@ -32,6 +39,7 @@ class AnswerWriter:
     def expect(self, number: int) -> None:
         """Take down that a line is to be answered. Another thread may call this than `put`."""
         if self._in_order:
+            self._has_room.wait()  # what all others wait for was expected before, and is being run
             self._expected.append(number)
 
     def put(self, answer: Answer) -> None:
@@ -40,8 +48,15 @@ class AnswerWriter:
             self._write(answer)
             return
         self._waiting[answer.number] = answer
+        self._num_waiting_bytes += len(answer.data)
         while self._expected and self._expected[0] in self._waiting:
-            self._write(self._waiting.pop(self._expected.popleft()))
+            next_answer = self._waiting.pop(self._expected.popleft())
+            self._num_waiting_bytes -= len(next_answer.data)
+            self._write(next_answer)
+        if self._num_waiting_bytes > MAX_WAITING_BYTES:
+            self._has_room.clear()
+        elif not self._has_room.is_set():
+            self._has_room.set()
 
     def _write(self, answer: Answer) -> None:
         assert answer.number not in self._written, f"line {answer.number} is answered twice"
