@@ -149,6 +149,12 @@ def test_any_json_object(llm: LLM) -> None:
     assert all(isinstance(json.loads(text), dict) for text in ended)
 
 
+def test_the_schema_true_is_the_empty_one(llm: LLM) -> None:
+    forms = [StructuredOutputsParams(json=schema) for schema in (True, "true", {})]
+    outputs = run(llm, [of_form(form, seed=5) for form in forms])
+    assert len({tuple(ids) for ids in ids_of(outputs)}) == 1
+
+
 def test_a_schema_in_all_its_ways(llm: LLM) -> None:
     pydantic = pytest.importorskip("pydantic")
 

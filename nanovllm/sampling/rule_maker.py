@@ -238,6 +238,8 @@ def compile_grammar(structure: StructuredOutputsParams, tokenizer: Any) -> Any:
             if structure.disable_any_whitespace or pattern == "":
                 options = {"whitespace_flexible": False}
             schema = structure.json or '{"type": "object"}'
+            if schema == "true":  # any JSON; the library takes options only with an object
+                schema = "{}"
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         elif kind == "regex":
             # Digits, words and blanks are those of ASCII, as in JSON schemas.
