@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels.expert_gemv import expert_down_gemv, expert_gate_up_gemv
+from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.grouped_gemm import expert_down, expert_gate_up
 from nanovllm.kernels.moe_routing import route, route_torch
 from nanovllm.kernels.rms_norm import add_rms_norm
@@ -28,8 +29,8 @@ class MoEWeights(NamedTuple):
     """The weights of a mixture of experts on this rank, and how it chooses."""
 
     router: Tensor  # [num_experts, hidden]
-    gate_up: Tensor  # [num_experts, 2 * intermediate, hidden], gate above up
-    down: Tensor  # [num_experts, hidden, intermediate]
+    gate_up: Tensor | FP8Weight  # [num_experts, 2 * intermediate, hidden], gate above up
+    down: Tensor | FP8Weight  # [num_experts, hidden, intermediate]
     top_k: int  # experts of a token
     is_normalized: bool  # the routing weights of a token's experts are made to add up to 1
 
@@ -84,6 +85,7 @@ def moe_torch(x: Tensor, weights: MoEWeights) -> Tensor:
 
     Experts that no token has chosen are left out.
     """
+    assert not isinstance(weights.gate_up, FP8Weight) and not isinstance(weights.down, FP8Weight)
     experts, scores = route_torch(x, weights.router, weights.top_k, weights.is_normalized)
     pairs_by_expert = experts.flatten().argsort(stable=True)
     counts = experts.flatten().bincount(minlength=len(weights.router)).tolist()
