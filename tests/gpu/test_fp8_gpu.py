@@ -261,6 +261,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "blocks of experts":
         sizes.update(
             architecture="Qwen3MoeForCausalLM",
+            seed=1,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
             moe_intermediate_size=128,
             num_experts=32,
             num_experts_per_tok=8,
