@@ -15,10 +15,10 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 from tqdm import tqdm
 
-from nanovllm.jobs.line import Line
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.pool import ReplicaPool
-from nanovllm.jobs.readers import Input, open_input
+from nanovllm.jobs.lines.line import Line
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.replicas.pool import ReplicaPool
+from nanovllm.jobs.sources.readers import Input, open_input
 
 ROWS = 1000  # that are written at once
 VECTOR = pa.list_(pa.float32())

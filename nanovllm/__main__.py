@@ -2,7 +2,7 @@
 
 import sys
 
-from nanovllm.jobs.cli import main
+from nanovllm.jobs.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -64,7 +64,7 @@ class Config:
     # Id or ids that end a sequence. -1: those of generation_config.json, tokenizer and config.json.
     eos: tuple[int, ...] | int = -1
     device: Annotated[str, Choice("auto", "cuda", "cpu")] = "auto"  # "auto": CUDA if there is any
-    # Of weights, activations and KV cache. "auto": the checkpoint's, or bfloat16; on a CPU float32.
+    # Of weights and activations. "auto": the checkpoint's, or bfloat16; on a CPU float32.
     dtype: Annotated[torch.dtype, DTYPES] = "auto"  # type: ignore[assignment]
     # Of the KV cache; "auto": FP8 (e4m3) if the checkpoint was calibrated for that, else `dtype`.
     kv_cache_dtype: Annotated[torch.dtype, KV_CACHE_DTYPES] = "auto"  # type: ignore[assignment]

@@ -31,6 +31,11 @@ from nanovllm.kernels import (
     grouped_gemm,
     gumbel,
     hopper_prefill,
+    int4_dequantize,
+    int4_expert_gemv,
+    int4_gemm,
+    int4_gemv,
+    int4_grouped_gemm,
     moe,
     moe_routing,
     norm_rope_store,
@@ -51,6 +56,8 @@ from nanovllm.kernels import (
     varlen_prefill,
 )
 from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.int4_config import Int4GemmConfig
+from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.sharing.copy_on_write import BlockCopy
 
 HIDDEN, HEADS, KV_HEADS, DIM, EPS = 4096, 8, 2, 128, 1e-6
@@ -144,6 +151,57 @@ def compile_shared_prefixes() -> None:
         )
 
 
+def int4_weight(
+    group_size: int, is_symmetric: bool, in_size: int = HIDDEN, out_size: int = 256
+) -> Int4Weight:
+    groups = in_size // group_size
+    return Int4Weight(
+        packed=torch.empty(out_size, packed_width(in_size), dtype=torch.int16),
+        scales=numbers(out_size, groups, dtype=torch.float16),
+        zero_points=None if is_symmetric else numbers(out_size, groups, dtype=torch.uint8),
+        in_size=in_size,
+        group_size=group_size,
+    )
+
+
+def compile_int4() -> None:
+    """INT4 weights: groups in one block, of a whole block, and over several; columns in order or
+    not, and a row that does not fill its last block.
+    """
+    how = {torch.bfloat16: int4_gemm.BFLOAT16, torch.float16: int4_gemm.FLOAT16}
+    for module in (int4_gemm, int4_grouped_gemm):
+        module.dequantization = lambda x: how[x.dtype]
+    norm = numbers(HIDDEN)
+    for weight in (
+        int4_weight(32, is_symmetric=False),
+        int4_weight(HIDDEN, is_symmetric=True),
+        int4_weight(192, is_symmetric=False, in_size=960),
+    ):
+        x = numbers(16, weight.in_size)
+        weights = {"norm_weight": norm[: weight.in_size], "eps": EPS}
+        int4_gemv.int4_gemv(x[:1], weight, numbers(256), **weights, residual=numbers(1, 256))
+        int4_dequantize.int4_dequantize(weight, torch.bfloat16)
+        int4_gemm.int4_gemm(x, weight, numbers(256))
+    weight = int4_weight(128, is_symmetric=True)
+    int4_gemv.int4_gemv(numbers(1, HIDDEN).half(), weight)
+    ordered = weight._replace(column_order=ints(HIDDEN))
+    int4_gemv.int4_gemv(numbers(1, HIDDEN), ordered, None, norm, EPS, activation="silu")
+    for tokens, rows in ((16, 128), (64, 64), (128, 64)):
+        config = Int4GemmConfig(tokens, rows, splits=4, num_warps=4, num_stages=4)
+        int4_gemm.int4_gemm(numbers(tokens, HIDDEN), weight, config=config)
+    int4_gemm.int4_gemm(numbers(32, HIDDEN).half(), weight)
+    experts = moe.MoEWeights(
+        router=numbers(16, 2048),
+        gate_up=int4_weight(128, True, in_size=2048, out_size=16 * 2 * 768),
+        down=int4_weight(64, False, in_size=768, out_size=16 * 2048),
+        top_k=8,
+        is_normalized=True,
+    )
+    moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
+    for num_tokens in (2, 200):  # tiles of 16 and 64 pairs
+        moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+
+
 def compile_fp8_cache() -> None:
     """Everything that stores to a KV cache in FP8, or attends from it."""
     scales = KVScales(0.5, 0.25)
@@ -230,6 +288,11 @@ def main() -> None:
         gemv,
         grouped_gemm,
         gumbel,
+        int4_dequantize,
+        int4_expert_gemv,
+        int4_gemm,
+        int4_gemv,
+        int4_grouped_gemm,
         moe_routing,
         norm_rope_store,
         paged_decode,
@@ -308,6 +371,7 @@ def main() -> None:
     compile_attention_options()
     compile_gluon()
     compile_shared_prefixes()
+    compile_int4()
     compile_fp8_cache()
     compile_fp8()
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.jobs.answers import error_answer
-from nanovllm.jobs.line import Answer, Line, LineError
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.parse import parse_line
+from nanovllm.jobs.lines.answers import error_answer
+from nanovllm.jobs.lines.line import Answer, Line, LineError
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.parse import parse_line
 
 WINDOW = 8  # most lines between the oldest that is unanswered and the newest that was read
 

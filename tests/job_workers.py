@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nanovllm.jobs.line import Answer, Line
+from nanovllm.jobs.lines.line import Answer, Line
 
 
 class FakeWorker:

@@ -34,6 +34,7 @@ from test_pooling import write_modules
 from nanovllm import DEMO_MODEL, AsyncLLM, EngineError, SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.jobs.tickets import Streamed
+from nanovllm.text.detokenizer import Detokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 PROMPTS = random_prompts(4, [5, 9, 20, 7, 33, 16, 1, 12])
@@ -374,6 +375,36 @@ def test_a_slow_reader_gets_all_tokens_in_few_parts(llm: AsyncLLM) -> None:
     assert [token_id for part in parts for token_id in part.token_ids] == want.token_ids
     assert len(parts) == len(streams) < 40
     assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+
+
+def test_a_stream_that_cannot_be_decoded_fails_alone(
+    demo: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (want,) = generate(demo, ["Hello"], greedy(20))
+    take = Detokenizer.take
+    spoilt: list[Detokenizer] = []  # the first one that is asked
+
+    def fail(self: Detokenizer, is_last: bool) -> str:
+        spoilt.append(self)
+        if self is spoilt[0]:
+            raise ValueError("of a tokenizer")
+        return take(self, is_last)
+
+    async def read() -> list[int]:
+        parts = demo.stream("Hello", greedy(20))
+        return [token_id async for part in parts for token_id in part.token_ids]
+
+    async def work() -> list[Any]:
+        calls = [read(), read(), demo.generate("Hello", greedy(20))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    monkeypatch.setattr(Detokenizer, "take", fail)
+    *streams, result = asyncio.run(work())
+    (failed,) = [outcome for outcome in streams if isinstance(outcome, Exception)]
+    assert isinstance(failed, ValueError) and "of a tokenizer" in str(failed)
+    streams.remove(failed)
+    assert streams == [want.token_ids] and result.token_ids == want.token_ids
+    wait_until_idle(demo)
 
 
 # --- callbacks, and what they do to the thread ----------------------------------------------------

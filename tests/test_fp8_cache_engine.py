@@ -12,6 +12,7 @@ import torch
 from conftest import (
     Checkpoint,
     assert_idle,
+    edit_json,
     generate_ids,
     greedy,
     make_checkpoint,
@@ -263,6 +264,22 @@ def test_scales_by_other_names(
     make_checkpoint(tmp_path, seed=5)
     add_scales(tmp_path, names)
     llm = make_llm(str(tmp_path), kv_cache_dtype="fp8_e4m3")
+    assert generate_ids(llm, prompts[:3], greedy(NUM_TOKENS)) == expected[:3]
+    llm.exit()
+
+
+def test_a_checkpoint_can_ask_for_it(
+    tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """As compressed-tensors writes it where nothing but the cache is quantised."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+    said = quantization.QuantizationConfig(config_groups={}, kv_cache_scheme=scheme)
+    make_checkpoint(tmp_path, seed=5)
+    add_scales(tmp_path, ("k_scale", "v_scale"))
+    edit_json(tmp_path / "config.json", quantization_config=said.model_dump(mode="json"))
+    llm = make_llm(str(tmp_path))
+    assert llm.config.kv_cache_dtype == FP8
     assert generate_ids(llm, prompts[:3], greedy(NUM_TOKENS)) == expected[:3]
     llm.exit()
 

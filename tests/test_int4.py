@@ -201,6 +201,7 @@ def configure(checkpoint: Checkpoint, **changes: Any) -> None:
         ("gptq", {"lm_head": True}, "lm_head True"),
         ("gptq", {"dynamic": {".*down.*": {"bits": 8}}}, r"dynamic '\.\*down\.\*'"),
         ("gptq", {"sym": "yes"}, "sym 'yes'"),
+        ("gptq", {"modules_in_block_to_quantize": ["mlp.up_proj"]}, "in a list, not by 'mlp.up_"),
         ("packed", pack_quantized_config(64, strategy="tensor"), "strategy 'tensor'"),
         ("packed", pack_quantized_config(64, num_bits=8), "pack-quantized of 8-bit int"),
         ("packed", pack_quantized_config(64, actorder="odd"), "actorder 'odd'"),
@@ -256,6 +257,17 @@ def test_tensors_are_refused_by_name(
     checkpoint = make(tmp_path, layout)
     rewrite(checkpoint, change)
     refused(checkpoint, match)
+
+
+def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
+    """Checkpoints of AutoGPTQ's first year have them for every layer."""
+    checkpoint = make(tmp_path, "gptq")
+    expected = load(checkpoint.path).state_dict()
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(128)}))
+    for name, param in load(checkpoint.path).state_dict().items():
+        assert torch.equal(param, expected[name])
+    rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
+    refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
 
 
 def test_a_rank_must_have_whole_groups(tmp_path: Path) -> None:
@@ -330,7 +342,7 @@ def test_each_layout_is_read(
     assert torch.equal(weight_format.dequantize(layer, torch.float32), expected)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", ["awq-64", "gptq-desc-act", "packed", "packed-channel"])
 def test_random_weights(layout: str, tmp_path: Path) -> None:
     """`load_format="dummy"` rounds normal weights: to 7 or 15 steps a group, so within one step."""
     checkpoint = make(tmp_path, layout)
@@ -338,3 +350,13 @@ def test_random_weights(layout: str, tmp_path: Path) -> None:
     assert isinstance(layer.weight_format, Int4)
     weight = layer.weight_format.dequantize(layer, torch.float32)
     assert 0.015 < weight.std() < 0.025 and len(weight.unique()) > 1000
+
+
+def test_random_weights_of_a_rank_that_holds_half_a_group(tmp_path: Path) -> None:
+    """96 of 192 columns, in groups of 64."""
+    checkpoint = make(tmp_path, "packed")
+    with tensor_parallel(1, 2):
+        model = load(checkpoint.path, load_format="dummy")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer.weight_format, Int4) and layer.group_size == 32
+    assert 0.015 < layer.weight_format.dequantize(layer, torch.float32).std() < 0.025

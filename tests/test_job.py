@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
-from nanovllm.jobs.batch_job import BatchJob
-from nanovllm.jobs.cli import main, run_batch
-from nanovllm.jobs.counts import Counts
-from nanovllm.jobs.job_options import JobOptions, JobStopped, UsageError
-from nanovllm.jobs.line import Answer
-from nanovllm.jobs.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.command.batch_job import BatchJob
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.cluster_job import ClusterJob
+from nanovllm.jobs.command.counts import Counts
+from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
+from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.lines.line import Answer
 
 GOOD = b'{"prompt": "Hello"}'
 BROKEN = b'{"prompt": '
@@ -241,6 +242,14 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
         run(options_for(tmp_path), FakePool())
 
 
+def test_a_cluster_writes_no_answers_into_the_input(tmp_path: Path) -> None:
+    write_input(tmp_path, [GOOD])
+    for output in (tmp_path, tmp_path / "answers"):
+        options = replace(options_for(tmp_path), input=str(tmp_path), output=str(output))
+        with pytest.raises(UsageError, match="would be part of the input"):
+            ClusterJob(replace(options, use_ray=True))
+
+
 def test_an_input_that_ends_too_early_stops_the_job_after_what_there_is(tmp_path: Path) -> None:
     import gzip
 
@@ -422,8 +431,8 @@ TO_STDOUT = """
 import sys
 from dataclasses import replace
 from fake_pool import FakePool
-from nanovllm.jobs.cli import main, run_batch
-from nanovllm.jobs.job_options import JobOptions
+from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.job_options import JobOptions
 
 class Noisy(FakePool):
     def answer(self, line):
@@ -503,7 +512,7 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], name: str) 
 
 WITHOUT_TORCH = """
 import json, sys
-from nanovllm.jobs.cli import main
+from nanovllm.jobs.command.cli import main
 for arguments in json.loads(sys.stdin.read()):
     try:
         main(arguments)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from nanovllm.jobs.dispatcher import MIN_RESERVE, Dispatcher
-from nanovllm.jobs.line import Answer, Line
-from nanovllm.jobs.look_ahead import LookAhead, prefix_keys
-from nanovllm.jobs.suspects import MAX_RERUNS
-from nanovllm.jobs.task import Task
+from nanovllm.jobs.lines.line import Answer, Line
+from nanovllm.jobs.replicas.dispatcher import MIN_RESERVE, Dispatcher
+from nanovllm.jobs.replicas.look_ahead import LookAhead, prefix_keys
+from nanovllm.jobs.replicas.suspects import MAX_RERUNS
+from nanovllm.jobs.replicas.task import Task
 
 BLOCK_SIZE = 16  # so the levels of prefixes are 64, 128, 192, 256, 384, ... bytes
 

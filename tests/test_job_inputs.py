@@ -24,14 +24,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.jobs.line import Line, LineError
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.parse import parse_line
-from nanovllm.jobs.readers import Input, open_input
+from nanovllm.jobs.lines.line import Line, LineError
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.parse import parse_line
+from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES
 from nanovllm.jobs.sources import line_files
 from nanovllm.jobs.sources.compressed import open_decompressed
+from nanovllm.jobs.sources.readers import Input, open_input
 from nanovllm.jobs.sources.rows import row_data
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
@@ -80,7 +80,7 @@ def test_shards_share_all_lines(tmp_path: Path) -> None:
     assert [shard.total for shard in shards] == [len(lines) for lines in found]
     assert [set(lines) for lines in found] == [{3, 6, 9}, {1, 4, 7, 10}, {2, 5, 8, 11}]
     assert {**found[0], **found[1], **found[2]} == {i: b"%d" % i for i in range(1, 12)}
-    only = [line.number for line in shards[0].lines(lambda number: number != 6)]
+    only = [line.number for line in shards[0].source.lines(lambda number: number in (3, 9))]
     assert only == [3, 9]
     for index in range(1, 4):
         empty = open_input(write(tmp_path / "empty", b""), (index, 3))
@@ -229,8 +229,8 @@ def test_a_pipe_is_read_as_it_comes(tmp_path: Path) -> None:
 def test_stdin_is_read_without_pytorch() -> None:
     program = (
         "import sys\n"
-        "from nanovllm.jobs.answers import answered, error_answer\n"
-        "from nanovllm.jobs.readers import open_input\n"
+        "from nanovllm.jobs.lines.answers import answered, error_answer\n"
+        "from nanovllm.jobs.sources.readers import open_input\n"
         "print([line.number for line in open_input('-', (1, 2))])\n"
         "print('torch' in sys.modules, 'pyarrow' in sys.modules, 'datasets' in sys.modules)\n"
     )
@@ -344,7 +344,7 @@ def test_rows_of_tables_are_lines(tmp_path: Path) -> None:
         chosen = [i for i in expected if i % 7 == 1]
         assert shard.total == len(chosen)
         assert list(numbered(shard)) == chosen, name
-        some = {line.number: line.data for line in opened.lines(lambda number: number > 149)}
+        some = {line.number: line.data for line in opened.source.lines(lambda number: number > 149)}
         assert some == {150: b'{"id":150}'}, name
 
 

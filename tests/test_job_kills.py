@@ -18,12 +18,12 @@ import pytest
 
 from nanovllm import DEMO_MODEL
 from nanovllm.jobs.async_llm import AsyncLLM
-from nanovllm.jobs.line import Answer
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.line_worker import LineWorker
-from nanovllm.jobs.lines_to_run import LinesToRun
-from nanovllm.jobs.numbers import NumberSet
-from nanovllm.jobs.readers import open_input
+from nanovllm.jobs.command.lines_to_run import LinesToRun
+from nanovllm.jobs.command.numbers import NumberSet
+from nanovllm.jobs.lines.line import Answer
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.line_worker import LineWorker
+from nanovllm.jobs.sources.readers import open_input
 
 NUM_MOMENTS = int(os.environ.get("NANOVLLM_KILL_MOMENTS", "2"))
 LINES_PER_MOMENT = 100

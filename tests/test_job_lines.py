@@ -17,13 +17,13 @@ from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 
 from nanovllm import DEMO_MODEL, LLM, PoolingParams, SamplingParams
-from nanovllm.jobs import json_text
-from nanovllm.jobs.answers import answer, answered, error_answer
-from nanovllm.jobs.line import Answer, Line, LineError
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.line_request import LineRequest
-from nanovllm.jobs.parse import parse_line
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES, unreadable
+from nanovllm.jobs.lines import json_text
+from nanovllm.jobs.lines.answers import answer, answered, error_answer
+from nanovllm.jobs.lines.line import Answer, Line, LineError
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.line_request import LineRequest
+from nanovllm.jobs.lines.parse import parse_line
+from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES, unreadable
 from nanovllm.pooling.results import EmbeddingRequestOutput
 from nanovllm.results import CompletionOutput, RequestOutput, TokenLogprobs
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.jobs import output as output_module
-from nanovllm.jobs.output import (
+from nanovllm.jobs.command import output as output_module
+from nanovllm.jobs.command.output import (
     REWRITTEN,
     OutputError,
     OutputFile,
@@ -139,7 +139,7 @@ def test_parts_that_are_in_order_are_merged(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     first = open_file(path)
-    code = f"from nanovllm.jobs.output import open_output; open_output({str(path)!r})"
+    code = f"from nanovllm.jobs.command.output import open_output; open_output({str(path)!r})"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode == 1 and "another process writes" in second.stderr
     first.close()
@@ -161,7 +161,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, signal, sys
-from nanovllm.jobs.output import OutputError, open_output
+from nanovllm.jobs.command.output import OutputError, open_output
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 output = open_output(sys.argv[1])
@@ -225,6 +225,17 @@ def test_outputs_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> 
     for path in ("-", "/dev/null", str(tmp_path / "out.jsonl")):
         check_output(path, str(source))
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "link.jsonl"]
+
+
+def test_an_output_that_would_become_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    (tmp_path / "link.jsonl").symlink_to(source / "out.jsonl")
+    for name in ("in/out.jsonl", "in/deeper/../out.jsonl", "link.jsonl"):
+        with pytest.raises(OutputError, match="would be part of the input"):
+            check_output(str(tmp_path / name), str(source))
+    for name in ("out.jsonl", "in/deeper/out.jsonl"):
+        check_output(str(tmp_path / name), str(source))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

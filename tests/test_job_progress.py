@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from nanovllm.jobs import counts as counts_module
-from nanovllm.jobs import job_progress as job_progress_module
-from nanovllm.jobs.counts import Counts, duration
-from nanovllm.jobs.job_progress import job_progress
-from nanovllm.jobs.line import Answer
+from nanovllm.jobs.command import counts as counts_module
+from nanovllm.jobs.command import job_progress as job_progress_module
+from nanovllm.jobs.command.counts import Counts, duration
+from nanovllm.jobs.command.job_progress import job_progress
+from nanovllm.jobs.lines.line import Answer
 
 
 class Clock:

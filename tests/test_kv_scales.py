@@ -37,6 +37,7 @@ def configured(**quantization: Any) -> Any:
         ("auto", dict(kv_cache_scheme=None), torch.bfloat16),
         ("auto", dict(kv_cache_scheme=SCHEME), FP8),
         ("auto", dict(kv_cache_scheme=dict(num_bits=8, type="float", dynamic=False)), FP8),
+        ("auto", dict(kv_cache_scheme="static"), FP8),
         ("auto", dict(kv_cache_quant_algo="FP8"), FP8),
         ("auto", dict(quantization=dict(kv_cache_quant_algo="FP8")), FP8),
         ("auto", dict(quantization=dict(kv_cache_quant_algo=None)), torch.bfloat16),
@@ -57,6 +58,7 @@ def test_the_dtype_of_the_cache(asked_for: str, said: Any, expected: torch.dtype
         ("auto", dict(kv_cache_scheme={**SCHEME, "type": "int"}), r"{'type': 'int'}.*'bfloat16'"),
         ("auto", dict(kv_cache_scheme={**SCHEME, "strategy": "attn_head"}), "attn_head"),
         ("auto", dict(kv_cache_scheme={**SCHEME, "symmetric": False}), "'symmetric': False"),
+        ("auto", dict(kv_cache_scheme="int8"), "kv_cache_scheme 'int8' is not supported"),
         ("auto", dict(kv_cache_quant_algo="NVFP4"), "'NVFP4' is not supported, only 'FP8'"),
     ],
 )

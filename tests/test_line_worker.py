@@ -13,10 +13,10 @@ import pytest
 from conftest import assert_idle, engine_options, greedy
 
 from nanovllm import DEMO_MODEL, AsyncLLM, SamplingParams
-from nanovllm.jobs import line_worker
-from nanovllm.jobs.line import ENGINE_FAILED, Answer, Line
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.line_worker import LineWorker
+from nanovllm.jobs.lines import line_worker
+from nanovllm.jobs.lines.line import ENGINE_FAILED, Answer, Line
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.line_worker import LineWorker
 
 SECONDS = 60
 OPTIONS = LineOptions("the-model", defaults={"temperature": 0, "max_tokens": 12})

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
-from nanovllm.jobs.cli_options import Parser, RunBatchOptions
+from nanovllm.jobs.command.cli_options import Parser, RunBatchOptions
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nanovllm.jobs.line import Answer, Line, LineError
-from nanovllm.jobs.line_options import LineOptions
-from nanovllm.jobs.parse import parse_line
-from nanovllm.jobs.rows import (
+from nanovllm.jobs.lines.line import Answer, Line, LineError
+from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.parse import parse_line
+from nanovllm.jobs.ray.rows import (
     BATCH_FORM_COLUMNS,
     PLAIN_COLUMNS,
     RowAnswer,

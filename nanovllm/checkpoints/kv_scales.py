@@ -74,7 +74,14 @@ def was_calibrated(hf_config: PretrainedConfig, dtype: torch.dtype) -> bool:
         return False
     remedy = f"pass kv_cache_dtype={name_of(dtype)!r} or 'fp8'"
     scheme = said.get("kv_cache_scheme")  # compressed-tensors, and ModelOpt
+    if scheme == "static":  # AutoFP8, which knows one only
+        return True
     if scheme is not None:
+        if not isinstance(scheme, dict):
+            raise ValueError(
+                f"the checkpoint's kv_cache_scheme {scheme!r} is not supported, only 'static' or a "
+                f"dict; {remedy}"
+            )
         wanted: dict[str, Any] = dict(type="float", num_bits=8, strategy="tensor", symmetric=True)
         differing = {
             name: scheme[name]

@@ -36,8 +36,6 @@ def allocate_kv_cache(config: Config, layers: list[Attention], device: torch.dev
     for index, layer in enumerate(layers):
         layer.k_cache = kv_cache[0, index]
         layer.v_cache = kv_cache[1, index]
-        if config.kv_cache_dtype != config.dtype:
-            layer.options = layer.options.with_fp8_cache(layer.kv_scales)
     return kv_cache
 
 

@@ -112,6 +112,8 @@ class ModelRunner:
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         for layer in self.attention_layers:
             layer.backend = self.backend
+            if config.kv_cache_dtype != config.dtype:
+                layer.options = layer.options.with_fp8_cache(layer.kv_scales)
         self.attention_layers[-1].only_last_tokens = True
 
     def allocate_tables(self) -> None:

@@ -69,10 +69,11 @@ class EngineOwner:
 
     def check_open(self) -> None:
         """Raise an EngineError if there will be no more results."""
-        if self.failure is not None:
-            raise EngineError(f"{ENDED}: {self.failure!r}") from self.failure
         if self._is_closing or self._has_ended:
-            raise EngineError(CLOSED)
+            raise EngineError(self._reason()) from self.failure
+
+    def _reason(self) -> str:
+        return CLOSED if self.failure is None else f"{ENDED}: {self.failure!r}"
 
     def send(self, ticket: Ticket) -> None:
         """Have a ticket queued, or aborted if it was dropped. This never waits."""
@@ -219,7 +220,7 @@ class EngineOwner:
     def _end(self) -> None:
         """Leave nobody waiting, and free the engine's memory."""
         self._has_ended = True
-        self._fail_all(CLOSED)
+        self._fail_all(self._reason())
         self._refuse_inbox()
         if self._is_closing:  # an engine that is not referred to any more frees it itself
             with suppress(Exception):  # after a CUDA error every call raises it again
@@ -239,7 +240,7 @@ class EngineOwner:
             if ticket.is_dropped:
                 self._tell(ticket.acknowledge)
             else:
-                self._tell(ticket.fail, EngineError(CLOSED))
+                self._tell(ticket.fail, EngineError(self._reason()))
 
 
 @exclusive
@@ -265,4 +266,8 @@ def exchange(llm: LLM, scheduler: Scheduler, dropped: list[Ticket], new: list[Ti
 def send_parts(llm: LLM, streams: list[Streamed]) -> None:
     """Send what the last step has added to streams."""
     for stream in streams:
-        stream.send_parts()
+        try:
+            stream.send_parts()
+        except Exception as error:  # of a tokenizer, which must not be the others' failure
+            stream.fail(error)
+            stream.drop()

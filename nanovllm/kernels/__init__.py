@@ -5,8 +5,9 @@
 - `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
   Hopper; `_gluon`: what these two share
 - `projection_norm`: q-norm and k-norm over all heads together
-- `int4_layout`: how INT4 weights lie in memory
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
+- `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
+  `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence

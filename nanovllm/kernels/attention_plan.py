@@ -86,5 +86,7 @@ class AttentionOptions:
         return None if self.kv_scales is None else self.kv_scales.v
 
     def with_fp8_cache(self, scales: KVScales) -> AttentionOptions:
-        """The same for a layer whose cache is FP8, with these scales."""
+        """The same for a layer whose cache is FP8, with these scales. It is to be set before the
+        first step, since the warm-up compiles the kernels that requests will need.
+        """
         return replace(self, scale=self.scale * scales.k, kv_scales=scales)

@@ -46,6 +46,11 @@ def dot_dtype(q: Tensor, keys: Tensor) -> Any:
     return tl.bfloat16
 
 
+def unpacks_natively(q: Tensor) -> bool:
+    """Whether `unpack_pairs` is to use the GPU's own instructions, which make fp16."""
+    return q.is_cuda and q.dtype != torch.float32
+
+
 @triton.jit
 def as_operand(q, DTYPE: tl.constexpr):
     """Return q in `dot_dtype`. What fp16 cannot hold becomes its largest number, and not inf."""

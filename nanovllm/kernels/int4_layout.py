@@ -37,6 +37,8 @@ class Int4Weight(NamedTuple):
     zero_points: Tensor | None  # [out, groups] uint8, from 0 to 16; None: 8 everywhere
     in_size: int  # columns; a last block may hold fewer than 128
     group_size: int  # columns of a group: a multiple of 32, or there is one group a row
+    # [in] int32: the column of x that each is multiplied with; None: they are in order.
+    column_order: Tensor | None = None
 
     @property
     def out_size(self) -> int:
@@ -47,6 +49,13 @@ class Int4Weight(NamedTuple):
 def packed_width(in_size: int) -> int:
     """Return how many 16-bit numbers hold a row of so many columns."""
     return -(-in_size // BLOCK) * STRIPE
+
+
+def positions_per_group(group_size: int, in_size: int) -> int:
+    """Return how many of a block's four steps, one after the other, are surely of one group."""
+    if group_size % BLOCK == 0 or group_size >= in_size:
+        return 4
+    return 2 if group_size % (2 * STRIPE) == 0 else 1
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -71,11 +80,19 @@ def unpack_int4(packed: Tensor, in_size: int) -> Tensor:
 
 
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
-    """Return the matrix `[out, in]`, computed in float32: what the kernels multiply with."""
+    """Return the matrix `[out, in]`, computed in float32: the reference of all kernels.
+
+    Its columns are those of x, in whatever order they are packed.
+    """
     values = unpack_int4(weight.packed, weight.in_size).float()
     group = torch.arange(weight.in_size, device=values.device) // weight.group_size
     if weight.zero_points is None:
         values -= SYMMETRIC_ZERO
     else:
         values -= weight.zero_points[:, group].float()
-    return values.mul_(weight.scales[:, group].float()).to(dtype)
+    matrix = values.mul_(weight.scales[:, group].float()).to(dtype)
+    if weight.column_order is None:
+        return matrix
+    ordered = torch.empty_like(matrix)
+    ordered[:, weight.column_order.long()] = matrix
+    return ordered

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from nanovllm.kernels.expert_gemv import expert_down_gemv, expert_gate_up_gemv
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.grouped_gemm import expert_down, expert_gate_up
+from nanovllm.kernels.int4_expert_gemv import int4_expert_down_gemv, int4_expert_gate_up_gemv
+from nanovllm.kernels.int4_grouped_gemm import int4_expert_down, int4_expert_gate_up
+from nanovllm.kernels.int4_layout import Int4Weight
 from nanovllm.kernels.moe_routing import route, route_torch
 from nanovllm.kernels.rms_norm import add_rms_norm
 
@@ -29,8 +32,8 @@ class MoEWeights(NamedTuple):
     """The weights of a mixture of experts on this rank, and how it chooses."""
 
     router: Tensor  # [num_experts, hidden]
-    gate_up: Tensor | FP8Weight  # [num_experts, 2 * intermediate, hidden], gate above up
-    down: Tensor | FP8Weight  # [num_experts, hidden, intermediate]
+    gate_up: Tensor | FP8Weight | Int4Weight  # [num_experts, 2 * intermediate, hidden]: gate, up
+    down: Tensor | FP8Weight | Int4Weight  # [num_experts, hidden, intermediate]; stored alike
     top_k: int  # experts of a token
     is_normalized: bool  # the routing weights of a token's experts are made to add up to 1
 
@@ -41,6 +44,11 @@ def moe_partial_sums(x: Tensor, weights: MoEWeights) -> Tensor:
     x: `[n, hidden]`, contiguous, n >= 2.
     """
     routing = route(x, weights.router, weights.top_k, weights.is_normalized)
+    if isinstance(weights.gate_up, Int4Weight):
+        assert isinstance(weights.down, Int4Weight)
+        activation = int4_expert_gate_up(x, weights.gate_up, routing)
+        return int4_expert_down(activation, weights.down, routing)
+    assert not isinstance(weights.down, Int4Weight)
     activation = expert_gate_up(x, weights.gate_up, routing)
     return expert_down(activation, weights.down, routing)
 
@@ -58,6 +66,11 @@ def moe_gemv(
     norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first, or None.
     """
     routing = route(x, weights.router, weights.top_k, weights.is_normalized, norm_weight, eps)
+    if isinstance(weights.gate_up, Int4Weight):
+        assert isinstance(weights.down, Int4Weight)
+        activation = int4_expert_gate_up_gemv(x, weights.gate_up, routing, norm_weight, eps)
+        return int4_expert_down_gemv(activation, weights.down, routing, residual)
+    assert not isinstance(weights.down, Int4Weight)
     activation = expert_gate_up_gemv(x, weights.gate_up, routing, norm_weight, eps)
     return expert_down_gemv(activation, weights.down, routing, residual)
 
@@ -85,11 +98,12 @@ def moe_torch(x: Tensor, weights: MoEWeights) -> Tensor:
 
     Experts that no token has chosen are left out.
     """
-    assert not isinstance(weights.gate_up, FP8Weight) and not isinstance(weights.down, FP8Weight)
     experts, scores = route_torch(x, weights.router, weights.top_k, weights.is_normalized)
     pairs_by_expert = experts.flatten().argsort(stable=True)
     counts = experts.flatten().bincount(minlength=len(weights.router)).tolist()
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    quantized = (FP8Weight, Int4Weight)
+    assert not isinstance(weights.gate_up, quantized) and not isinstance(weights.down, quantized)
     for expert, pairs in enumerate(pairs_by_expert.split(counts)):
         if not len(pairs):
             continue

@@ -23,7 +23,13 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig, decode_config
-from nanovllm.kernels.fp8_cache import as_bytes, as_operand, dot_dtype, unpack_pairs
+from nanovllm.kernels.fp8_cache import (
+    as_bytes,
+    as_operand,
+    dot_dtype,
+    unpack_pairs,
+    unpacks_natively,
+)
 from nanovllm.kernels.torch_attention import masked_attention
 
 
@@ -301,7 +307,7 @@ def paged_decode(
         BLOCK_N=config.block_n,
         WINDOW=window or 0,
         DOT_DTYPE=dot_dtype(q, k_cache),
-        NATIVE=q.is_cuda and q.itemsize == 2,
+        NATIVE=unpacks_natively(q),
         STAGES=config.num_stages,
         # In float32 the q that the loop carries would not stay in registers.
         READ_AHEAD=q.itemsize == 2,

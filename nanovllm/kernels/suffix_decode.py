@@ -18,7 +18,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.decode_config import DecodeConfig
-from nanovllm.kernels.fp8_cache import as_operand, dot_dtype, unpack_pairs
+from nanovllm.kernels.fp8_cache import as_operand, dot_dtype, unpack_pairs, unpacks_natively
 from nanovllm.kernels.paged_decode import _divide_tiles
 from nanovllm.kernels.prefix_tensors import PartialResults, SharedPrefixes
 
@@ -256,7 +256,7 @@ def attend_to_suffixes(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_N=config.block_n,
         DOT_DTYPE=dot_dtype(q, k_cache),
-        NATIVE=q.is_cuda and q.itemsize == 2,
+        NATIVE=unpacks_natively(q),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,

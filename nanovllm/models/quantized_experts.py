@@ -72,8 +72,8 @@ class ExpertMatrices(nn.Module):
             self.load("weight", ExpertPart(loaded, expert, part * rows, shard.full_shape), shard)
 
     def weights_for(self, x: Tensor) -> Any:
-        """The weights to multiply x with: a tensor `[experts, rows, in]`, or what the kernels of
-        kernels/moe.py take in its place; on a CPU something that has those of expert e at index e.
+        """The weights to multiply x with, as a format's kernels take them, or dequantised: a tensor
+        `[experts, rows, in]`, or on a CPU something that has those of expert e at index e.
         """
         if not x.is_cuda:
             return DequantizedExperts(self, x)

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.kernels.int4_layout import (
     STRIPE,
     SYMMETRIC_ZERO,
@@ -25,6 +27,12 @@ from nanovllm.kernels.int4_layout import (
     unpack_int4,
 )
 from nanovllm.quantization.fp8_blocks import grain
+from nanovllm.quantization.int4_matmul import (
+    Int4Kernel,
+    choose_int4_kernel,
+    dequantize_on_gpu,
+    multiply_int4,
+)
 from nanovllm.quantization.quantized import (
     ALL_ROWS,
     QuantizedFormat,
@@ -32,7 +40,8 @@ from nanovllm.quantization.quantized import (
     read_scales,
     register,
 )
-from nanovllm.quantization.weight_format import Shard
+from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, Shard
+from nanovllm.utils.context import get_context
 
 SCALE_TENSORS = ("F16", "BF16", "F32")
 WHOLE_ROW = -1  # as a group size: one group a row
@@ -206,7 +215,7 @@ class Int4(QuantizedFormat):
     # --- the weight ---
 
     def weight_of(self, layer: Any, rows: slice = ALL_ROWS) -> Int4Weight:
-        """The matrix as the kernels take it, or some rows of it; columns in `column_order`."""
+        """The matrix as the kernels take it, or some rows of it."""
         zero_points = layer.zero_points
         return Int4Weight(
             packed=layer.packed[rows],
@@ -214,23 +223,42 @@ class Int4(QuantizedFormat):
             zero_points=None if zero_points is None else zero_points[rows],
             in_size=layer.input_columns,
             group_size=layer.group_size,
+            column_order=layer.column_order if layer.is_sorted else None,
         )
 
     def dequantize(self, layer: Any, dtype: torch.dtype, rows: slice = ALL_ROWS) -> Tensor:
         """The columns are those of the input."""
-        weight = dequantize_int4(self.weight_of(layer, rows), dtype)
-        if not layer.is_sorted:
-            return weight
-        ordered = torch.empty_like(weight)
-        ordered[:, layer.column_order.long()] = weight
-        return ordered
+        weight = self.weight_of(layer, rows)
+        if weight.packed.is_cuda:
+            return dequantize_on_gpu(weight, dtype)
+        return dequantize_int4(weight, dtype)
+
+    def expert_weights(self, layer: Any, dtype: torch.dtype, num_experts: int) -> Any:
+        """All experts' matrices, one below the other, as they are."""
+        return self.weight_of(layer)
+
+    def applies_activation(self, layer: Any, x: Tensor) -> bool:
+        """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
+        kernel = choose_int4_kernel(x)
+        if kernel is Int4Kernel.DEQUANTIZE:
+            return can_fuse_gate(x, layer.packed, get_context().in_graph)
+        return kernel is Int4Kernel.GEMV
+
+    def matmul(
+        self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
+    ) -> Tensor | PartialSums:
+        """Multiply by the kernel that `choose_int4_kernel` names; see `WeightFormat.matmul`."""
+        if not x.is_cuda:
+            return super().matmul(layer, x, bias, epilogue, norm)
+        return multiply_int4(self.weight_of(layer), x, bias, epilogue, norm)
 
     def quantize(self, layer: Any, weight: Tensor, shard: Shard) -> None:
         """Round to the nearest, with the scale that the largest weight of a group asks for."""
         forget_dequantized(layer)
         num_rows, num_columns = weight.shape
         size = num_columns if self.group_size == WHOLE_ROW else self.group_size
-        groups = weight.float().view(num_rows, -1, size)
+        # A rank's part of random weights may end inside a group.
+        groups = F.pad(weight.float(), (0, -num_columns % size)).view(num_rows, -1, size)
         if self.is_symmetric:
             scales = groups.abs().amax(2) / 7
             zero_points = torch.full_like(scales, SYMMETRIC_ZERO)
@@ -243,7 +271,7 @@ class Int4(QuantizedFormat):
         self.put_zero_points(layer, zero_points, shard)
         scales = scales.to(layer.scales.dtype).float()
         values = (groups / scales[..., None]).round() + zero_points[..., None]
-        values = values.clamp(0, 15).view(num_rows, num_columns)
+        values = values.clamp(0, 15).view(num_rows, -1)
         self.put_values(layer, values[:, shard.source_columns], shard)
         if self.has_group_index:
             layer.group_indices.append(torch.arange(num_columns)[shard.source_columns] // size)

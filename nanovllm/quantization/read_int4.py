@@ -60,9 +60,11 @@ def read_gptq(options: Options) -> Scheme:
         zeros_are_less_one=layout != "gptq_v2",
     )
     targets = ALL_LAYERS
-    quantized = options.get("modules_in_block_to_quantize")
+    quantized = options.get("modules_in_block_to_quantize")  # lists, of modules quantised together
     if quantized:
-        targets = as_names([name for names in quantized for name in names])
+        targets = ModuleNames(
+            tuple(name for names in quantized for name in as_names(names).entries)
+        )
     ignored = as_names(options.get("modules_to_not_convert")).entries + skipped_modules(options)
     return Scheme("gptq", (Rule(targets, weight_format),), ModuleNames(ignored))
 

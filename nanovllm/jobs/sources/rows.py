@@ -11,9 +11,9 @@ from uuid import UUID
 
 import numpy as np
 
-from nanovllm.jobs import json_text
-from nanovllm.jobs.line import LineError
-from nanovllm.jobs.unreadable import MAX_LINE_BYTES, too_long, unreadable
+from nanovllm.jobs.lines import json_text
+from nanovllm.jobs.lines.line import LineError
+from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES, too_long, unreadable
 
 
 def row_data(row: dict[str, Any]) -> bytes:

@@ -1,0 +1,1 @@
+"""`nanovllm run-batch`: its options, and what it reads, writes and remembers."""
