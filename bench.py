@@ -4,9 +4,8 @@
     python bench.py --workload all --repeats 3 --json results.json
     python bench.py --compare transformers    # the same load through transformers' own generate
 
-Throughput is output tokens (for `prefill` and `embed`, input tokens) over the wall time of one
-`generate` call (for `embed`, one `embed` call).
-Random weights cost as much time as trained ones, so nothing has to be downloaded to measure.
+Throughput is output tokens (for `prefill` and `embed`, input tokens) over the wall time of one call
+of `generate` (or `embed`). Random weights cost as much time as trained ones: nothing is downloaded.
 """
 
 import argparse
@@ -28,7 +27,7 @@ import torch
 from nanovllm import DEMO_MODEL, LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
 from nanovllm.engine.trace import Trace
-from scripts.bench_options import parse_args
+from scripts.bench_options import INT4, parse_args
 from scripts.structured_load import make_schema, write_tokenizer
 from scripts.transformers_engine import load_transformers, run_transformers
 from scripts.workloads import (
@@ -208,7 +207,7 @@ def choose_model(args: argparse.Namespace, on_gpu: bool, scratch: str) -> Model:
     if args.shape is None and not on_gpu:
         return Model(DEMO_MODEL, "demo checkpoint", has_random_weights=False)
     shape = args.shape or "qwen3-0.6b"
-    path = write_shape(shape, scratch)
+    path = write_shape(shape, scratch, in_int4=args.quantization == INT4)
     if args.structured:
         write_tokenizer(path, SHAPES[shape]["vocab_size"])
     return Model(path, f"{shape} shape, random weights", has_random_weights=True)
@@ -221,6 +220,7 @@ def build_llm(args: argparse.Namespace, model: Model, limits: Limits) -> LLM:
         ValueError: it refuses an option, or the memory does not hold a sequence of such a length.
     """
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
+    options["quantization"] = args.quantization if args.quantization != INT4 else None
     load_format = "dummy" if model.has_random_weights else "auto"
     return LLM(model.path, load_format=load_format, **asdict(limits), **options)
 
@@ -286,6 +286,7 @@ def describe(llm: LLM, model: Model, args: argparse.Namespace) -> dict[str, Any]
         "shape": {key: getattr(config.hf_config, key, None) for key in SHAPE_KEYS},
         "device": device,
         "dtype": str(config.dtype).removeprefix("torch."),
+        "quantization": args.quantization or config.quantization,  # or as the checkpoint says
         "kv_cache_dtype": str(config.kv_cache_dtype).removeprefix("torch."),
         "attention_backend": config.attention_backend,
         "options": vars(args),
@@ -324,11 +325,13 @@ def write_trace(trace: Trace, file: str) -> None:
 
 def announce(facts: dict[str, Any], small: bool, vocab_size: int) -> None:
     """Print what is measured, and on what."""
-    backend = facts["attention_backend"]
-    dtypes = facts["dtype"]
-    if facts["kv_cache_dtype"] != dtypes:
-        dtypes += f", KV cache {facts['kv_cache_dtype']}"
-    print(f"{facts['model']} | {facts['device']} | {dtypes} | attention: {backend}")
+    numbers = facts["dtype"]
+    if facts["quantization"]:
+        numbers += f", weights {facts['quantization']}"
+    if facts["kv_cache_dtype"] != facts["dtype"]:
+        numbers += f", KV cache {facts['kv_cache_dtype']}"
+    attention = f"attention: {facts['attention_backend']}"
+    print(f"{facts['model']} | {facts['device']} | {numbers} | {attention}")
     if small:
         cuts = sorted({workload.lengths_cut for workload in WORKLOADS.values()})
         lengths = " or ".join(f"1/{cut}" for cut in cuts)

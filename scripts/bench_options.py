@@ -8,6 +8,8 @@ from typing import Any
 from nanovllm import SamplingParams
 from scripts.workloads import SHAPES, WORKLOADS
 
+INT4 = "int4"  # of --quantization: no option of the engine, which reads it from a config.json
+
 
 def make_parser() -> argparse.ArgumentParser:
     """All options; `bench.py --help` shows them."""
@@ -61,6 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     schemas = "also with a JSON schema of its own for each request (needs llguidance)"
     add("--structured", action="store_true", help=schemas)
     add("--dtype", default="auto", help="auto: the checkpoint's, on a CPU float32")
+    weights = f"fp8: weights in 16 bits are made FP8; {INT4}: random ones in groups of 128 columns"
+    add("--quantization", choices=["fp8", INT4], help=weights)
     caches = "of the KV cache: auto (the checkpoint's, mostly as --dtype), fp8"
     add("--kv-cache-dtype", default="auto", help=caches)
     backends = "auto, triton, flash_attn, flash_attn+triton, torch"
@@ -84,6 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
+    if args.quantization == INT4 and args.model:
+        parser.error(
+            f"--quantization {INT4} is of random weights; leave it out: --model says it itself"
+        )
+    if args.quantization and args.compare:
+        parser.error("--compare has no quantised weights; leave --quantization out")
     try:
         args.sampling = sampling_params(args.temperature, args.sampling)
     except (SyntaxError, TypeError, ValueError) as error:

@@ -1,11 +1,11 @@
 """Time the linear layers of one decoder layer with quantised weights against bf16, on a GPU.
 
-    python scripts/bench_quantized.py [8B] [0.6B] [--group-size 128] [--zero-points] [--sweep]
+    python scripts/bench_quantized.py [8B] [0.6B] [--formats int4 fp8 fp8-blocks] [--sweep]
 
 For each number of tokens: microseconds of the four products of a layer, as a decode step runs them
 in a CUDA graph (one token: with norm, activation and addition), and how many times as fast as bf16
-they are. Below 1 is what no format may be at any size. With --sweep, other tiles than those that
-kernels/int4_config.py chooses are tried, and the fastest are printed.
+they are together. Below 1 is what no format may be at any size. With --sweep, other tiles than
+those that kernels/int4_config.py and fp8_config.py choose are tried, and the fastest are printed.
 """
 
 import argparse
@@ -13,28 +13,39 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product as combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench_attention import microseconds
+from attention_work import microseconds
+from nanovllm.kernels.fp8_config import (
+    FP8GemmConfig,
+    FP8GemvConfig,
+    fp8_gemm_config,
+    fp8_gemv_config,
+)
+from nanovllm.kernels.fp8_gemm import fp8_gemm
+from nanovllm.kernels.fp8_gemv import fp8_gemv
+from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
     Int4GemvConfig,
     int4_gemm_config,
     int4_gemv_config,
 )
-from nanovllm.kernels.int4_dequantize import int4_dequantize
 from nanovllm.kernels.int4_gemm import int4_gemm
 from nanovllm.kernels.int4_gemv import int4_gemv
 from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.quantization.int4_matmul import choose_int4_kernel, multiply_int4
+from nanovllm.quantization.fp8_matmul import multiply_fp8
+from nanovllm.quantization.int4_matmul import multiply_int4
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import READER_SUMS, Epilogue
 
 DTYPE = torch.bfloat16
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
+SWEPT_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256, 512)
 COLD_BYTES = 200 << 20  # of weights that take turns, so that none is in the L2 cache of 50 MB
 
 
@@ -67,23 +78,41 @@ MODELS = {
     "8B": layers_of(hidden=4096, intermediate=12288, heads=32, kv_heads=8),
     "0.6B": layers_of(hidden=1024, intermediate=3072, heads=16, kv_heads=8),
 }
-Multiply = Callable[[Tensor, Epilogue, RMSNorm | None], object]
 
 
-def make_int4(layer: Layer, group_size: int, has_zero_points: bool) -> Int4Weight:
+# --- formats --------------------------------------------------------------------------------------
+
+
+def make_bf16(layer: Layer) -> Tensor:
+    return torch.randn(layer.out_size, layer.in_size, dtype=DTYPE, device="cuda") * 0.02
+
+
+def make_int4(layer: Layer, group_size: int = 128, has_zero_points: bool = False) -> Int4Weight:
     """Random numbers; scales as those of a trained model."""
-    width = packed_width(layer.in_size)
-    size = layer.in_size if group_size == -1 else group_size
-    groups = (layer.out_size, layer.in_size // size)
+    groups = (layer.out_size, layer.in_size // group_size)
+    shape = (layer.out_size, packed_width(layer.in_size))
     zero_points = None
     if has_zero_points:
         zero_points = torch.randint(0, 16, groups, device="cuda").to(torch.uint8)
     return Int4Weight(
-        packed=torch.randint(-(2**15), 2**15, (layer.out_size, width), device="cuda").short(),
+        packed=torch.randint(-(2**15), 2**15, shape, device="cuda").to(torch.int16),
         scales=torch.full(groups, 0.005, dtype=torch.float16, device="cuda"),
         zero_points=zero_points,
         in_size=layer.in_size,
-        group_size=size,
+        group_size=group_size,
+    )
+
+
+def make_fp8(layer: Layer, row_grain: int, column_grain: int | None = None) -> FP8Weight:
+    """column_grain: of blocks; None: a row has one scale."""
+    scales: tuple[int, ...] = (layer.out_size,)
+    if column_grain is not None:
+        scales = (layer.out_size // row_grain, layer.in_size // column_grain)
+    return FP8Weight(
+        values=make_bf16(layer).to(torch.float8_e4m3fn),
+        scales=torch.full(scales, 0.005, device="cuda"),
+        row_grain=row_grain,
+        column_grain=column_grain or layer.in_size,
     )
 
 
@@ -97,31 +126,41 @@ def multiply_packed(
     return multiply_int4(weight, x, None, epilogue, norm)
 
 
-class Bf16:
-    """The weights as they are."""
-
-    def __init__(self, layer: Layer) -> None:
-        shape = (layer.out_size, layer.in_size)
-        self.bytes = 2 * layer.out_size * layer.in_size
-        count = 1 + COLD_BYTES // self.bytes
-        self.weights = [torch.randn(shape, dtype=DTYPE, device="cuda") * 0.02 for _ in range(count)]
-
-    def products(self) -> list[Multiply]:
-        """A way to multiply with each of the weights."""
-        return [partial(multiply_bf16, weight) for weight in self.weights]
+def multiply_float8(
+    weight: FP8Weight, x: Tensor, epilogue: Epilogue, norm: RMSNorm | None
+) -> object:
+    return multiply_fp8(weight, x, None, epilogue, norm, quantizes_input=True)
 
 
-class Int4:
-    """Numbers of four bits, in groups."""
+@dataclass(frozen=True)
+class Form:
+    """A format: its weights, and how one multiplies with them."""
 
-    def __init__(self, layer: Layer, group_size: int, has_zero_points: bool) -> None:
-        self.bytes = layer.out_size * layer.in_size // 2
-        count = 1 + COLD_BYTES // self.bytes
-        self.weights = [make_int4(layer, group_size, has_zero_points) for _ in range(count)]
+    make: Callable[[Layer], Any]
+    multiply: Callable[[Any, Tensor, Epilogue, RMSNorm | None], object]
+    bits: int
 
-    def products(self) -> list[Multiply]:
-        """A way to multiply with each of the weights."""
-        return [partial(multiply_packed, weight) for weight in self.weights]
+    def weights(self, layer: Layer) -> list[Any]:
+        """As many weights as the cache cannot hold."""
+        count = 1 + COLD_BYTES // self.bytes_of(layer)
+        return [self.make(layer) for _ in range(count)]
+
+    def bytes_of(self, layer: Layer) -> int:
+        """The bytes of a weight, without its scales."""
+        return layer.out_size * layer.in_size * self.bits // 8
+
+
+FORMS = {
+    "bf16": Form(make_bf16, multiply_bf16, bits=16),
+    "fp8": Form(partial(make_fp8, row_grain=1), multiply_float8, bits=8),
+    "fp8-blocks": Form(partial(make_fp8, row_grain=128, column_grain=128), multiply_float8, bits=8),
+    "int4": Form(make_int4, multiply_packed, bits=4),
+    "int4-zeros": Form(partial(make_int4, has_zero_points=True), multiply_packed, bits=4),
+    "int4-32": Form(partial(make_int4, group_size=32), multiply_packed, bits=4),
+}
+
+
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def time_in_graph(runs: list[Callable[[], object]]) -> float:
@@ -139,100 +178,6 @@ def time_in_graph(runs: list[Callable[[], object]]) -> float:
     return microseconds(graph.replay, len(runs))
 
 
-def time_layer(layer: Layer, products: list[Multiply], num_tokens: int, fuses: bool) -> float:
-    """Microseconds of one product, with what a decode step has in the same kernel.
-
-    fuses: whether the activation is a part of it, as it is for one token.
-    """
-    x = torch.randn(num_tokens, layer.in_size, dtype=DTYPE, device="cuda")
-    norm = None
-    epilogue = READER_SUMS
-    if num_tokens == 1 and layer.reads_norm:
-        norm = RMSNorm(layer.in_size, 1e-6).to("cuda", DTYPE)
-    if layer.is_gated:
-        epilogue = Epilogue(activation="silu") if fuses else Epilogue()
-    if not layer.reads_norm:
-        epilogue = Epilogue(add_to=torch.zeros(num_tokens, layer.out_size, dtype=DTYPE).cuda())
-    return time_in_graph([partial(each, x, epilogue, norm) for each in products])
-
-
-def compare(model: str, group_size: int, has_zero_points: bool) -> None:
-    """Print the times of all layers of a model for each number of tokens."""
-    times: dict[tuple[int, str, str], float] = {}
-    for layer in MODELS[model]:
-        bf16 = Bf16(layer)
-        int4 = Int4(layer, group_size, has_zero_points)
-        for num_tokens in TOKENS:
-            fuses = num_tokens == 1
-            for name, form in (("bf16", bf16), ("int4", int4)):
-                us = time_layer(layer, form.products(), num_tokens, fuses)
-                times[num_tokens, layer.name, name] = us
-        del bf16, int4
-        torch.cuda.empty_cache()
-    names = [layer.name for layer in MODELS[model]]
-    print(f"Qwen3-{model}, INT4 in groups of {group_size}; us of bf16 / int4")
-    print(f"{'tokens':>6}" + "".join(f"{name:>18}" for name in names) + f"{'ratio of all':>14}")
-    for num_tokens in TOKENS:
-        cells = ""
-        for name in names:
-            pair = [times[num_tokens, name, form] for form in ("bf16", "int4")]
-            cells += f"{pair[0]:>9.1f} /{pair[1]:>7.1f}"
-        total = [sum(times[num_tokens, name, form] for name in names) for form in ("bf16", "int4")]
-        print(f"{num_tokens:>6}{cells}{total[0] / total[1]:>13.2f}x")
-
-
-def gemv_configs(in_size: int) -> Iterable[Int4GemvConfig]:
-    """What --sweep tries for one token."""
-    for rows, chunks in combinations((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        if chunks * 1024 < 2 * in_size:
-            for num_warps in {chunks, max(1, chunks // 2)}:
-                yield Int4GemvConfig(rows, chunks, num_warps)
-
-
-def gemm_configs(num_tokens: int, in_size: int) -> Iterable[Int4GemmConfig]:
-    """What --sweep tries for several tokens."""
-    chosen = int4_gemm_config(num_tokens, 4096, in_size, 132).tokens
-    all_splits = [splits for splits in (1, 2, 3, 4, 6, 8, 12, 16) if splits <= in_size // 256]
-    for tokens, rows, splits, stages in combinations(
-        {chosen, max(16, chosen // 2), min(128, chosen * 2)}, (64, 128), all_splits, (3, 4, 6)
-    ):
-        if tokens * rows <= 8192:
-            yield Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=stages)
-
-
-def sweep(model: str, group_size: int, has_zero_points: bool) -> None:
-    """Print the fastest configurations of each layer, and what the chosen one takes."""
-    num_multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    for layer in MODELS[model]:
-        form = Int4(layer, group_size, has_zero_points)
-        for num_tokens in (1, 2, 8, 16, 32, 64, 128, 256, 512):
-            x = torch.randn(num_tokens, layer.in_size, dtype=DTYPE, device="cuda")
-            results = []
-            if num_tokens == 1:
-                activation = "silu" if layer.is_gated else None
-                outputs = layer.out_size // 2 if layer.is_gated else layer.out_size
-                chosen = int4_gemv_config(outputs, layer.in_size, layer.is_gated)
-                run = partial(int4_gemv, x, activation=activation)
-                configs = {chosen, *gemv_configs(layer.in_size)}
-            else:
-                sizes = (num_tokens, layer.out_size, layer.in_size)
-                chosen = int4_gemm_config(*sizes, num_multiprocessors)
-                run = partial(int4_gemm, x)
-                configs = {chosen, *gemm_configs(num_tokens, layer.in_size)}
-            for config in configs:
-                runs = [partial(run, weight, config=config) for weight in form.weights]
-                results.append((try_time(runs), config))
-            results.sort(key=lambda result: result[0])
-            kernel = choose_int4_kernel(x)
-            print(f"Qwen3-{model} {layer.name}, {num_tokens} tokens: {kernel.name} is chosen")
-            for us, config in results[:4]:
-                print(f"  {us:>8.1f} us {form.bytes / us / 1e3:>6.0f} GB/s {config}")
-            (us,) = (us for us, config in results if config == chosen)
-            print(f"  {us:>8.1f} us {form.bytes / us / 1e3:>6.0f} GB/s {chosen} (chosen)")
-        runs = [partial(int4_dequantize, weight, DTYPE) for weight in form.weights]
-        print(f"  {time_in_graph(runs):>8.1f} us to dequantise {layer.name}", flush=True)
-
-
 def try_time(runs: list[Callable[[], object]]) -> float:
     """`time_in_graph`; infinite for what takes too many registers or too much shared memory."""
     try:
@@ -242,19 +187,144 @@ def try_time(runs: list[Callable[[], object]]) -> float:
         return float("inf")
 
 
+def time_layer(layer: Layer, form: Form, weights: list[Any], num_tokens: int) -> float:
+    """Microseconds of one product, with what a decode step has in the same kernel."""
+    x = torch.randn(num_tokens, layer.in_size, dtype=DTYPE, device="cuda")
+    norm = None
+    epilogue = READER_SUMS
+    if num_tokens == 1 and layer.reads_norm:
+        norm = RMSNorm(layer.in_size, 1e-6).to("cuda", DTYPE)
+    if layer.is_gated:
+        epilogue = Epilogue(activation="silu") if num_tokens == 1 else Epilogue()
+    if not layer.reads_norm:
+        hidden = torch.zeros(num_tokens, layer.out_size, dtype=DTYPE, device="cuda")
+        epilogue = Epilogue(add_to=hidden)
+    return time_in_graph([partial(form.multiply, each, x, epilogue, norm) for each in weights])
+
+
+def compare(model: str, formats: list[str]) -> None:
+    """Print the times of all layers of a model for each number of tokens and format."""
+    times: dict[tuple[str, int, str], float] = {}
+    for layer in MODELS[model]:
+        for name in ("bf16", *formats):
+            form = FORMS[name]
+            weights = form.weights(layer)
+            for num_tokens in TOKENS:
+                times[name, num_tokens, layer.name] = time_layer(layer, form, weights, num_tokens)
+            del weights
+            torch.cuda.empty_cache()
+    names = [layer.name for layer in MODELS[model]]
+    for name in formats:
+        print(f"Qwen3-{model}, us of bf16 / {name}")
+        print(f"{'tokens':>6}" + "".join(f"{layer:>18}" for layer in names) + f"{'all':>11}")
+        for num_tokens in TOKENS:
+            cells = ""
+            for layer_name in names:
+                plain = times["bf16", num_tokens, layer_name]
+                cells += f"{plain:>9.1f} /{times[name, num_tokens, layer_name]:>7.1f}"
+            total = [sum(times[each, num_tokens, n] for n in names) for each in ("bf16", name)]
+            print(f"{num_tokens:>6}{cells}{total[0] / total[1]:>10.2f}x", flush=True)
+
+
+# --- other tiles ----------------------------------------------------------------------------------
+
+
+def gemv_sizes(columns: int, in_size: int) -> Iterable[tuple[int, int, int]]:
+    """Rows, chunks of so many columns, and warps to try for one token."""
+    for rows, chunks in combinations((1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
+        if chunks * columns < 2 * in_size:
+            for num_warps in {min(8, chunks), max(1, chunks // 2)}:
+                yield rows, chunks, num_warps
+
+
+def gemm_tiles(tokens: int, in_size: int) -> Iterable[tuple[int, int, int, int]]:
+    """Tokens, rows, splits and stages to try for several tokens."""
+    all_splits = [splits for splits in (1, 2, 3, 4, 6, 8, 12, 16) if splits <= in_size // 256]
+    all_tokens = {tokens, max(16, tokens // 2), min(128, tokens * 2)}
+    for tile in combinations(all_tokens, (64, 128), all_splits, (3, 4, 6)):
+        if tile[0] * tile[1] <= 8192:
+            yield tile
+
+
+def int4_runs(layer: Layer, num_tokens: int, activation: str | None) -> tuple[Any, Any, set[Any]]:
+    """The kernel, its chosen configuration, and all that are tried."""
+    if num_tokens == 1:
+        outputs = layer.out_size // (2 if activation else 1)
+        chosen = int4_gemv_config(outputs, layer.in_size, layer.is_gated)
+        sizes = gemv_sizes(1024, layer.in_size)
+        run = partial(int4_gemv, activation=activation)
+        return run, chosen, {chosen, *(Int4GemvConfig(*each) for each in sizes)}
+    best = int4_gemm_config(num_tokens, layer.out_size, layer.in_size, num_multiprocessors())
+    tiles = gemm_tiles(best.tokens, layer.in_size)
+    tried = {
+        Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=stages)
+        for tokens, rows, splits, stages in tiles
+    }
+    return int4_gemm, best, {best, *tried}
+
+
+def fp8_runs(
+    layer: Layer, num_tokens: int, activation: str | None, column_grain: int
+) -> tuple[Any, Any, set[Any]]:
+    """The kernel, its chosen configuration, and all that are tried."""
+    if num_tokens == 1:
+        outputs = layer.out_size // (2 if activation else 1)
+        chosen = fp8_gemv_config(outputs, layer.in_size, layer.is_gated)
+        sizes = gemv_sizes(256, layer.in_size)
+        run = partial(fp8_gemv, activation=activation)
+        return run, chosen, {chosen, *(FP8GemvConfig(*each) for each in sizes)}
+    sizes_of_layer = (num_tokens, layer.out_size, layer.in_size, column_grain)
+    best = fp8_gemm_config(*sizes_of_layer, num_multiprocessors())
+    tried = {
+        FP8GemmConfig(tokens, rows, chunk, splits, num_warps=4, num_stages=stages)
+        for tokens, rows, splits, stages in gemm_tiles(best.tokens, layer.in_size)
+        for chunk in (128, 256)
+        if chunk <= column_grain
+    }
+    return fp8_gemm, best, {best, *tried}
+
+
+def num_multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def sweep(model: str, name: str) -> None:
+    """Print the fastest configurations of each layer, and what the chosen one takes."""
+    for layer in MODELS[model]:
+        weights = FORMS[name].weights(layer)
+        for num_tokens in SWEPT_TOKENS:
+            activation = "silu" if layer.is_gated else None
+            if name.startswith("fp8"):
+                grain = weights[0].column_grain
+                run, chosen, tried = fp8_runs(layer, num_tokens, activation, grain)
+            else:
+                run, chosen, tried = int4_runs(layer, num_tokens, activation)
+            x = torch.randn(num_tokens, layer.in_size, dtype=DTYPE, device="cuda")
+            times = {
+                config: try_time([partial(run, x, weight, config=config) for weight in weights])
+                for config in tried
+            }
+            print(f"Qwen3-{model} {layer.name} {name}, {num_tokens} tokens")
+            for config in [*sorted(times, key=lambda each: times[each])[:4], chosen]:
+                rate = FORMS[name].bytes_of(layer) / times[config] / 1000
+                note = " (chosen)" if config == chosen else ""
+                print(f"  {times[config]:>8.1f} us {rate:>6.0f} GB/s {config}{note}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], default=list(MODELS))
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--zero-points", action="store_true", help="weights that have them (AWQ)")
-    parser.add_argument("--sweep", action="store_true", help="try other configurations")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="8B, 0.6B")
+    formats = [name for name in FORMS if name != "bf16"]
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
+    parser.add_argument("--sweep", action="store_true", help="try other tiles")
     options = parser.parse_args()
     torch.manual_seed(0)
     for model in options.models:
-        if options.sweep:
-            sweep(model, options.group_size, options.zero_points)
-        else:
-            compare(model, options.group_size, options.zero_points)
+        if not options.sweep:
+            compare(model, options.formats)
+            continue
+        for name in options.formats:
+            sweep(model, name)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 # commit. Run it from anywhere:
 #
 #   scripts/check_gpu.sh DIRECTORY [tests|figures]           # without a second word: both
-#   scripts/check_gpu.sh DIRECTORY ranks|families
+#   scripts/check_gpu.sh DIRECTORY ranks|families|quantized|jobs
 #   scripts/check_gpu.sh DIRECTORY compare BASE_DIRECTORY [WORKLOAD...]
 #   scripts/check_gpu.sh DIRECTORY compare-ranks BASE_DIRECTORY
 #
 # Logs and results go to DIRECTORY. Each part takes less than ten minutes.
 #   tests          on one GPU, three to five minutes; side by side, as what counts is that they pass
 #   families       on one GPU, five minutes: 8B of Qwen and Llama, Gemma, a mixture of experts, windows
+#   quantized      on one GPU, eight minutes: 8B in 16 bits, FP8 and INT4, the FP8 cache, each product alone
+#   jobs           run-batch beside generate, with 1, 2, ... replicas on as many GPUs: two minutes each
 #   figures        on one GPU, some seven minutes
 #   ranks          tests and figures of tensor parallelism, on as many GPUs as there are
 #   compare        bench.py of this tree and of the checkout BASE_DIRECTORY, in turn, on one GPU, six runs
@@ -27,6 +29,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 pytest=(timeout 300 python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120)
 alone='memory or of_use or do_not_hold or test_times'  # what measures time or memory has the GPU to itself
+
+num_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
 
 bench() {  # NAME OPTIONS...
     echo "$1: bench.py ${*:2}"
@@ -62,7 +66,7 @@ if [[ $what == all || $what == tests ]]; then
         "test_requests_gpu.py test_trace_gpu.py test_trainer_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py' \
         "test_families_gpu.py -k gemma" "test_families_gpu.py -k 'not gemma'" \
         'test_prefill_graphs_gpu.py test_moe_gpu.py test_rope_gpu.py ../test_gate_and_norm.py' test_attention_options_gpu.py \
-        test_shared_prefix_gpu.py 'test_fp8_cache_gpu.py ../test_fp8_cache.py' 'test_copy_on_write_gpu.py test_hopper_gpu.py' 'test_pooling_gpu.py test_structured_gpu.py'; do
+        test_shared_prefix_gpu.py 'test_fp8_cache_gpu.py ../test_fp8_cache.py' 'test_fp8_gpu.py test_int4_gpu.py' 'test_copy_on_write_gpu.py test_hopper_gpu.py' 'test_pooling_gpu.py test_structured_gpu.py'; do
         eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$i.log" 2>&1 &
         i=$((i + 1))
     done
@@ -90,8 +94,22 @@ if [[ $what == families ]]; then
     timeout 60 python scripts/bench_attention.py --window 512 1024 2>&1 | tee "$out/window.txt"
     timeout 90 python scripts/profile_steps.py --shape qwen3-30b-a3b --batch 1 64 > "$out/profile-moe.txt" 2>&1
 fi
+if [[ $what == quantized ]]; then
+    eight=(--shape qwen3-8b --workload single small mixed prefill --repeats 2)
+    bench 8b "${eight[@]}"
+    bench 8b-fp8 "${eight[@]}" --quantization fp8
+    bench 8b-fp8-cache "${eight[@]}" --quantization fp8 --kv-cache-dtype fp8
+    bench 8b-int4 "${eight[@]}" --quantization int4
+    bench cache-16 --workload mixed --repeats 3
+    bench cache-8 --workload mixed --repeats 3 --kv-cache-dtype fp8
+    timeout 120 python scripts/bench_quantized.py 2>&1 | tee "$out/products.md"
+    timeout 90 python scripts/bench_attention.py --fp8 2>&1 | tee "$out/attention-fp8.txt"
+fi
+if [[ $what == jobs ]]; then
+    timeout 570 python scripts/bench_job.py --replicas $(seq 1 "$(num_gpus)") 2>&1 | tee "$out/jobs.md"
+fi
 if [[ $what == ranks ]]; then
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$(num_gpus)
     on() {  # GPUS, WORKLOADS of as many ranks
         local ranks; ranks=$(tr ',' '\n' <<< "$1" | wc -l)
         export CUDA_VISIBLE_DEVICES=$1

@@ -8,6 +8,7 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 TOKEN_IDS = 10_000  # prompts are drawn from token ids 0 to 10000, both included
 # The small load, for a CPU, has an eighth of the sequences and a quarter of each length, unless its
@@ -344,7 +345,22 @@ SHAPE_KEYS = (
 )
 
 
-def write_shape(name: str, directory: str) -> str:
-    """Write the config.json of a real model to `directory`, for load_format="dummy"; return it."""
-    Path(directory, "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+INT4_CONFIG: dict[str, Any] = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "desc_act": False,
+}
+
+
+def write_shape(name: str, directory: str, in_int4: bool = False) -> str:
+    """Write the config.json of a real model to `directory`, for load_format="dummy"; return it.
+
+    in_int4: its linear layers are to have four bits a weight, as in most checkpoints of GPTQ.
+    """
+    shape = dict(SHAPES[name])
+    if in_int4:
+        shape["quantization_config"] = INT4_CONFIG
+    Path(directory, "config.json").write_text(json.dumps(shape, indent=2))
     return directory

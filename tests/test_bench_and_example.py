@@ -20,11 +20,12 @@ import example
 from nanovllm import StructuredOutputsParams
 from nanovllm.checkpoints.checkpoint import load_tokenizer
 from nanovllm.config import Config
+from nanovllm.layers.linear import LinearBase
 from nanovllm.models import MODELS, model_class
 from nanovllm.sampling.rule_maker import compile_grammar
 from scripts import compare_json
 from scripts.structured_load import make_schema, write_tokenizer
-from scripts.workloads import LENGTHS_CUT, SHAPES, Limits
+from scripts.workloads import INT4_CONFIG, LENGTHS_CUT, SHAPES, Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 151_936
@@ -228,6 +229,10 @@ def test_shapes_are_those_of_the_real_models(shape: str, tmp_path: Path) -> None
     with torch.device("meta"):
         model = make_model(config.hf_config, max_position=64)
     assert sum(param.numel() for param in model.parameters()) == PUBLISHED_PARAMETERS[shape]
+    # Random INT4 weights have groups of as many columns, all of them whole.
+    columns = {module.input_size for module in model.modules() if isinstance(module, LinearBase)}
+    columns |= {p.shape[-1] for name, p in model.named_parameters() if "experts" in name}
+    assert columns and not any(number % INT4_CONFIG["group_size"] for number in columns)
 
 
 # --- the scripts --------------------------------------------------------------------------------
@@ -405,11 +410,45 @@ def test_the_kv_cache_can_be_fp8(
     assert json.loads(file.read_text())["kv_cache_dtype"] == "float8_e4m3fn"
 
 
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_weights_can_be_quantised(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = bench.Workload("a", "tiny", 4, (9, 9), (3, 3), limits=Limits(3, 32))
+    monkeypatch.setattr(bench, "WORKLOADS", {"a": tiny})
+    small = {
+        "vocab_size": 999,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+    }
+    monkeypatch.setitem(SHAPES, "qwen3-0.6b", {**SHAPES["qwen3-0.6b"], **small})
+    formats = []
+    build = bench.build_llm
+
+    def recording(*args: Any) -> bench.LLM:
+        llm = build(*args)
+        linear_layer = llm.model_runner.model.model.layers[0].mlp.down_proj
+        formats.append(type(linear_layer.weight_format).__name__)
+        return llm
+
+    monkeypatch.setattr(bench, "build_llm", recording)
+    file = tmp_path / "results.json"
+    shape = ["--device", "cpu", "--full", "--shape", "qwen3-0.6b", *ALL, "--json", str(file)]
+    bench.main([*shape, "--quantization", name])
+    bench.main(shape)
+    assert formats == [{"fp8": "FP8Online", "int4": "GPTQ"}[name], "Unquantized"]
+    assert f"| float32, weights {name} | attention: torch" in capsys.readouterr().out
+    assert json.loads(file.read_text())["quantization"] is None
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--repeats", "0"], r"--repeats is 0; it must be at least 1"),
         (["--compare-batch-size", "-1"], r"--compare-batch-size is -1"),
+        (["--model", "somewhere", "--quantization", "int4"], r"int4 is of random weights"),
+        (["--compare", "transformers", "--quantization", "fp8"], r"--compare has no quantised"),
         (["--workload", "none"], r"invalid choice: 'none'"),
         (["--trace", "no/such/place.json"], r"--trace no/such/place.json cannot be written"),
         (["--full", "--small"], r"not allowed with"),

@@ -260,6 +260,17 @@ def test_tensors_are_refused_by_name(
     refused(checkpoint, match)
 
 
+def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
+    """Checkpoints of AutoGPTQ's first year have them for every layer."""
+    checkpoint = make(tmp_path, "gptq")
+    expected = load(checkpoint.path).state_dict()
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(128)}))
+    for name, param in load(checkpoint.path).state_dict().items():
+        assert torch.equal(param, expected[name])
+    rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
+    refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
+
+
 def test_negative_scales(tmp_path: Path) -> None:
     """AutoRound makes a scale negative where the largest weight of a group is positive."""
     checkpoint = make(tmp_path, "gptq")

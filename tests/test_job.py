@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from nanovllm import DEMO_MODEL
 from nanovllm.jobs.command.batch_job import BatchJob
 from nanovllm.jobs.command.cli import main, run_batch
+from nanovllm.jobs.command.cluster_job import ClusterJob
 from nanovllm.jobs.command.counts import Counts
 from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
 from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
@@ -239,6 +240,14 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
     write_input(tmp_path, [GOOD, BROKEN])
     with pytest.raises(UsageError, match="input: size was 39, and is 31"):
         run(options_for(tmp_path), FakePool())
+
+
+def test_a_cluster_writes_no_answers_into_the_input(tmp_path: Path) -> None:
+    write_input(tmp_path, [GOOD])
+    for output in (tmp_path, tmp_path / "answers"):
+        options = replace(options_for(tmp_path), input=str(tmp_path), output=str(output))
+        with pytest.raises(UsageError, match="would be part of the input"):
+            ClusterJob(replace(options, use_ray=True))
 
 
 def test_an_input_that_ends_too_early_stops_the_job_after_what_there_is(tmp_path: Path) -> None:

@@ -227,6 +227,17 @@ def test_outputs_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "link.jsonl"]
 
 
+def test_an_output_that_would_become_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    (tmp_path / "link.jsonl").symlink_to(source / "out.jsonl")
+    for name in ("in/out.jsonl", "in/deeper/../out.jsonl", "link.jsonl"):
+        with pytest.raises(OutputError, match="would be part of the input"):
+            check_output(str(tmp_path / name), str(source))
+    for name in ("out.jsonl", "in/deeper/out.jsonl"):
+        check_output(str(tmp_path / name), str(source))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"

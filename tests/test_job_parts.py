@@ -18,12 +18,12 @@ from nanovllm.jobs.command.declared_options import DeclaredOption, declared_opti
 from nanovllm.jobs.command.manifest import (
     ENDING,
     WITHOUT_EFFECT,
-    ManifestError,
     check_manifest,
     describe_engine,
     digest_files,
 )
 from nanovllm.jobs.command.numbers import NumberSet
+from nanovllm.jobs.command.output import OutputError
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -94,7 +94,7 @@ def test_another_job_is_refused_with_both_values(tmp_path: Path) -> None:
     check_manifest(output, job, may_replace=True)
     check_manifest(output, {**job, "note": "elsewhere"}, may_replace=False)
     other = {**job, "engine": {"seed": 1, "dtype": "a"}, "shard": None, "new": [1]}
-    with pytest.raises(ManifestError) as error:
+    with pytest.raises(OutputError) as error:
         check_manifest(output, other, may_replace=False)
     assert str(error.value).splitlines()[1:] == [
         "  engine: seed was 0, and is 1",
@@ -112,7 +112,7 @@ def test_an_output_without_a_readable_manifest_is_refused(tmp_path: Path) -> Non
     for content in (None, "", "[1]", "{"):
         if content is not None:
             (tmp_path / ("out.jsonl" + ENDING)).write_text(content)
-        with pytest.raises(ManifestError, match="which job wrote it cannot be read"):
+        with pytest.raises(OutputError, match="which job wrote it cannot be read"):
             check_manifest(str(output), {}, may_replace=False)
 
 
@@ -133,9 +133,13 @@ def test_other_weights_are_another_model(tmp_path: Path) -> None:
     assert len(digests) == 5
 
 
-def test_a_manifest_has_the_options_that_change_answers(demo_config: Config) -> None:
-    described = describe_engine(demo_config)
-    assert json.loads(json.dumps(described)) == described
+def test_a_manifest_has_the_options_that_change_answers(
+    demo_config: Config, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out.jsonl")
+    check_manifest(output, describe_engine(demo_config), may_replace=True)
+    check_manifest(output, describe_engine(demo_config), may_replace=False)
+    described = json.loads(Path(output + ENDING).read_text())
     assert described["dtype"] == "torch.float32" and described["seed"] == 0
     names = {field.name for field in fields(Config)}
     assert names >= WITHOUT_EFFECT

@@ -22,10 +22,11 @@ def int4_gemv_config(out_size: int, in_size: int, is_gated: bool) -> Int4GemvCon
     """Choose the rows and columns of a program.
 
     More rows share the work of loading x and of normalising it, some five instructions an element,
-    where a weight takes four. Fewer give every multiprocessor something to do.
+    where a weight takes four. Fewer give every multiprocessor something to do, and leave registers
+    where the columns are multiplied in several pieces, all of which are loaded at once.
     """
     chunks = min(4, next_power_of_2(max(1, in_size // 1024)))
-    rows = 8 if out_size >= 2048 else 4
+    rows = 8 if out_size >= 2048 and in_size <= chunks * 1024 else 4
     if is_gated:
         rows //= 2  # each output needs two rows of the weight
     return Int4GemvConfig(rows=rows, chunks=chunks, num_warps=chunks)

@@ -23,7 +23,7 @@ from nanovllm.quantization.int4 import (
     words_of,
 )
 from nanovllm.quantization.weight_format import Shard
-from nanovllm.utils.loader import check_shape
+from nanovllm.utils.loader import DTYPES, check_shape
 
 ORDER = range(8)  # from the lowest bits on
 ONES = 0x11111111  # 1 in each of a word's eight numbers
@@ -34,7 +34,8 @@ class GPTQ(Int4):
     """`qweight` int32 `[in / 8, out]`, `qzeros` int32 `[groups, out / 8]`, `scales`
     `[groups, out]`, and maybe `g_idx` int32 `[in]`.
 
-    The first version of the format stores the zero points less 1.
+    The first version of the format stores the zero points less 1. Early checkpoints have a `bias`
+    `[out]` of zeros where the model has none.
     """
 
     zeros_are_less_one: bool = True
@@ -51,7 +52,7 @@ class GPTQ(Int4):
             required["g_idx"] = ("I32",)
         return required
 
-    optional_tensors = {"g_idx": ("I32",)}
+    optional_tensors = {"g_idx": ("I32",), "bias": DTYPES}
 
     def load_tensor(self, layer: Any, kind: str, loaded: Any, shard: Shard) -> None:
         """Copy the shard's part; see `WeightFormat.load`."""
@@ -75,6 +76,10 @@ class GPTQ(Int4):
             check_shape(loaded, (num_groups, num_rows))
             scales = read_group_scales(loaded, (slice(None), shard.source_rows), layer)
             self.put_scales(layer, scales.t(), shard)
+        elif kind == "bias":  # of a layer without one: any other loads its bias itself
+            check_shape(loaded, (num_rows,))
+            if loaded[:].any():
+                raise ValueError("is a bias, and the model's configuration has none here")
         else:
             check_shape(loaded, (num_columns,))
             self.put_group_index(layer, loaded[:], shard)

@@ -27,7 +27,7 @@ from nanovllm.jobs.command.job_options import (
 )
 from nanovllm.jobs.command.job_progress import job_progress
 from nanovllm.jobs.command.lines_to_run import LinesToRun
-from nanovllm.jobs.command.manifest import ManifestError, check_manifest
+from nanovllm.jobs.command.manifest import check_manifest
 from nanovllm.jobs.command.output import (
     Finished,
     OutputError,
@@ -121,7 +121,7 @@ class BatchJob:
                 if self.options.overwrite:
                     output.clear()
                 check_manifest(output.name, self._description, may_replace=output.is_empty)
-            except (OutputError, ManifestError) as error:
+            except OutputError as error:
                 output.close()
                 raise UsageError(str(error)) from error
         return output

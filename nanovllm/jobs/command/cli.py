@@ -12,6 +12,7 @@ from nanovllm.jobs.command.cli_options import DESCRIPTION, EXIT_STATUS, Parser, 
 from nanovllm.jobs.command.cluster_job import ClusterJob
 from nanovllm.jobs.command.job_options import JobOptions, JobStopped, UsageError
 from nanovllm.jobs.command.stop_signals import Interrupted, StopSignals
+from nanovllm.jobs.replicas.pool import ReplicaPool
 
 # Exit statuses; 128 and the number of a signal is the one of a job that was interrupted by it.
 ALL_FINE = 0
@@ -45,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_batch(
-    options: JobOptions, is_quiet: bool = False, make_pool: MakePool | None = None
+    options: JobOptions, is_quiet: bool = False, make_pool: MakePool = ReplicaPool
 ) -> int:
     """Run a job and say how it went, on stderr; return the exit status.
 
     is_quiet: whether nothing is said of a job that ends well.
-    make_pool: what starts the engines; None: `ReplicaPool`.
+    make_pool: what starts the engines.
     """
     job: BatchJob | ClusterJob | None = None
     try:
@@ -60,7 +61,7 @@ def run_batch(
                 counts = job.run()
             else:
                 job = BatchJob(options)
-                counts = job.run(signals, make_pool or replica_pool())
+                counts = job.run(signals, make_pool)
     except UsageError as error:
         say(f"error: {error}")
         return USAGE_ERROR
@@ -76,13 +77,6 @@ def run_batch(
     if not is_quiet:
         say(counts.summary(options.output_name))
     return LINES_FAILED if counts.num_failed else ALL_FINE
-
-
-def replica_pool() -> MakePool:
-    """The class `ReplicaPool`."""
-    from nanovllm.jobs.replicas.pool import ReplicaPool
-
-    return ReplicaPool
 
 
 def how_far(job: BatchJob | ClusterJob | None) -> str:

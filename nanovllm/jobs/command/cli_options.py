@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from nanovllm.jobs.command.declared_options import DeclaredOption, declared_options
+from nanovllm.jobs.command.declared_options import declared_options
 from nanovllm.jobs.command.job_options import JobOptions
 from nanovllm.jobs.lines.line_options import FORMS
 
@@ -84,7 +84,6 @@ class RunBatchOptions:
             "SamplingParams",
             without="seed",
         )
-        self._add_chat_options()
 
     def read(self, parsed: argparse.Namespace) -> JobOptions:
         """The job that a command line asks for; ends with an error if it lacks something."""
@@ -162,6 +161,14 @@ class RunBatchOptions:
         group = self.parser.add_argument_group("how it is run")
         group.add_argument("--model", help="a directory in Hugging Face format, or a hub id")
         group.add_argument(
+            "--chat-template-kwargs",
+            type=read_object,
+            default={},
+            metavar="JSON",
+            help="options of the chat template for lines that do not say, such as "
+            "'{\"enable_thinking\": false}'",
+        )
+        group.add_argument(
             "--replicas",
             type=read_replicas,
             metavar="N",
@@ -183,24 +190,12 @@ class RunBatchOptions:
             "--quiet", action="store_true", help="show neither that nor a summary, only errors"
         )
 
-    def _add_chat_options(self) -> None:
-        group = self.parser.add_argument_group("chats of lines that do not say")
-        group.add_argument(
-            "--chat-template-kwargs",
-            type=read_object,
-            default={},
-            metavar="JSON",
-            help="options of the model's chat template, such as '{\"enable_thinking\": false}'",
-        )
-
     def _add_declared(self, title: str, module: str, class_name: str, without: str) -> list[str]:
         """Add a group of options, one for each field of a dataclass; return their names."""
         group = self.parser.add_argument_group(title)
-        options: list[DeclaredOption] = []
-        for option in declared_options(module, class_name):
-            if option.name != without:
-                option.add_to(group)
-                options.append(option)
+        options = [each for each in declared_options(module, class_name) if each.name != without]
+        for option in options:
+            option.add_to(group)
         return [option.name for option in options]
 
 

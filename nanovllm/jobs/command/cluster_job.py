@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from nanovllm.jobs.command.counts import Counts
 from nanovllm.jobs.command.job_options import (
@@ -13,8 +12,8 @@ from nanovllm.jobs.command.job_options import (
     describe_job,
     make_config,
 )
-from nanovllm.jobs.command.manifest import ManifestError, check_manifest
-from nanovllm.jobs.command.output import OutputError, open_directory_alone
+from nanovllm.jobs.command.manifest import check_manifest
+from nanovllm.jobs.command.output import OutputError, check_apart, open_directory_alone
 from nanovllm.jobs.sources.readers import open_input
 
 # This process runs no engine, and may have neither the GPUs of those that do nor the weights.
@@ -32,10 +31,11 @@ class ClusterJob:
         refuse_options(options)
         try:
             source = open_input(options.input)
+            check_apart(options.output, options.input)
             config = make_config(options.model, {**options.engine, **HERE})
             self._line_options = options.line_options(config)
             self._description = describe_job(options, source, config)
-        except (OSError, ValueError, TypeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, ImportError, OutputError) as error:
             raise UsageError(str(error)) from error
 
     def run(self) -> Counts:
@@ -45,44 +45,34 @@ class ClusterJob:
             UsageError: if Ray is missing, or the output belongs to another job or process.
             JobStopped: if Ray gives up.
         """
+        options = self.options
+        output = options.output.rstrip("/")
         try:
             from nanovllm.jobs.ray import run_on_ray
 
-            locked = open_directory_alone(self.options.output)
+            locked = open_directory_alone(output)
         except (OSError, ImportError, OutputError) as error:
             raise UsageError(str(error)) from error
         try:
-            self._check_manifest()
-            self.counts = run_on_ray(**self._arguments())
+            check_manifest(output, self._description, may_replace=not os.listdir(output))
+            self.counts = run_on_ray(
+                input=options.input,
+                output=output,
+                model=options.model,
+                engine_options=options.engine,
+                line_options=self._line_options,
+                address=options.ray_address,
+                replicas=None if options.replicas == "auto" else options.replicas,
+                retry_errors=options.retry_errors,
+                progress=options.progress,
+            )
         except RuntimeError as error:
             raise JobStopped(f"Ray has given the job up: {error}") from error
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, OutputError) as error:
             raise UsageError(str(error)) from error
         finally:
             os.close(locked)
         return self.counts
-
-    def _check_manifest(self) -> None:
-        output = self.options.output.rstrip("/")
-        is_empty = not os.listdir(output)
-        try:
-            check_manifest(output, self._description, may_replace=is_empty)
-        except (OutputError, ManifestError) as error:
-            raise UsageError(str(error)) from error
-
-    def _arguments(self) -> dict[str, Any]:
-        options = self.options
-        return {
-            "input": options.input,
-            "output": options.output,
-            "model": options.model,
-            "engine_options": options.engine,
-            "line_options": self._line_options,
-            "address": options.ray_address,
-            "replicas": None if options.replicas == "auto" else options.replicas,
-            "retry_errors": options.retry_errors,
-            "progress": options.progress,
-        }
 
 
 def refuse_options(options: JobOptions) -> None:

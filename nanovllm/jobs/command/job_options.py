@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanovllm.jobs.command.manifest import describe_engine, describe_input
+from nanovllm.jobs.command.manifest import describe_engine
 from nanovllm.jobs.lines.line_options import LineOptions
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class JobOptions:
 def describe_job(options: JobOptions, source: Input, config: Config) -> dict[str, Any]:
     """What decides the answers: the manifest of the output."""
     return {
-        "input": describe_input(source),
+        "input": {"size": source.size, "beginning": source.fingerprint},
         "engine": describe_engine(config),
         "defaults": options.defaults,
         "chat_template_kwargs": options.chat_template_kwargs,

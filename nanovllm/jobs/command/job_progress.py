@@ -12,9 +12,8 @@ from nanovllm.jobs.command.counts import Counts, duration
 BAR_SECONDS = 0.25  # between two drawings
 LOG_SECONDS = 30.0  # between two lines
 
-Report = Callable[
-    [], None
-]  # to be called after each answer: it looks at the clock, and little more
+# To be called after each answer: it looks at the clock, and little more.
+Report = Callable[[], None]
 Total = Callable[[], "int | None"]  # how many lines there are, which may become known on the way
 
 

@@ -14,7 +14,6 @@ from nanovllm.jobs.command.output import OutputError, explain
 
 if TYPE_CHECKING:
     from nanovllm.config import Config
-    from nanovllm.jobs.sources.readers import Input
 
 ENDING = ".manifest.json"
 # Options that say where and how fast answers are computed, and not which they are: a job may go on
@@ -43,10 +42,6 @@ SAMPLED_BYTES = 1 << 16  # of a weight file: so many at its beginning, in its mi
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "1_Pooling/config.json")
 
 
-class ManifestError(Exception):
-    """How the job differs from the one whose answers the output holds."""
-
-
 def describe_engine(config: Config) -> dict[str, Any]:
     """What decides the answers of an engine: its options, as they are in the end, and the files of
     its model.
@@ -57,13 +52,8 @@ def describe_engine(config: Config) -> dict[str, Any]:
         described["tokenizer"] = digest_files(config.tokenizer)
     for name, value in options.items():
         if name not in WITHOUT_EFFECT:
-            described[name] = plain(value)
+            described[name] = value
     return described
-
-
-def describe_input(source: Input) -> dict[str, Any]:
-    """What identifies the input, without reading all of it."""
-    return {"size": source.size, "beginning": source.fingerprint}
 
 
 def check_manifest(output: str, job: dict[str, Any], may_replace: bool) -> None:
@@ -71,19 +61,18 @@ def check_manifest(output: str, job: dict[str, Any], may_replace: bool) -> None:
 
     Args:
         output: path of the output.
-        job: nested dicts of what can be JSON; those under "note" are only for people.
+        job: nested dicts; those under "note" are only for people.
         may_replace: whether the output is empty, so that any job may begin.
 
     Raises:
-        ManifestError: if it is another job; it names what differs.
-        OutputError: if the manifest cannot be written.
+        OutputError: if it is another job, with what differs; if the manifest cannot be written.
     """
     path = output + ENDING
-    job = json.loads(json.dumps(job, default=str))  # as it will be read back
+    job = json.loads(json.dumps(job, default=str))  # as it will be read back: no torch.bfloat16
     if not may_replace:
         differences = list(compare(read_manifest(path), job))
         if differences:
-            raise ManifestError(
+            raise OutputError(
                 f"{output!r} holds the answers of another job:\n  "
                 + "\n  ".join(differences)
                 + "\nPass --overwrite to begin anew, or write to another file (-o)."
@@ -96,12 +85,12 @@ def check_manifest(output: str, job: dict[str, Any], may_replace: bool) -> None:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of an output that holds something, or a ManifestError."""
+    """The manifest of an output that holds something, or an OutputError."""
     try:
         with open(path, "rb") as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
-        raise ManifestError(
+        raise OutputError(
             f"{path.removesuffix(ENDING)!r} is not empty, and which job wrote it cannot be read "
             f"from {path!r} ({error}); pass --overwrite to begin anew, or write to another file "
             "(-o)"
@@ -152,10 +141,3 @@ def digest_files(directory: str) -> str:
                     file.seek(start)
                     digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """An option's value as JSON has it."""
-    if isinstance(value, (dict, list, tuple, str, int, float, bool)) or value is None:
-        return value
-    return str(value)  # torch.bfloat16

@@ -232,6 +232,7 @@ def check_output(path: str, source: str) -> None:
         raise OutputError(f"there is no directory {directory!r} for the output; make it first")
     if os.path.isdir(path):
         raise OutputError(f"the output {path!r} is a directory; name a file in it")
+    check_apart(path, source)
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
         raise OutputError(f"the output {path!r} is the input; write to another file")
     places = [path] if os.path.exists(path) else []
@@ -240,6 +241,17 @@ def check_output(path: str, source: str) -> None:
     for place in places:
         if not os.access(place, os.W_OK):
             raise OutputError(f"cannot write {path!r}: {place!r} may not be changed by this user")
+
+
+def check_apart(path: str, source: str) -> None:
+    """Raise an OutputError if the input is a directory, and the output or its manifest in it: they
+    would be read as lines when the job goes on, and answered, and their answers, too.
+    """
+    output = os.path.realpath(path)
+    if os.path.isdir(source) and os.path.realpath(source) in (output, os.path.dirname(output)):
+        raise OutputError(
+            f"the output {path!r} would be part of the input {source!r}; write to another directory"
+        )
 
 
 def open_output(path: str) -> OutputFile | Stream:

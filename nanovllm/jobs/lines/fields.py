@@ -77,6 +77,9 @@ KNOWN = {
 }
 
 
+NOUNS: dict[type, str] = {int: "an integer", bool: "true or false", dict: "an object"}
+
+
 def present(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that are not null."""
     return {name: value for name, value in fields.items() if value is not None}
@@ -120,36 +123,22 @@ def take_logprobs(fields: dict[str, Any]) -> int | None:
             raise LineError("top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         return None
     if logprobs is not True:
-        return checked_int("logprobs", logprobs)
-    return checked_int("top_logprobs", top_logprobs or 0)
+        return checked("logprobs", whole(logprobs), int)
+    return checked("top_logprobs", whole(top_logprobs or 0), int)
 
 
-def checked_int(name: str, value: Any) -> int:
-    """The value, if it is an integer."""
-    value = whole(value)
-    if type(value) is not int:
-        raise LineError(f"{name} must be an integer, not {value!r:.60}", "invalid_type", name)
-    return value
-
-
-def checked_bool(name: str, value: Any) -> bool:
-    """The value, if it is true or false."""
-    if type(value) is not bool:
-        raise LineError(f"{name} must be true or false, not {value!r:.60}", "invalid_type", name)
-    return value
-
-
-def checked_dict(name: str, value: Any) -> dict[str, Any]:
-    """The value, if it is an object."""
-    if not isinstance(value, dict):
-        raise LineError(f"{name} must be an object, not {value!r:.60}", "invalid_type", name)
+def checked(name: str, value: Any, kind: type) -> Any:
+    """The value, if it is of this type, which NOUNS has a word for."""
+    if type(value) is not kind:
+        message = f"{name} must be {NOUNS[kind]}, not {value!r:.60}"
+        raise LineError(message, "invalid_type", name)
     return value
 
 
 def token_biases(biases: Any) -> dict[int, Any]:
     """The biases with integers as keys: in JSON all keys are strings."""
     converted = {}
-    for key, bias in checked_dict("logit_bias", biases).items():
+    for key, bias in checked("logit_bias", biases, dict).items():
         try:
             converted[int(key)] = bias
         except ValueError:
@@ -172,7 +161,7 @@ def take_structure(fields: dict[str, Any]) -> dict[str, Any] | None:
         if structure is not None:
             found["response_format"] = structure
     if "structured_outputs" in fields:
-        structure = checked_dict("structured_outputs", fields.pop("structured_outputs"))
+        structure = checked("structured_outputs", fields.pop("structured_outputs"), dict)
         found["structured_outputs"] = present(structure)
     for name, form in GUIDED.items():
         if name in fields:
@@ -190,7 +179,7 @@ def take_structure(fields: dict[str, Any]) -> dict[str, Any] | None:
 
 def response_structure(response_format: Any) -> dict[str, Any] | None:
     """What OpenAI's `response_format` asks for; None: any text."""
-    response_format = checked_dict("response_format", response_format)
+    response_format = checked("response_format", response_format, dict)
     kind = response_format.get("type")
     if kind == "text":
         return None
@@ -206,7 +195,7 @@ def response_structure(response_format: Any) -> dict[str, Any] | None:
     # OpenAI's chat has the schema in an object with its name; its other API has it right here.
     if wrapper is None:
         wrapper = response_format
-    schema = checked_dict("response_format.json_schema", wrapper).get("schema")
+    schema = checked("response_format.json_schema", wrapper, dict).get("schema")
     if schema is None:
         raise LineError(
             "response_format has no schema: json_schema must be an object with a schema in it",
@@ -238,7 +227,7 @@ def take_template_options(fields: dict[str, Any]) -> dict[str, Any]:
         options["tools"] = tools
     more = fields.pop("chat_template_kwargs", None)
     if more is not None:
-        options.update(checked_dict("chat_template_kwargs", more))
+        options.update(checked("chat_template_kwargs", more, dict))
     return options
 
 

@@ -11,8 +11,7 @@ from nanovllm.jobs.lines.errors import param_error
 from nanovllm.jobs.lines.fields import (
     KNOWN,
     SUBJECTS,
-    checked_bool,
-    checked_dict,
+    checked,
     present,
     refuse_unknown,
     take_params,
@@ -94,7 +93,7 @@ def parse_batch(number: int, fields: dict[str, Any], options: LineOptions) -> Li
     if kind is None:
         known = ", ".join(KIND_OF_URL)
         raise LineError(f"url must be one of {known}, not {url!r:.60}", "unknown_url", "url")
-    body = present(checked_dict("body", required(fields, "body")))
+    body = present(checked("body", required(fields, "body"), dict))
     usual = {"max_tokens": BATCH_MAX_TOKENS[kind]} if kind in BATCH_MAX_TOKENS else {}
     request = RequestParser(number, kind, body, options, usual).parse()
     refuse_unknown(body)
@@ -253,7 +252,7 @@ class RequestParser:
 
     def flag(self, name: str) -> bool:
         """Take out a field that is true or false; False where it is not there."""
-        return checked_bool(name, self.fields.pop(name, False))
+        return checked(name, self.fields.pop(name, False), bool)
 
     def sampling_params(self, names: list[str], number: int) -> list[SamplingParams]:
         """Take out the sampling parameters, and make them for so many prompts.

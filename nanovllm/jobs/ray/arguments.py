@@ -24,8 +24,8 @@ def worker_arguments(
     num_gpus: float | None = None,
     num_rows: int | None = None,
     device: str = "auto",
-    tensor_parallel_size: int = 1,
-    max_num_seqs: int = MAX_NUM_SEQS,
+    tensor_parallel_size: int | None = None,
+    max_num_seqs: int | None = None,
     **other_options: Any,
 ) -> dict[str, Any]:
     """What `Dataset.map_batches` is to be told beside a worker's class and its arguments.
@@ -43,8 +43,8 @@ def worker_arguments(
         num_rows: of the dataset, if that is known: no actor then takes more than its share at once,
             when it is the first that is there.
         device: this and the rest are options of the engine.
-        tensor_parallel_size: GPUs of an engine.
-        max_num_seqs: with it grows how many batches an actor works at.
+        tensor_parallel_size: GPUs of an engine. None: 1.
+        max_num_seqs: with it grows how many batches an actor works at. None: the engine's default.
         other_options: of the engine or of the worker; they do not matter here.
 
     Returns:
@@ -53,11 +53,11 @@ def worker_arguments(
     cluster_gpus = int(cluster_resources().get("GPU", 0))
     if num_gpus is None:
         needs_gpus = cluster_gpus > 0 and device != "cpu"
-        num_gpus = tensor_parallel_size if needs_gpus else 0
+        num_gpus = (tensor_parallel_size or 1) if needs_gpus else 0
     if concurrency is None:
         concurrency = max(1, int(cluster_gpus // num_gpus)) if num_gpus else 1
     fewest, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
-    rows_at_once = ROWS_PER_SEQUENCE * max_num_seqs
+    rows_at_once = ROWS_PER_SEQUENCE * (max_num_seqs or MAX_NUM_SEQS)
     if num_rows is not None:
         rows_at_once = min(rows_at_once, num_rows // most)
     batches_at_once = max(2, -(-rows_at_once // batch_size))

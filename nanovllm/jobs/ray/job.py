@@ -1,8 +1,8 @@
 """`run-batch --ray`: the lines of a file, answered on a cluster, into a directory of JSON parts.
 
-    LineSource -> (CheckpointFilter) -> small blocks -> JobWorker actors -> PartSink
+    LineDatasource -> (CheckpointFilter) -> small blocks -> JobWorker actors -> PartSink
 
-Ray Data's checkpoint remembers the numbers of the lines in each finished part; see `ray_parts`.
+Ray Data's checkpoint remembers the numbers of the lines in each finished part; see `parts.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from nanovllm.jobs.ray.parts import (
     forget_lost_parts,
     read_parts,
 )
-from nanovllm.jobs.ray.worker import RayWorker, results
+from nanovllm.jobs.ray.worker import results
+from nanovllm.jobs.replicas.pool import ReplicaPool
 from nanovllm.jobs.sources.readers import open_input
 
 LINE_SCHEMA = pa.schema(
@@ -105,7 +106,7 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(address)
     sink = PartSink(output, counts, rows_per_part)
-    lines = ray.data.read_datasource(LineSource(input), override_num_blocks=1)
+    lines = ray.data.read_datasource(LineDatasource(input), override_num_blocks=1)
     lines.context.checkpoint_config = CheckpointConfig(
         id_column=ID_COLUMN,
         checkpoint_path=checkpoint_of(output),
@@ -144,8 +145,13 @@ def has_more(input: str, finished: NumberSet) -> bool:
     return next(lines, None) is not None or lines.error is not None
 
 
-class JobWorker(RayWorker):
+class JobWorker:
     """Of `run-batch --ray`: tables with the fields of Line in, of Answer out."""
+
+    def __init__(
+        self, model: str, engine_options: dict[str, Any], line_options: LineOptions
+    ) -> None:
+        self.pool = ReplicaPool(model, engine_options, line_options)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a batch; yields one table."""
@@ -154,7 +160,7 @@ class JobWorker(RayWorker):
         yield pa.Table.from_pylist([asdict(answer) for answer in answers], schema=ANSWER_SCHEMA)
 
 
-class LineSource(Datasource):
+class LineDatasource(Datasource):
     """The lines of an input, read in one task: Ray's own readers do not count lines."""
 
     def __init__(self, path: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink, WriteResult
 
 from nanovllm.jobs.command.counts import Counts
-from nanovllm.jobs.command.numbers import NumberSet
+from nanovllm.jobs.command.output import Finished
 from nanovllm.jobs.lines.answers import answered
 
 ENDING = ".jsonl"
@@ -82,21 +81,13 @@ class PartSink(BlockBasedFileDatasink):
         super().on_write_complete(write_result)
 
 
-@dataclass(slots=True)
-class FinishedLines:
-    """What is in the finished parts of an output."""
-
-    numbers: NumberSet = field(default_factory=NumberSet)
-    num_errors: int = 0
-
-
-def read_parts(output: str) -> FinishedLines:
+def read_parts(output: str) -> Finished:
     """Find the lines of all finished parts.
 
     Raises:
         ValueError: if a part holds what no job has written.
     """
-    finished = FinishedLines()
+    finished = Finished()
     for part in finished_parts(output):
         with part.open("rb") as file:
             for line in file:

@@ -1,4 +1,10 @@
-"""What Ray Data's actors run: an engine each, rows in, answers out."""
+"""What Ray Data's actors run: an engine each, rows in, answers out.
+
+The engine has a process of its own, on the GPUs that Ray gave the actor; if it dies it is started
+anew, and the lines that it had are run again. Ray calls a worker for several batches at a time, all
+in one event loop: while one waits for its answers, the others add theirs to the engine's running
+batch. When Ray forgets the worker, the pool ends its process.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +33,7 @@ from nanovllm.jobs.replicas.pool import ReplicaPool
 FORMS = ("plain", "batch")
 
 
-class RayWorker:
-    """An actor's engine, in a process of its own, on the GPUs that Ray gave the actor.
-
-    An engine that dies is started anew, and the lines that it had are run again. Ray calls the
-    worker for several batches at a time, all in one event loop: while one waits for its answers,
-    the others add theirs to the engine's running batch. When Ray forgets the worker, the pool ends
-    its process.
-    """
-
-    def __init__(
-        self, model: str, engine_options: dict[str, Any], line_options: LineOptions
-    ) -> None:
-        self.line_options = line_options
-        self.pool = ReplicaPool(model, engine_options, line_options, replicas=1)
-
-
-class RowWorker(RayWorker):
+class RowWorker:
     """For `Dataset.map_batches`: rows in, the same rows with their answers out.
 
     A row is a request in OpenAI's batch form (columns "url" and "body", a struct or its JSON) or
@@ -88,7 +78,7 @@ class RowWorker(RayWorker):
         # would give equal prompts equal answers.
         self.numbers = itertools.count(random.randrange(1, 2**62))
         options = LineOptions(model=model, form="batch", defaults=sampling_params or {}, seed=0)
-        super().__init__(model, engine_options, options)
+        self.pool = ReplicaPool(model, engine_options, options)
 
     async def __call__(self, batch: Any) -> AsyncIterator[pa.Table]:
         """Answer a batch, in any of Ray's formats; yields one table.

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-# Of the drivers: NVIDIA's, the same inside WSL, AMD's. One is there if there is a GPU.
-GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
 def count_gpus() -> int:
-    """The number of GPUs that this process may use. No memory of theirs is taken for it.
+    """The number of GPUs that this process may use. No memory of theirs is taken for it."""
+    import torch  # here, as one replica, or several on a CPU, do without
 
-    If this process does without PyTorch, another one counts them. That takes seconds, so it does
-    not where there cannot be any.
-    """
-    is_hidden = os.environ.get(VISIBLE, "0").strip() in ("", "-1")
-    if is_hidden or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
-        return 0
-    if "torch" in sys.modules:
-        return sys.modules["torch"].cuda.device_count()
-    result = subprocess.run(
-        [sys.executable, "-c", COUNT_GPUS], capture_output=True, text=True, check=False
-    )
-    last_line = result.stdout.strip().rpartition("\n")[2]
-    return int(last_line) if last_line.isdigit() else 0
+    return torch.cuda.device_count()
 
 
 def visible_gpus(num_gpus: int) -> list[str]:

@@ -106,7 +106,7 @@ class ReplicaPool:
         run = Run()
         supervisor.open(run)
         reader = threading.Thread(
-            target=read, args=(supervisor, run, lines), name="reader of lines", daemon=True
+            target=feed, args=(supervisor, run, lines), name="reader of lines", daemon=True
         )
         reader.start()
         is_ended = False
@@ -136,7 +136,7 @@ class ReplicaPool:
         self._end()
 
 
-def read(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
+def feed(supervisor: Supervisor, run: Run, lines: Iterable[Line]) -> None:
     """In a thread: add the lines of a run, as far ahead as there is room for."""
     try:
         for line in lines:

@@ -20,7 +20,7 @@ class Task:
         self.num_deaths = 0  # runs in which the engine failed while this line was in it
         # For `LookAhead`:
         self.prefix_keys: tuple[int, ...] = ()  # of its first characters, of more, of many
-        self.index = -1  # it is the so manieth line that was added, counted from 0
+        self.index = -1  # its place among all lines that were added, from 0
 
     def begin(self) -> bool:
         """Return whether the answer is still wanted; called each time a replica gets the line."""

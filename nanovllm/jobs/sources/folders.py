@@ -48,16 +48,15 @@ def has_lines(file: Path) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith((".", "_")) and file.is_file()
 
 
-class FolderSource:
+class FolderSource(Source):
     """Several files, one after the other, by their names; lines are numbered through."""
 
-    knows_total = False
+    size: int
 
     def __init__(self, parts: list[Source]) -> None:
         self.parts = parts
         self.size = sum(part.size or 0 for part in parts)
-        self.last_number = 0  # of the files that are read to their ends
-        self.read_bytes = 0  # of them
+        self.read_bytes = 0  # of the files that are read to their ends, as `last_number` is
 
     @property
     def fingerprint(self) -> str:

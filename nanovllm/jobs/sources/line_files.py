@@ -10,31 +10,23 @@ from pathlib import Path
 from nanovllm.jobs.lines.line import Line
 from nanovllm.jobs.lines.unreadable import MAX_LINE_BYTES, custom_id_in, too_long, unreadable
 from nanovllm.jobs.sources.compressed import open_decompressed
-from nanovllm.jobs.sources.source import HEAD_BYTES, Wanted, hash_of
+from nanovllm.jobs.sources.source import Source, Wanted, hash_of_head
 
 COUNTED_BYTES = 2**26  # files up to this size are counted before they are read: it takes 30 ms
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-class LineSource:
+class LineSource(Source):
     """JSON lines from something that can be read once: stdin, a pipe."""
 
-    size: int | None = None
-    knows_total = False
+    num_found = 0  # lines that were not blank, so far
+    is_at_end = False
 
     def __init__(self, name: str, file: io.BufferedReader) -> None:
         self.name = name
         self.file = file
-        self.num_found = 0  # lines that were not blank, so far
-        self.last_number = 0
-        self.is_at_end = False
         self.was_read = False
-
-    @property
-    def fingerprint(self) -> str | None:
-        """None: what was read to make one could not be read again."""
-        return None
 
     def total(self) -> int | None:
         """How many lines there were, at the end; None before."""
@@ -74,16 +66,12 @@ class FileSource(LineSource):
         self.path = path
         self.name = str(path)
         self.size = path.stat().st_size
-        self.num_found = 0
-        self.last_number = 0
-        self.is_at_end = False
         self.position = 0  # in the file, about where the lines that were found end
 
     @property
     def fingerprint(self) -> str:
         """A hash of the first bytes."""
-        with self.path.open("rb") as file:
-            return hash_of(file.read(HEAD_BYTES))
+        return hash_of_head(self.path)
 
     @cached_property
     def counted(self) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanovllm.jobs.lines.line import Line
 from nanovllm.jobs.sources.folders import open_folder
 from nanovllm.jobs.sources.line_files import FileSource, LineSource
-from nanovllm.jobs.sources.source import Source, Wanted
+from nanovllm.jobs.sources.source import Source
 from nanovllm.jobs.sources.tables import ArrowSource, ParquetSource
 
 
@@ -26,23 +26,13 @@ class Input:
         self.shard = shard
 
     def __iter__(self) -> Iterator[Line]:
-        return self.lines()
+        return self.source.lines(self._is_wanted)
 
-    def lines(self, is_wanted: Wanted | None = None) -> Iterator[Line]:
-        """The lines, without those that somebody does not want.
-
-        is_wanted: says it of a line's number. Rows of a table that are not wanted cost nothing.
-        """
-        return self.source.lines(self._both(is_wanted))
-
-    def _both(self, is_wanted: Wanted | None) -> Wanted:
-        """Whether a line is in this shard, and wanted."""
+    def _is_wanted(self, number: int) -> bool:
         if self.shard is None:
-            return is_wanted or (lambda number: True)
+            return True
         index, count = self.shard
-        if is_wanted is None:
-            return lambda number: number % count == index - 1
-        return lambda number: number % count == index - 1 and is_wanted(number)
+        return number % count == index - 1
 
     @property
     def total(self) -> int | None:
@@ -86,14 +76,9 @@ def open_input(path: str, shard: tuple[int, int] | None = None) -> Input:
         ImportError: for one that needs a library that is missing; it names the extra.
         (All but the first come while it is read, too: of a file that ends too early, say.)
     """
-    check_shard(shard)
-    return Input(open_source(path), shard)
-
-
-def check_shard(shard: tuple[int, int] | None) -> None:
-    """Raise a ValueError unless it is None or a pair (i, n) with i from 1 to n."""
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be (i, n) with i from 1 to n, not {shard!r}")
+    return Input(open_source(path), shard)
 
 
 def open_source(path: str) -> Source:

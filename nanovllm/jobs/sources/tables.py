@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,16 @@ from typing import Any
 from nanovllm.jobs.lines.line import Line, LineError
 from nanovllm.jobs.lines.unreadable import unreadable
 from nanovllm.jobs.sources.rows import row_data
-from nanovllm.jobs.sources.source import HEAD_BYTES, Wanted, hash_of
+from nanovllm.jobs.sources.source import Source, Wanted, hash_of, hash_of_head
 
 BATCH_ROWS = 64  # that are in memory at once
 HEADS = ("state.json", "dataset_info.json")  # files that say what a saved dataset is
 
 
-class TableSource:
-    """A table, read a few rows at a time."""
+class TableSource(Source):
+    """A table, read a few rows at a time. Whoever makes it sets `last_number`."""
 
     knows_total = True
-    num_rows: int
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,21 +29,15 @@ class TableSource:
     @property
     def fingerprint(self) -> str:
         """A hash of the first bytes."""
-        with self.path.open("rb") as file:
-            return hash_of(file.read(HEAD_BYTES))
-
-    @property
-    def last_number(self) -> int:
-        """The number of the last row."""
-        return self.num_rows
+        return hash_of_head(self.path)
 
     def total(self) -> int:
         """The number of rows."""
-        return self.num_rows
+        return self.last_number
 
+    @abstractmethod
     def batches(self) -> Iterator[Any]:
         """All rows, some at a time, as tables or record batches of pyarrow."""
-        raise NotImplementedError
 
     def lines(self, is_wanted: Wanted) -> Iterator[Line]:
         """Read it from the beginning."""
@@ -102,7 +96,7 @@ class ParquetSource(TableSource):
             self.file = parquet.ParquetFile(path)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
-        self.num_rows = self.file.metadata.num_rows
+        self.last_number = self.file.metadata.num_rows
 
     def batches(self) -> Iterator[Any]:
         """Its rows."""
@@ -115,7 +109,7 @@ class ArrowSource(TableSource):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.pyarrow = imported("pyarrow", path)
-        self.num_rows = sum(len(batch) for batch in self.named_batches())
+        self.last_number = sum(len(batch) for batch in self.named_batches())
 
     def batches(self) -> Iterator[Any]:
         """Its rows."""
@@ -142,7 +136,7 @@ class DatasetSource(TableSource):
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is no dataset that can be read: {error}") from error
         self.dataset = dataset.with_format("arrow")
-        self.num_rows = len(dataset)
+        self.last_number = len(dataset)
 
     @property
     def fingerprint(self) -> str:
