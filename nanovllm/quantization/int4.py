@@ -279,7 +279,7 @@ class Int4(QuantizedFormat):
 
 def read_group_scales(loaded: Any, index: Any, layer: Any) -> Tensor:
     """Read scales of a checkpoint, on the layer's device."""
-    return read_scales(loaded, index).to(layer.packed.device)
+    return read_scales(loaded, index, may_be_negative=True).to(layer.packed.device)
 
 
 def nibbles(words: Tensor, order: Sequence[int]) -> Tensor:

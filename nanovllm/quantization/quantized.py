@@ -94,8 +94,10 @@ def forget_dequantized(layer: Any) -> None:
     layer.dequantized = None
 
 
-def read_scales(loaded: Any, index: Any = ...) -> Tensor:
+def read_scales(loaded: Any, index: Any = ..., may_be_negative: bool = False) -> Tensor:
     """Read scales of a checkpoint, or those at `index`, in float32.
+
+    may_be_negative: as AutoRound has them in INT4, to use -8 where the largest weight is positive.
 
     Raises:
         ValueError: they cannot be scales. All of them zero is what a checkpoint has whose scales
@@ -104,7 +106,8 @@ def read_scales(loaded: Any, index: Any = ...) -> Tensor:
     scales = loaded[index].to(torch.float32)
     if not torch.isfinite(scales).all():
         raise ValueError("holds a scale that is NaN or infinite; the checkpoint is damaged")
-    if scales.numel() and (scales.min() < 0 or scales.max() == 0):
+    is_negative = not may_be_negative and bool((scales < 0).any())
+    if scales.numel() and (is_negative or not scales.any()):
         raise ValueError(
             f"holds scales from {scales.min().item():g} to {scales.max().item():g}, which must be "
             "positive; the checkpoint is damaged"
