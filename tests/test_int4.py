@@ -243,6 +243,7 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str
         ("awq-32", drop("qzeros"), "1 missing: .*q_proj.qzeros"),
         ("awq-32", replace("qweight", lambda t: t[:, :-1]), r"qweight' has shape \[128, 15\]"),
         ("awq-32", replace("scales", lambda t: t * float("nan")), "scales' holds a scale that is"),
+        ("awq-32", replace("scales", lambda t: t * 0), "scales' holds scales from 0 to 0"),
         ("awq-32", replace("qweight", lambda t: t.float()), "qweight' is F32 and not I32"),
         ("gptq", replace("g_idx", lambda t: t * 0), "g_idx' does not give each group of 64"),
         ("gptq-desc-act", drop("g_idx"), "1 missing: .*q_proj.g_idx"),
@@ -268,6 +269,17 @@ def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
         assert torch.equal(param, expected[name])
     rewrite(checkpoint, replace("bias", lambda bias: bias + 1))
     refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
+
+
+def test_negative_scales(tmp_path: Path) -> None:
+    """AutoRound makes a scale negative where the largest weight of a group is positive."""
+    checkpoint = make(tmp_path, "gptq")
+    layer = "model.layers.0.self_attn.qkv_proj"
+    positive = load(checkpoint.path).get_submodule(layer)
+    rewrite(checkpoint, replace("scales", lambda scales: -scales))
+    negative = load(checkpoint.path).get_submodule(layer)
+    before, after = (m.weight_format.dequantize(m, torch.float32) for m in (positive, negative))
+    assert torch.equal(after[:128], -before[:128]) and torch.equal(after[128:], before[128:])
 
 
 def test_a_rank_must_have_whole_groups(tmp_path: Path) -> None:

@@ -220,6 +220,13 @@ def test_damaged_tensors(
         make_llm(str(tmp_path))
 
 
+def test_new_tensors_with_wrong_values_are_named(stored: Path) -> None:
+    llm = make_llm(str(stored))
+    with pytest.raises(ValueError, match=f"tensor '{SCALE}' holds scales from 0 to 0"):
+        llm.load_weights({SCALE: torch.zeros(2, 3)})
+    llm.exit()
+
+
 # --- new weights, and sleep -----------------------------------------------------------------------
 
 

@@ -60,6 +60,13 @@ class QuantizedFormat(WeightFormat):
         """Multiply with the dequantised weight; see `WeightFormat.matmul`."""
         return UNQUANTIZED.multiply_matrix(self.weight_for(layer, x), x, bias, epilogue, norm)
 
+    def expert_weights(self, layer: Any, dtype: torch.dtype, num_experts: int) -> Any:
+        """The experts' weights `[experts, rows, in]` for the kernels of a mixture on a GPU, in
+        `dtype`. A format that these kernels know can return its own instead: all experts of a layer
+        are dequantised here, also those without tokens.
+        """
+        return self.dequantize(layer, dtype).unflatten(0, (num_experts, -1))
+
     def weight_for(self, layer: Any, x: Tensor) -> Tensor:
         """The dequantised weight to multiply x with.
 
@@ -87,8 +94,10 @@ def forget_dequantized(layer: Any) -> None:
     layer.dequantized = None
 
 
-def read_scales(loaded: Any, index: Any = ...) -> Tensor:
+def read_scales(loaded: Any, index: Any = ..., may_be_negative: bool = False) -> Tensor:
     """Read scales of a checkpoint, or those at `index`, in float32.
+
+    may_be_negative: as AutoRound has them in INT4, to use -8 where the largest weight is positive.
 
     Raises:
         ValueError: they cannot be scales. All of them zero is what a checkpoint has whose scales
@@ -97,7 +106,8 @@ def read_scales(loaded: Any, index: Any = ...) -> Tensor:
     scales = loaded[index].to(torch.float32)
     if not torch.isfinite(scales).all():
         raise ValueError("holds a scale that is NaN or infinite; the checkpoint is damaged")
-    if scales.numel() and (scales.min() < 0 or scales.max() == 0):
+    is_negative = not may_be_negative and bool((scales < 0).any())
+    if scales.numel() and (is_negative or not scales.any()):
         raise ValueError(
             f"holds scales from {scales.min().item():g} to {scales.max().item():g}, which must be "
             "positive; the checkpoint is damaged"

@@ -232,7 +232,10 @@ def broadcast(tensor: Tensor) -> None:
 @torch.no_grad()
 def load(runner: ModelRunner, name: str, tensor: Tensor) -> None:
     """Copy this rank's part of a tensor to the parameter that it belongs to."""
-    names_of(runner).loaders[name](tensor)
+    try:
+        names_of(runner).loaders[name](tensor)
+    except ValueError as error:  # of its values, such as scales of a quantised layer
+        raise ValueError(f"tensor {name!r} {error}") from error
 
 
 def finish(runner: ModelRunner) -> None:

@@ -103,6 +103,7 @@ class BatchJob:
             if self.options.in_order and not writer.is_in_order:
                 assert isinstance(output, OutputFile)  # a stream begins empty, and is written once
                 output.put_in_order()
+            output.sync()
             return self.counts
         except OutputError as error:
             raise JobStopped(str(error)) from error

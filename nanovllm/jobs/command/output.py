@@ -22,6 +22,7 @@ from nanovllm.jobs.lines.answers import answered
 BUFFER = 1 << 20  # bytes that are read at a time
 REWRITTEN = ".rewritten"  # ends the name of what is to take the output's place
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet")
+NO_SUCH_CALL = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # on some file systems
 REMEDIES = {
     errno.ENOSPC: "; the disk is full: make room, or move the file elsewhere",
     errno.EDQUOT: "; the quota is used up: make room, or move the file elsewhere",
@@ -72,6 +73,9 @@ class Stream:
 
     def undo(self) -> None:
         """Take the beginning of a line back. Here it is gone."""
+
+    def sync(self) -> None:
+        """Have the disk hold what was written. Here there is none."""
 
     def close(self) -> None:
         """Write no more."""
@@ -176,10 +180,20 @@ class OutputFile(Stream):
         self._fd = fd
         self._end = os.fstat(fd).st_size
 
+    def sync(self) -> None:
+        """Have the disk hold what was written, or raise an OutputError: a file of another machine
+        may be without room, or lost, and only this call says so.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in NO_SUCH_CALL:
+                raise OutputError(explain(self.name, error)) from error
+
     def close(self) -> None:
         """Have the disk hold what was written, and let other processes have the file."""
-        with suppress(OSError):
-            os.fsync(self._fd)
+        with suppress(OutputError):  # a job that ends well has called it before
+            self.sync()
         super().close()
 
     def _read_lines(self, start: int = 0, end: int | None = None) -> Iterator[OutputLine]:
