@@ -157,7 +157,7 @@ class BatchJob:
     ) -> None:
         """Write answers as they come, and show how far the job is."""
         self.counts.restart_clock()
-        with job_progress(self.counts, self._total, self.options.progress) as report:
+        with job_progress(self.counts, lambda: self.input.total, self.options.progress) as report:
             try:
                 for answer in answers:
                     with signals.held:
@@ -166,6 +166,3 @@ class BatchJob:
             except RuntimeError as error:  # the pool's: no replica can be started any more
                 raise JobStopped(str(error)) from error
         assert writer.num_waiting == 0, "the pool has left lines without an answer"
-
-    def _total(self) -> int | None:
-        return self.input.total

@@ -28,9 +28,8 @@ from nanovllm.jobs.lines.line import Answer, LineError
 from nanovllm.jobs.lines.line_options import LineOptions
 from nanovllm.jobs.lines.line_request import LineRequest
 from nanovllm.jobs.lines.logprobs import logprobs_content
-from nanovllm.jobs.lines.parse import is_batch, plain_custom_id
+from nanovllm.jobs.lines.parse import is_batch, load_fields, plain_custom_id
 from nanovllm.jobs.lines.unreadable import (
-    MAX_LINE_BYTES,
     custom_id_in,
     fields_of,
     names_subject,
@@ -64,7 +63,9 @@ def answer(request: LineRequest, results: Sequence[Any]) -> Answer:
             check_ends(result)
         completion_tokens = num_completion_tokens(results)
     if request.is_batch:
-        fields = batch_fields(request, results)
+        make_body = embedding_body if request.kind == "embed" else completion_body
+        body = make_body(request, results)
+        fields = in_batch(request.number, request.custom_id, status=200, body=body)
     else:
         fields = plain_fields(request, results)
     return Answer(
@@ -126,12 +127,6 @@ def check_ends(result: RequestOutput) -> None:
             raise LineError(str(completion["stop_reason"]), "model_error", status=500)
         if completion["finish_reason"] not in GOOD_ENDS:
             raise LineError("the request was aborted", "aborted", status=500)
-
-
-def batch_fields(request: LineRequest, results: Sequence[Any]) -> dict[str, Any]:
-    """An answer in the batch form."""
-    body = embedding_body if request.kind == "embed" else completion_body
-    return in_batch(request.number, request.custom_id, 200, body(request, results))
 
 
 def in_batch(number: int, custom_id: str | None, status: int, body: Any) -> dict[str, Any]:
@@ -233,13 +228,10 @@ def looks_like_batch(data: bytes) -> bool:
 
 def readable_fields(data: bytes) -> dict[str, Any] | None:
     """The object that a line holds, if it does."""
-    if len(data) > MAX_LINE_BYTES:
-        return None
     try:
-        fields = json_text.load(data)
-    except ValueError:
+        return load_fields(data)
+    except LineError:
         return None
-    return fields if isinstance(fields, dict) else None
 
 
 def find_custom_id(number: int, data: bytes, fields: dict[str, Any] | None) -> str | None:

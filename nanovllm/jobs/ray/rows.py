@@ -129,11 +129,10 @@ class RowAnswer:
 def row_answer(answer: Answer) -> RowAnswer:
     """Take an answer in OpenAI's batch form apart."""
     text = answer.data.decode()
-    line = json.loads(text)
-    error = error_of(line)
-    if error is not None:
+    body = json.loads(text)["response"]["body"]
+    if "error" in body:
+        error = body["error"]
         return RowAnswer(text, error=error["message"], error_code=error["code"])
-    body = line["response"]["body"]
     if "choices" not in body:
         vector = embedding(body["data"][0]["embedding"])
         return RowAnswer(text, embedding=vector, prompt_tokens=answer.prompt_tokens)
@@ -147,13 +146,6 @@ def row_answer(answer: Answer) -> RowAnswer:
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
     )
-
-
-def error_of(line: dict[str, Any]) -> dict[str, Any] | None:
-    """The error in a line of a job's output, in either form: its "message", "code" and more."""
-    if "response" in line:
-        return line["response"]["body"].get("error")
-    return line.get("error")
 
 
 def choice_text(choice: dict[str, Any]) -> str:

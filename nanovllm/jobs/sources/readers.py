@@ -24,6 +24,7 @@ class Input:
     def __init__(self, source: Source, shard: tuple[int, int] | None) -> None:
         self.source = source
         self.shard = shard
+        self.size = source.size  # in bytes, as the input lies there; None for stdin and pipes
 
     def __iter__(self) -> Iterator[Line]:
         return self.source.lines(self._is_wanted)
@@ -48,11 +49,6 @@ class Input:
         index, count = self.shard
         # The numbers from 1 to total that leave the remainder index - 1.
         return (total - (index - 1)) // count + (index > 1) if total >= index - 1 else 0
-
-    @property
-    def size(self) -> int | None:
-        """In bytes, as the input lies there; None for stdin and pipes."""
-        return self.source.size
 
     @property
     def fingerprint(self) -> str | None:
