@@ -208,7 +208,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def make_model(config: Config, scheme: Scheme | None) -> nn.Module:
     """The model, with parameters but no values in them."""
     with nullcontext() if scheme is None else formats_postponed():
-        model = model_class(config.hf_config)(config.hf_config, max_position=1)
+        model = model_class(config.hf_config)(config.hf_config, config.max_model_len)
         if scheme is not None:
             choose_formats(model, scheme)
     return model

@@ -253,9 +253,9 @@ def compile_fp8() -> None:
         fp8_gemv.fp8_gemv(x, weight, bias, norm, EPS, numbers(1, 256))
         fp8_gemv.fp8_gemv(x, weight, None, norm.float(), EPS, activation="silu")
         fp8_gemv.fp8_gemv(x.half(), weight, out_dtype=torch.float32)
-        for num_tokens in (2, 32, 64, 128):
-            for dtype in (torch.bfloat16, torch.float16):
-                fp8_gemm.fp8_gemm(numbers(num_tokens, HIDDEN, dtype=dtype), weight)
+        for num_tokens in (32, 64, 128) if row_grain != 32 else ():
+            fp8_gemm.fp8_gemm(numbers(num_tokens, HIDDEN), weight)
+        fp8_gemm.fp8_gemm(x.half().expand(16, -1).contiguous(), weight)
         fp8_gemm.fp8_gemm(numbers(2, HIDDEN), weight, bias, reader_sums=False)
         fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
         for num_tokens in (128, 512):
@@ -263,6 +263,17 @@ def compile_fp8() -> None:
             if column_grain < HIDDEN:
                 out = numbers(num_tokens, 256)
                 fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+    for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
+        matrices = []
+        for rows, columns in ((2 * 768, 2048), (2048, 768)):
+            grain = column_grain or columns
+            scales = numbers(128 * rows // row_grain, columns // grain, dtype=torch.float32)
+            values = torch.empty(128, rows, columns, dtype=FP8)
+            matrices.append(FP8Weight(values, scales, row_grain, grain))
+        experts = moe.MoEWeights(numbers(128, 2048), *matrices, top_k=8, is_normalized=True)
+        moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
+        for num_tokens in (2, 600):
+            moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
 
 
 def main() -> None:

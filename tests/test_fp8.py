@@ -39,6 +39,7 @@ from nanovllm.config import Config
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.models import build_model
+from nanovllm.quantization import fp8_matmul
 from nanovllm.quantization.fp8 import FP8Online
 from nanovllm.quantization.fp8_blocks import FP8Blocks
 from nanovllm.quantization.quantized import QuantizedFormat
@@ -185,8 +186,12 @@ class OnGPU(torch.Tensor):
 )
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("layout", ["blocks", "channels"])
-def test_a_gpu_without_a_kernel_for_the_format(layout: str, num_tokens: int) -> None:
-    """The weight is dequantised each time, and multiplied as one in 16 bits."""
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["no kernels", "kernels"])
+def test_a_gpu_with_and_without_kernels_for_the_format(
+    has_kernels: bool, layout: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without, the weight is dequantised each time, and multiplied as one in 16 bits."""
+    monkeypatch.setattr(fp8_matmul, "has_e4m3", lambda: has_kernels)
     layer = RowParallelLinear(64, 48)
     weight_format = FP8Blocks((32, 32), "") if layout == "blocks" else FP8Online(True)
     layer.use_format(weight_format, [layer.shard()])

@@ -11,6 +11,7 @@ from e4m3 import convert_e4m3_by_torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm.kernels import grouped_gemm
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
@@ -35,6 +36,7 @@ from nanovllm.kernels.fp8_weight import (
     to_e4m3,
 )
 from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums, moe_torch
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import fp8_matmul
 from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
@@ -198,6 +200,52 @@ def test_block_gemm(shape: tuple[int, int, int, int], num_tokens: int) -> None:
     config = FP8BlockGemmConfig(tokens=16, rows=16, num_warps=4, num_stages=3)
     assert fp8_block_gemm(x, weight, bias, out, config) is out
     assert_near(out, expected, torch.float32)
+
+
+MIXTURES = {  # grains of gate and up, and of down: rows, columns
+    "rows": ((1, WHOLE_ROW), (1, WHOLE_ROW)),
+    "blocks": ((8, 64), (16, 32)),
+}
+
+
+def make_experts(grains: str, dtype: torch.dtype) -> tuple[MoEWeights, MoEWeights]:
+    """6 experts, of which a token uses 3, in FP8, and the same dequantised."""
+    num_experts, hidden, intermediate = 6, 320, 24 if grains == "rows" else 96
+    gate_up_grains, down_grains = MIXTURES[grains]
+    gate_up = make_weight(num_experts * 2 * intermediate, hidden, *gate_up_grains)
+    down = make_weight(num_experts * hidden, intermediate, *down_grains)
+    stacked = []
+    for weight in (gate_up, down):
+        stacked.append(weight._replace(values=weight.values.unflatten(0, (num_experts, -1))))
+    router = randn(num_experts, hidden, dtype=dtype) * hidden**-0.5
+    reference = [exact(w).float().unflatten(0, (num_experts, -1)) for w in (gate_up, down)]
+    return (
+        MoEWeights(router, *stacked, top_k=3, is_normalized=True),
+        MoEWeights(router.float(), *reference, top_k=3, is_normalized=True),
+    )
+
+
+@both_dtypes
+@pytest.mark.parametrize("grains", MIXTURES)
+def test_experts(grains: str, dtype: torch.dtype) -> None:
+    weights, reference = make_experts(grains, dtype)
+    x = randn(19, 320, dtype=dtype)
+    expected = moe_torch(x.float(), reference).double()
+    assert_near(moe_partial_sums(x, weights).double().sum(0), expected, dtype)
+    norm = randn(320)
+    normed = rms_norm_torch(x[:1].float(), norm, 1e-6)
+    hidden = x[:1].clone()
+    added = hidden.double() + moe_torch(normed, reference).double()
+    assert moe_gemv(hidden, weights, hidden, norm, 1e-6) is hidden
+    assert_near(hidden, added, dtype)
+
+
+def test_experts_without_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_gemm, "has_tma", lambda: False)
+    weights, reference = make_experts("blocks", torch.float32)
+    x = randn(5, 320)
+    expected = moe_torch(x, reference).double()
+    assert_near(moe_partial_sums(x, weights).double().sum(0), expected, torch.float32)
 
 
 def test_configurations_are_within_their_limits() -> None:

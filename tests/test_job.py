@@ -1,10 +1,12 @@
 """Jobs over a pool without a model: each line is answered once, however often a job is stopped."""
 
+import errno
 import json
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import DEMO_MODEL
+from nanovllm.jobs.command import output as output_module
 from nanovllm.jobs.command.batch_job import BatchJob
 from nanovllm.jobs.command.cli import main, run_batch
 from nanovllm.jobs.command.cluster_job import ClusterJob
@@ -94,6 +97,10 @@ def test_an_empty_input(tmp_path: Path) -> None:
 
 def raise_runtime_error() -> None:
     raise RuntimeError("all replicas are gone")
+
+
+def fail_unexpectedly() -> None:
+    raise AssertionError("something that cannot be")
 
 
 def press_ctrl_c() -> None:
@@ -234,6 +241,14 @@ def test_another_job_is_refused(tmp_path: Path, change: dict[str, Any], message:
     run(replace(options, **{**change, "engine": faster}), FakePool())
 
 
+def test_answers_beside_the_model_are_no_other_model(tmp_path: Path) -> None:
+    write_input(tmp_path, [GOOD, GOOD])
+    shutil.copytree(DEMO_MODEL, tmp_path, dirs_exist_ok=True)
+    options = replace(options_for(tmp_path), model=str(tmp_path))
+    run(options, FakePool())
+    assert run(options, FakePool()).num_lines_before == 2
+
+
 def test_another_input_is_refused(tmp_path: Path) -> None:
     write_input(tmp_path, [GOOD, GOOD])
     run(options_for(tmp_path), FakePool())
@@ -309,6 +324,7 @@ def test_defaults_of_lines(tmp_path: Path) -> None:
         ([GOOD] * 3, None, 0),
         ([GOOD, BROKEN], None, 1),
         ([GOOD] * 3, raise_runtime_error, 3),
+        ([GOOD] * 3, fail_unexpectedly, 3),
         ([GOOD] * 3, press_ctrl_c, 130),
         ([GOOD] * 3, terminate, 143),
     ],
@@ -386,6 +402,24 @@ def test_a_job_goes_on_when_the_disk_has_room_again(
     finally:
         if os.path.ismount(directory):
             subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_answers_that_the_disk_does_not_keep_are_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path, [GOOD] * 3)
+    sync = os.fsync
+
+    def fail(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), os.stat(tmp_path / "out.jsonl")):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        sync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.os, "fsync", fail)
+        assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 3
+    assert "the quota is used up" in capsys.readouterr().err
+    assert run_batch(options_for(tmp_path), make_pool=FakePool()) == 0
 
 
 @pytest.mark.parametrize("error, status", [(ValueError, 2), (MemoryError, 3), (RuntimeError, 3)])

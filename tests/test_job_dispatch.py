@@ -3,6 +3,7 @@
 import heapq
 import json
 import random
+import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ import pytest
 from nanovllm.jobs.lines.line import Answer, Line
 from nanovllm.jobs.replicas.dispatcher import MIN_RESERVE, Dispatcher
 from nanovllm.jobs.replicas.look_ahead import LookAhead, prefix_keys
+from nanovllm.jobs.replicas.run import Run
 from nanovllm.jobs.replicas.suspects import MAX_RERUNS
-from nanovllm.jobs.replicas.task import Task
+from nanovllm.jobs.replicas.task import FutureTask, Task
 
 BLOCK_SIZE = 16  # so the levels of prefixes are 64, 128, 192, 256, 384, ... bytes
 
@@ -40,6 +42,17 @@ def make_task(number: int, prompt: str, answers: list[Answer] | None = None) -> 
 def document(name: object, length: int = 300) -> str:
     """A text of `length` characters; no two names give texts that begin with the same block."""
     return (f"Document {name}. " * length)[:length]
+
+
+def test_an_answered_line_takes_no_memory_while_older_ones_wait() -> None:
+    run = Run()
+    for make in (run.add_line, FutureTask):
+        data = b"x" * 1000
+        num_references = sys.getrefcount(data)
+        task = make(Line(2, data))
+        assert sys.getrefcount(data) > num_references
+        task.finish(Answer(2, b"{}"))
+        assert sys.getrefcount(data) == num_references
 
 
 # --- prefixes -------------------------------------------------------------------------------------

@@ -149,6 +149,13 @@ def test_fingerprints_tell_inputs_apart(tmp_path: Path) -> None:
 # --- compressed -----------------------------------------------------------------------------------
 
 
+def test_zstandard_may_begin_with_a_frame_without_data(tmp_path: Path) -> None:
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"abcd"
+    data = zstandard.ZstdCompressor().compress(b'{"prompt": "a"}\n')
+    path = write(tmp_path / "in.zst", skippable + data + skippable + data)
+    assert numbered(open_input(path)) == {1: b'{"prompt": "a"}', 2: b'{"prompt": "a"}'}
+
+
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
 def test_several_frames_are_one_file(tmp_path: Path, kind: str) -> None:
     frames = [COMPRESS[kind](b'{"a":'), COMPRESS[kind](b"1}\n"), COMPRESS[kind](b"2\n")]

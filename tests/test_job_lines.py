@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import pickle
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -703,6 +704,17 @@ def answer_to(line: Line, options: LineOptions) -> Answer:
         return answer(request, [result()] * len(request.params))
     except LineError as error:
         return error_answer(line.number, line.data, error, options)
+
+
+def test_a_long_custom_id_is_read_back_in_little_memory() -> None:
+    start = b'{"id":"batch_req_7","custom_id":"' + b"x" * 1_000_000
+    data = start + b'","response":{"status_code":200,"body":{}},"error":null}'
+    tracemalloc.start()
+    try:
+        assert answered(data) == (7, False)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=80)

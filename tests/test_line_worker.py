@@ -16,6 +16,7 @@ from nanovllm import DEMO_MODEL, AsyncLLM, SamplingParams
 from nanovllm.jobs.lines import line_worker
 from nanovllm.jobs.lines.line import ENGINE_FAILED, Answer, Line
 from nanovllm.jobs.lines.line_options import LineOptions
+from nanovllm.jobs.lines.line_request import LineRequest
 from nanovllm.jobs.lines.line_worker import LineWorker
 
 SECONDS = 60
@@ -181,6 +182,40 @@ def test_a_failed_step_is_not_the_fault_of_a_line(
     assert b"ZeroDivisionError" in answers[0].data and llm.failure is None
     monkeypatch.undo()
     assert [answer.error is None for answer in run(worker, lines)] == [True, True, False, True]
+
+
+class Panic(BaseException):
+    """What the bindings of a library in Rust raise when it panics is no Exception."""
+
+
+def test_a_panic_is_an_error_of_its_line(
+    worker: LineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = worker._submit
+
+    def panic(request: LineRequest) -> list[Any]:
+        if request.number == 2:
+            raise Panic("index out of bounds")
+        return submit(request)
+
+    monkeypatch.setattr(worker, "_submit", panic)
+    answers = run(worker, [{"prompt": "a"}] * 3)
+    assert [answer.error for answer in answers] == [None, "server_error", None]
+    assert b"index out of bounds" in answers[1].data
+
+
+def test_an_engine_survives_a_panic_in_a_step(
+    llm: AsyncLLM, worker: LineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic() -> None:
+        raise Panic("index out of bounds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.llm.scheduler, "schedule", panic)
+        (failed,) = run(worker, [{"prompt": "a"}])
+    assert failed.error == ENGINE_FAILED and b"index out of bounds" in failed.data
+    (answer,) = run(worker, [{"prompt": "a"}])
+    assert answer.error is None and llm.failure is None
 
 
 def test_an_engine_that_ends_leaves_no_line_without_answer() -> None:

@@ -25,7 +25,7 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 def test_they_are_in_reading_order() -> None:
     numbers = [int(path.name.partition("_")[0]) for path in NOTEBOOKS]
-    assert numbers == [*range(1, 9), 10]
+    assert numbers == [*range(1, 11)]
     readme = (ROOT / "README.md").read_text()
     links = [readme.index(f"(notebooks/{path.name})") for path in NOTEBOOKS]
     assert links == sorted(links)

@@ -172,7 +172,7 @@ class EngineOwner:
             results, _ = self._llm.step()
             if self._streams:
                 send_parts(self._llm, self._streams)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             self._recover(error)
             return
         for request_id, result in results:
@@ -185,7 +185,7 @@ class EngineOwner:
                     del self._in_flight[stream.request_id]
             self._streams = [stream for stream in self._streams if not stream.is_done]
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """After a step has failed: empty the engine, find out whether it can go on, and say so."""
         self._llm.reset()
         try:
@@ -207,7 +207,7 @@ class EngineOwner:
         except BaseException:
             LOGGER.exception("a callback of a request's future has failed")
 
-    def _fail_all(self, reason: str, cause: Exception | None = None) -> None:
+    def _fail_all(self, reason: str, cause: BaseException | None = None) -> None:
         """Fail all that is in flight, each ticket with an error of its own."""
         tickets = list(self._in_flight.values())
         self._in_flight.clear()

@@ -17,6 +17,7 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.fp8_weight import FP8Weight, scale_arguments, values_of
 from nanovllm.kernels.moe_routing import Routing
 
 # Of weights, of gate and of up each. Measured for these on an H100; for down not yet.
@@ -37,15 +38,43 @@ def expert_gemv_config(output_elements: int) -> ExpertGemvConfig:
 
 
 @triton.jit
+def _scaled_sum(
+    products,
+    scales_ptr,
+    row,
+    IN_SIZE: tl.constexpr,
+    ROW_GRAIN: tl.constexpr,
+    COLUMN_GRAIN: tl.constexpr,
+):
+    """Sum `[ROWS, SLOTS, COLUMNS]` over slots and columns, with the scale of each grain of an FP8
+    weight: `[ROWS]`.
+
+    row: `[ROWS, SLOTS]`, of all experts' matrices.
+    """
+    ROWS: tl.constexpr = products.shape[0]
+    SLOTS: tl.constexpr = products.shape[1]
+    COLUMNS: tl.constexpr = products.shape[2]
+    WIDTH: tl.constexpr = COLUMNS if COLUMN_GRAIN == IN_SIZE else COLUMN_GRAIN
+    GRAINS: tl.constexpr = IN_SIZE // COLUMN_GRAIN
+    sums = tl.sum(tl.reshape(products, [ROWS, SLOTS, COLUMNS // WIDTH, WIDTH]), axis=3)
+    grain = tl.minimum(tl.arange(0, COLUMNS // WIDTH), GRAINS - 1)[None, None, :]
+    scale = tl.load(scales_ptr + (row // ROW_GRAIN * GRAINS)[:, :, None] + grain)
+    return tl.sum(tl.sum(sums * scale, axis=2), axis=1)
+
+
+@triton.jit
 def _gate_up_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     experts_ptr,
     norm_ptr,
     eps,
     out_ptr,
     IN_SIZE: tl.constexpr,
     OUT_SIZE: tl.constexpr,
+    ROW_GRAIN: tl.constexpr,
+    COLUMN_GRAIN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,10 +99,24 @@ def _gate_up_kernel(
     # The norm divides all of x by the same number, so it is enough to scale the results.
     scale = 1.0
     if norm_ptr is not None:
-        scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / IN_SIZE + eps)
+        if scales_ptr is None:
+            total = tl.sum(tl.sum(x * x, axis=1), axis=1)
+        else:  # a thread has 16 columns of an FP8 weight, and so few that warps share a row
+            total = tl.sum(tl.sum(x * x, axis=2), axis=1)
+        scale = tl.rsqrt(total / IN_SIZE + eps)
         x *= norm.to(tl.float32)
-    gate = tl.sum(tl.sum(gate_weight.to(tl.float32) * x, axis=1), axis=1) * scale
-    up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+    if scales_ptr is None:
+        gate = tl.sum(tl.sum(gate_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+        up = tl.sum(tl.sum(up_weight.to(tl.float32) * x, axis=1), axis=1) * scale
+    else:
+        gate_products = tl.reshape(gate_weight.to(tl.float32) * x, [ROWS, 1, CHUNKS * 256])
+        up_products = tl.reshape(up_weight.to(tl.float32) * x, [ROWS, 1, CHUNKS * 256])
+        gate_row = (expert * (2 * OUT_SIZE) + tl.minimum(row, OUT_SIZE - 1))[:, None]
+        up_row = gate_row + OUT_SIZE
+        gate = scale * _scaled_sum(
+            gate_products, scales_ptr, gate_row, IN_SIZE, ROW_GRAIN, COLUMN_GRAIN
+        )
+        up = scale * _scaled_sum(up_products, scales_ptr, up_row, IN_SIZE, ROW_GRAIN, COLUMN_GRAIN)
     out = gate / (1.0 + tl.exp(-gate)) * up  # silu(gate) * up
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + slot * OUT_SIZE + row, out, mask=row < OUT_SIZE)
@@ -83,12 +126,15 @@ def _gate_up_kernel(
 def _down_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     experts_ptr,
     routing_weights_ptr,
     residual_ptr,
     out_ptr,
     IN_SIZE: tl.constexpr,
     OUT_SIZE: tl.constexpr,
+    ROW_GRAIN: tl.constexpr,
+    COLUMN_GRAIN: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -114,7 +160,13 @@ def _down_kernel(
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + slot * IN_SIZE + column, mask=in_row, other=0.0).to(tl.float32)
     routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
-    out = tl.sum(tl.sum(weight * (x * routing_weight), axis=2), axis=1)
+    if scales_ptr is None:
+        out = tl.sum(tl.sum(weight * (x * routing_weight), axis=2), axis=1)
+    else:
+        slot_expert = tl.reshape(expert, [1, SLOTS])
+        matrix_row = slot_expert * OUT_SIZE + tl.minimum(row, OUT_SIZE - 1)[:, None]
+        products = weight * (x * routing_weight)
+        out = _scaled_sum(products, scales_ptr, matrix_row, IN_SIZE, ROW_GRAIN, COLUMN_GRAIN)
     if residual_ptr is not None:
         out += tl.load(residual_ptr + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=is_row)
@@ -122,7 +174,7 @@ def _down_kernel(
 
 def expert_gate_up_gemv(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FP8Weight,
     routing: Routing,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
@@ -132,21 +184,23 @@ def expert_gate_up_gemv(
 
     norm_weight, eps: `[hidden]` and the epsilon of an RMSNorm that x goes through first, or None.
     """
-    _, matrix_rows, in_size = weight.shape
+    values = values_of(weight)
+    _, matrix_rows, in_size = values.shape
     out_size = matrix_rows // 2
     top_k = routing.experts.shape[1]
-    assert x.shape == (1, in_size) and x.is_contiguous() and weight.is_contiguous()
+    assert x.shape == (1, in_size) and x.is_contiguous() and values.is_contiguous()
     out = torch.empty(top_k, out_size, dtype=x.dtype, device=x.device)
     chunks = max(1, next_power_of_2(in_size) // 256)
     if config is None:
         config = expert_gemv_config(chunks * 256)
     _gate_up_kernel[(triton.cdiv(out_size, config.rows), top_k)](
         x,
-        weight,
-        routing.experts,
-        norm_weight,
-        eps,
-        out,
+        values,
+        **scale_arguments(weight),
+        experts_ptr=routing.experts,
+        norm_ptr=norm_weight,
+        eps=eps,
+        out_ptr=out,
         IN_SIZE=in_size,
         OUT_SIZE=out_size,
         ROWS=config.rows,
@@ -159,19 +213,20 @@ def expert_gate_up_gemv(
 
 def expert_down_gemv(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FP8Weight,
     routing: Routing,
     residual: Tensor | None = None,
     config: ExpertGemvConfig | None = None,
 ) -> Tensor:
     """Return the experts' outputs times their routing weights, added up, `[1, hidden]`.
 
-    x: `[top_k, intermediate]`. weight: `[num_experts, hidden, intermediate]`.
+    x: `[top_k, intermediate]`. weight: `[num_experts, hidden, intermediate]`, or so in FP8.
     residual: `[1, hidden]`; added, overwritten with the result, and returned.
     """
-    _, out_size, in_size = weight.shape
+    values = values_of(weight)
+    _, out_size, in_size = values.shape
     top_k = routing.experts.shape[1]
-    assert x.shape == (top_k, in_size) and x.is_contiguous() and weight.is_contiguous()
+    assert x.shape == (top_k, in_size) and x.is_contiguous() and values.is_contiguous()
     assert residual is None or residual.is_contiguous()
     out = residual
     if out is None:
@@ -182,11 +237,12 @@ def expert_down_gemv(
         config = expert_gemv_config(slots * columns)
     _down_kernel[(triton.cdiv(out_size, config.rows),)](
         x,
-        weight,
-        routing.experts,
-        routing.weights,
-        residual,
-        out,
+        values,
+        **scale_arguments(weight),
+        experts_ptr=routing.experts,
+        routing_weights_ptr=routing.weights,
+        residual_ptr=residual,
+        out_ptr=out,
         IN_SIZE=in_size,
         OUT_SIZE=out_size,
         TOP_K=top_k,

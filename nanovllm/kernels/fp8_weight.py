@@ -4,7 +4,7 @@ The kernels of FP8 weights are in the other files fp8_*.py, but for those of the
 compared with the reference here: `dequantize_fp8`, and a product in 16 or 32 bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,19 @@ class FP8Input(NamedTuple):
 
     values: Tensor  # [n, in] e4m3, contiguous
     scales: Tensor  # [groups, n] float32: a kernel reads those of neighbouring tokens together
+
+
+def values_of(weight: Tensor | FP8Weight) -> Tensor:
+    """The numbers of a weight that may be in FP8."""
+    return weight.values if isinstance(weight, FP8Weight) else weight
+
+
+def scale_arguments(weight: Tensor | FP8Weight) -> dict[str, Any]:
+    """The arguments by which a kernel knows the scales of a weight that may be in FP8."""
+    if isinstance(weight, FP8Weight):
+        grains = {"ROW_GRAIN": weight.row_grain, "COLUMN_GRAIN": weight.column_grain}
+        return {"scales_ptr": weight.scales, **grains}
+    return {"scales_ptr": None, "ROW_GRAIN": 1, "COLUMN_GRAIN": weight.shape[-1]}
 
 
 def to_e4m3(values: Tensor) -> Tensor:

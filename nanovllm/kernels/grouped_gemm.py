@@ -26,6 +26,7 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.fp8_weight import FP8Weight, scale_arguments, values_of
 from nanovllm.kernels.moe_routing import Routing
 
 
@@ -45,6 +46,7 @@ def _grouped_gemm_kernel(
     x_ptr,
     weight_desc,
     weight_ptr,
+    scales_ptr,
     counts_ptr,
     buckets_ptr,
     routing_weights_ptr,
@@ -55,6 +57,8 @@ def _grouped_gemm_kernel(
     TOP_K: tl.constexpr,
     IN_SIZE: tl.constexpr,
     OUT_SIZE: tl.constexpr,
+    ROW_GRAIN: tl.constexpr,
+    COLUMN_GRAIN: tl.constexpr,
     GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,6 +70,9 @@ def _grouped_gemm_kernel(
     GATED: x has a row for each token, the weight of an expert is its gate above its up projection,
     and `silu(gate) * up` is written, a row for each pair. Otherwise x has a row for each pair, and
     the product times the pair's routing weight is written to `out[slot, token]`.
+
+    A weight in FP8 gets x's dtype in registers, as in `fp8_gemm`. Without scales, COLUMN_GRAIN is
+    IN_SIZE.
     """
     launch_next(PDL)
     tile = tl.program_id(1)
@@ -90,6 +97,11 @@ def _grouped_gemm_kernel(
     x_row = pair // TOP_K if GATED else pair
     x_row_ptr = x_ptr + x_row.to(tl.int64)[:, None] * IN_SIZE
     weight_row_ptr = weight_ptr + (expert.to(tl.int64) * MATRIX_ROWS + row[:, None]) * IN_SIZE
+    if scales_ptr is not None:
+        GRAINS: tl.constexpr = IN_SIZE // COLUMN_GRAIN
+        grain_row = (expert * MATRIX_ROWS + tl.minimum(row, OUT_SIZE - 1)) // ROW_GRAIN
+        scale_ptrs = scales_ptr + grain_row * GRAINS
+        up_scale_ptrs = scale_ptrs + OUT_SIZE // ROW_GRAIN * GRAINS
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     up_acc = acc
     for first in range(0, IN_SIZE, CHUNK):
@@ -101,14 +113,30 @@ def _grouped_gemm_kernel(
         else:
             mask = is_row[:, None] & in_row
             weight = tl.load(weight_row_ptr + column, mask=mask, other=0.0)
-        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+        if scales_ptr is not None:
+            weight = weight.to(tl.float32).to(x.dtype)
+        if COLUMN_GRAIN == IN_SIZE:
+            acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+        else:
+            scale = tl.load(scale_ptrs + first // COLUMN_GRAIN)[:, None]
+            acc += tl.dot(weight, tl.trans(x), input_precision="ieee") * scale
         if GATED:
             if weight_desc is not None:
                 up_weight = weight_desc.load([first_row + OUT_SIZE, first])
             else:
                 up_row_ptr = weight_row_ptr + OUT_SIZE * IN_SIZE
                 up_weight = tl.load(up_row_ptr + column, mask=mask, other=0.0)
-            up_acc = tl.dot(up_weight, tl.trans(x), up_acc, input_precision="ieee")
+            if scales_ptr is not None:
+                up_weight = up_weight.to(tl.float32).to(x.dtype)
+            if COLUMN_GRAIN == IN_SIZE:
+                up_acc = tl.dot(up_weight, tl.trans(x), up_acc, input_precision="ieee")
+            else:
+                up_scale = tl.load(up_scale_ptrs + first // COLUMN_GRAIN)[:, None]
+                up_acc += tl.dot(up_weight, tl.trans(x), input_precision="ieee") * up_scale
+    if scales_ptr is not None and COLUMN_GRAIN == IN_SIZE:
+        acc *= tl.load(scale_ptrs)[:, None]
+        if GATED:
+            up_acc *= tl.load(up_scale_ptrs)[:, None]
     out = acc
     if GATED:
         out = acc / (1.0 + tl.exp(-acc)) * up_acc  # silu(gate) * up
@@ -152,21 +180,22 @@ def grouped_config(
 
 
 def expert_gate_up(
-    x: Tensor, weight: Tensor, routing: Routing, config: GroupedConfig | None = None
+    x: Tensor, weight: Tensor | FP8Weight, routing: Routing, config: GroupedConfig | None = None
 ) -> Tensor:
     """Return `silu(gate) * up` of each pair of token and expert, `[n * top_k, intermediate]`.
 
     x: `[n, hidden]`, n >= 2. weight: `[num_experts, 2 * intermediate, hidden]`, each expert's gate
-    projection above its up projection. Both are contiguous.
+    projection above its up projection, or so in FP8: a scale for each row, or blocks of 32, 64 or
+    128 columns. Both are contiguous.
     """
     num_pairs = routing.experts.numel()
-    out = torch.empty(num_pairs, weight.shape[1] // 2, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_pairs, values_of(weight).shape[1] // 2, dtype=x.dtype, device=x.device)
     launch_grouped_gemm(x, weight, routing, out, is_gated=True, config=config)
     return out
 
 
 def expert_down(
-    x: Tensor, weight: Tensor, routing: Routing, config: GroupedConfig | None = None
+    x: Tensor, weight: Tensor | FP8Weight, routing: Routing, config: GroupedConfig | None = None
 ) -> Tensor:
     """Return the output of each pair times its routing weight, as partial sums
     `[top_k, n, hidden]`.
@@ -175,31 +204,36 @@ def expert_down(
     contiguous.
     """
     num_tokens, top_k = routing.experts.shape
-    out = torch.empty(top_k, num_tokens, weight.shape[1], dtype=x.dtype, device=x.device)
+    out = torch.empty(top_k, num_tokens, values_of(weight).shape[1], dtype=x.dtype, device=x.device)
     launch_grouped_gemm(x, weight, routing, out, is_gated=False, config=config)
     return out
 
 
 def launch_grouped_gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FP8Weight,
     routing: Routing,
     out: Tensor,
     is_gated: bool,
     config: GroupedConfig | None,
 ) -> None:
     """Launch the kernel that `expert_gate_up` and `expert_down` share."""
-    num_experts, matrix_rows, in_size = weight.shape
+    values = values_of(weight)
+    num_experts, matrix_rows, in_size = values.shape
     out_size = out.shape[-1]
     num_tokens, top_k = routing.experts.shape
     num_pairs = num_tokens * top_k
-    assert x.is_contiguous() and weight.is_contiguous()
+    assert x.is_contiguous() and values.is_contiguous()
     if config is None:
         config = grouped_config(num_pairs, num_experts, is_gated, x.dtype, x.device)
     chunk = min(config.chunk, max(16, next_power_of_2(in_size)))
+    if isinstance(weight, FP8Weight) and not weight.has_whole_rows:
+        chunk = min(chunk, weight.column_grain)
+        if config.rows * config.tokens > 64 * 128:
+            config = replace(config, num_warps=8)  # two sums of a tile take twice the registers
     weight_desc = None
-    if has_tma() and in_size * weight.itemsize % 16 == 0:
-        rows = weight.view(num_experts * matrix_rows, in_size)
+    if has_tma() and in_size * values.itemsize % 16 == 0:
+        rows = values.view(num_experts * matrix_rows, in_size)
         weight_desc = TensorDescriptor.from_tensor(rows, [config.rows, chunk])
     # The most there can be: each expert with a tile of which a single place is taken, and all other
     # pairs in full tiles.
@@ -208,12 +242,13 @@ def launch_grouped_gemm(
     _grouped_gemm_kernel[(triton.cdiv(out_size, config.rows), max_tiles)](
         x,
         weight_desc,
-        weight,
-        routing.counts,
-        routing.buckets,
-        routing.weights,
-        out,
-        num_tokens,
+        values,
+        **scale_arguments(weight),
+        counts_ptr=routing.counts,
+        buckets_ptr=routing.buckets,
+        routing_weights_ptr=routing.weights,
+        out_ptr=out,
+        num_tokens=num_tokens,
         NUM_EXPERTS=num_experts,
         EXPERTS=next_power_of_2(num_experts),
         TOP_K=top_k,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels.expert_gemv import expert_down_gemv, expert_gate_up_gemv
+from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.grouped_gemm import expert_down, expert_gate_up
 from nanovllm.kernels.int4_expert_gemv import int4_expert_down_gemv, int4_expert_gate_up_gemv
 from nanovllm.kernels.int4_grouped_gemm import int4_expert_down, int4_expert_gate_up
@@ -31,8 +32,8 @@ class MoEWeights(NamedTuple):
     """The weights of a mixture of experts on this rank, and how it chooses."""
 
     router: Tensor  # [num_experts, hidden]
-    gate_up: Tensor | Int4Weight  # [num_experts, 2 * intermediate, hidden], gate above up
-    down: Tensor | Int4Weight  # [num_experts, hidden, intermediate]; both or none are in INT4
+    gate_up: Tensor | FP8Weight | Int4Weight  # [num_experts, 2 * intermediate, hidden]: gate, up
+    down: Tensor | FP8Weight | Int4Weight  # [num_experts, hidden, intermediate]; stored alike
     top_k: int  # experts of a token
     is_normalized: bool  # the routing weights of a token's experts are made to add up to 1
 
@@ -101,7 +102,8 @@ def moe_torch(x: Tensor, weights: MoEWeights) -> Tensor:
     pairs_by_expert = experts.flatten().argsort(stable=True)
     counts = experts.flatten().bincount(minlength=len(weights.router)).tolist()
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    assert not isinstance(weights.gate_up, Int4Weight) and not isinstance(weights.down, Int4Weight)
+    quantized = (FP8Weight, Int4Weight)
+    assert not isinstance(weights.gate_up, quantized) and not isinstance(weights.down, quantized)
     for expert, pairs in enumerate(pairs_by_expert.split(counts)):
         if not len(pairs):
             continue

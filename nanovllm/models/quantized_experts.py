@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.cpu_memory import in_huge_pages
 from nanovllm.layers.linear import divide
-from nanovllm.quantization.int4 import Int4
 from nanovllm.quantization.quantized import QuantizedFormat
 from nanovllm.quantization.tensor_loader import LoadTensor, tensor_loaders
 from nanovllm.quantization.weight_format import Shard
@@ -78,9 +77,7 @@ class ExpertMatrices(nn.Module):
         """
         if not x.is_cuda:
             return DequantizedExperts(self, x)
-        if isinstance(self.weight_format, Int4):
-            return self.weight_format.weight_of(self)
-        return self.weight_format.dequantize(self, x.dtype).unflatten(0, (self.num_experts, -1))
+        return self.weight_format.expert_weights(self, x.dtype, self.num_experts)
 
 
 class ExpertPart:

@@ -21,6 +21,7 @@ from nanovllm.kernels.fp8_weight import E4M3, FP8Weight, dequantize_fp8, scale_o
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.quantization.fp8_matmul import (
     FP8Kernel,
+    can_read_experts,
     choose_fp8_kernel,
     dequantize_on_gpu,
     multiply_fp8,
@@ -71,6 +72,13 @@ class FP8(QuantizedFormat):
         if weight.values.is_cuda:
             return dequantize_on_gpu(weight, dtype)
         return dequantize_fp8(weight, dtype)
+
+    def expert_weights(self, layer: Any, dtype: torch.dtype, num_experts: int) -> Any:
+        """As they are, where the kernels can read them."""
+        weight = self.weight_of(layer)
+        if not can_read_experts(weight):
+            return super().expert_weights(layer, dtype, num_experts)
+        return weight._replace(values=weight.values.unflatten(0, (num_experts, -1)))
 
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
         """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""

@@ -77,6 +77,11 @@ def has_blocks(weight: FP8Weight) -> bool:
     return weight.column_grain in (32, 64, 128)
 
 
+def can_read_experts(weight: FP8Weight) -> bool:
+    """Whether the kernels of a mixture of experts multiply with the weight, x in 16 bits."""
+    return has_e4m3() and (weight.has_whole_rows or has_blocks(weight))
+
+
 def multiply_fp8(
     weight: FP8Weight,
     x: Tensor,

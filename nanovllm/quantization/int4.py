@@ -233,6 +233,10 @@ class Int4(QuantizedFormat):
             return dequantize_on_gpu(weight, dtype)
         return dequantize_int4(weight, dtype)
 
+    def expert_weights(self, layer: Any, dtype: torch.dtype, num_experts: int) -> Any:
+        """All experts' matrices, one below the other, as they are."""
+        return self.weight_of(layer)
+
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
         """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
         kernel = choose_int4_kernel(x)

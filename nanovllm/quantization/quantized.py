@@ -60,6 +60,13 @@ class QuantizedFormat(WeightFormat):
         """Multiply with the dequantised weight; see `WeightFormat.matmul`."""
         return UNQUANTIZED.multiply_matrix(self.weight_for(layer, x), x, bias, epilogue, norm)
 
+    def expert_weights(self, layer: Any, dtype: torch.dtype, num_experts: int) -> Any:
+        """The experts' weights `[experts, rows, in]` for the kernels of a mixture on a GPU, in
+        `dtype`. A format that these kernels know can return its own instead: all experts of a layer
+        are dequantised here, also those without tokens.
+        """
+        return self.dequantize(layer, dtype).unflatten(0, (num_experts, -1))
+
     def weight_for(self, layer: Any, x: Tensor) -> Tensor:
         """The dequantised weight to multiply x with.
 

@@ -23,6 +23,7 @@ from nanovllm.kernels.fp8_weight import (
     to_e4m3,
 )
 from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums, moe_torch
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
@@ -175,6 +176,62 @@ def test_rounding(columns: int, dtype: torch.dtype) -> None:
         assert torch.equal(fp8_dequantize(weight, dtype), dequantize_fp8(weight, dtype))
 
 
+# --- experts, of the size of Qwen3-30B-A3B --------------------------------------------------------
+
+
+def make_experts(grains: str) -> tuple[MoEWeights, MoEWeights]:
+    """In FP8, and dequantised to float32."""
+    num_experts, hidden, intermediate = 128, 2048, 768
+    gate_up = make_weight(num_experts * 2 * intermediate, hidden, grains)
+    down = make_weight(num_experts * hidden, intermediate, grains)
+    router = randn(num_experts, hidden) * 0.05
+    fp8 = [
+        weight._replace(values=weight.values.unflatten(0, (num_experts, -1)))
+        for weight in (gate_up, down)
+    ]
+    exact = [
+        dequantize_fp8(weight, torch.float32).unflatten(0, (num_experts, -1))
+        for weight in (gate_up, down)
+    ]
+    return (
+        MoEWeights(router, *fp8, top_k=8, is_normalized=True),
+        MoEWeights(router.float(), *exact, top_k=8, is_normalized=True),
+    )
+
+
+def run_experts(x: Tensor, weights: MoEWeights) -> Tensor:
+    return moe_gemv(x, weights) if len(x) == 1 else moe_partial_sums(x, weights).sum(0)
+
+
+@pytest.mark.parametrize("grains", GRAINS)
+def test_experts(grains: str) -> None:
+    torch.manual_seed(0)
+    weights, exact = make_experts(grains)
+    for num_tokens in (1, 2, 16, 64, 129, 300, 1000):
+        x = randn(num_tokens, 2048)
+        expected = moe_torch(x.float(), exact)
+        errors = (run_experts(x, weights).float() - expected).norm(dim=1) / expected.norm(dim=1)
+        assert errors.median() < 0.01
+        # Of two experts that score nearly alike, rounding may choose the other one.
+        assert (errors > 0.02).sum() <= 0.002 * num_tokens
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 300])
+def test_a_graph_of_experts_follows_the_routing(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    weights, _ = make_experts("blocks")
+    x = randn(num_tokens, 2048)
+    run_experts(x, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run_experts(x, weights)
+    for inputs in (randn(num_tokens, 2048), randn(1, 2048).expand(num_tokens, -1)):
+        x.copy_(inputs)
+        graph.replay()
+        assert torch.equal(out, run_experts(x, weights))
+
+
 # --- the engine -----------------------------------------------------------------------------------
 
 SIZES: dict[str, Any] = dict(
@@ -187,7 +244,7 @@ SIZES: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module", params=["blocks", "channels"])
+@pytest.fixture(scope="module", params=["blocks", "channels", "blocks of experts"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationArgs
@@ -200,10 +257,21 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
     layout: Any = block_fp8(), block_config()
+    sizes = dict(SIZES)
+    if request.param == "blocks of experts":
+        sizes.update(
+            architecture="Qwen3MoeForCausalLM",
+            seed=1,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+            moe_intermediate_size=128,
+            num_experts=32,
+            num_experts_per_tok=8,
+        )
     if request.param == "channels":
         args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
         layout = compressed(args, "float-quantized"), compressed_config(args, "float-quantized")
-    saved = quantize_checkpoint(tmp_path_factory.mktemp(request.param), *layout, **SIZES)
+    saved = quantize_checkpoint(tmp_path_factory.mktemp("fp8"), *layout, **sizes)
     checkpoint = Checkpoint(saved.path, saved.model.to("cuda"))
     prompts = random_prompts(0, [1, 2, 17, 63, 129, 256, 300, 513], 1000)
     return checkpoint, prompts, checkpoint.complete(prompts, 32, min_margin=2e-5)

@@ -37,7 +37,6 @@ from nanovllm.jobs.command.output import (
     open_output,
 )
 from nanovllm.jobs.command.stop_signals import StopSignals
-from nanovllm.jobs.lines.answers import answered
 from nanovllm.jobs.lines.line import Answer, Line
 from nanovllm.jobs.sources.readers import open_input
 
@@ -103,7 +102,8 @@ class BatchJob:
                 raise JobStopped(f"the input cannot be read any further: {lines.error}")
             if self.options.in_order and not writer.is_in_order:
                 assert isinstance(output, OutputFile)  # a stream begins empty, and is written once
-                output.put_in_order(answered)
+                output.put_in_order()
+            output.sync()
             return self.counts
         except OutputError as error:
             raise JobStopped(str(error)) from error
@@ -131,7 +131,7 @@ class BatchJob:
         if not isinstance(output, OutputFile):
             return Finished()
         try:
-            finished = output.read_back(answered, self.options.retry_errors)
+            finished = output.read_back(self.options.retry_errors)
         except OutputError as error:
             raise UsageError(str(error)) from error
         self.counts.num_lines_before = len(finished.numbers)

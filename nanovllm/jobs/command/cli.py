@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -71,6 +72,9 @@ def run_batch(
     except Interrupted as stop:
         say("stopped by a signal", how_far(job))
         return SIGNAL_BASE + stop.number
+    except Exception:  # a fault of ours. Python's own exit status for it, 1, says that all is done
+        say(f"stopped by a fault of this program:\n{traceback.format_exc()}", how_far(job))
+        return STOPPED
     except KeyboardInterrupt:  # the second Ctrl-C, while the job was ending after the first
         say("stopped at once", how_far(job))
         return SIGNAL_BASE + signal.SIGINT

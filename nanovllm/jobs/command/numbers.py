@@ -18,18 +18,19 @@ class NumberSet:
 
     def add(self, number: int) -> None:
         """Put a number into the set; it may be there already."""
-        page, bit = divmod(number, NUMBERS_PER_PAGE)
-        if page not in self._pages:
-            self._pages[page] = bytearray(NUMBERS_PER_PAGE // 8)
-        byte, bit = divmod(bit, 8)
-        if not self._pages[page][byte] >> bit & 1:
-            self._pages[page][byte] |= 1 << bit
+        index, place = divmod(number, NUMBERS_PER_PAGE)
+        if index not in self._pages:
+            self._pages[index] = bytearray(NUMBERS_PER_PAGE // 8)
+        page = self._pages[index]
+        byte, bit = divmod(place, 8)
+        if not page[byte] >> bit & 1:
+            page[byte] |= 1 << bit
             self._count += 1
 
     def __contains__(self, number: int) -> bool:
-        page, bit = divmod(number, NUMBERS_PER_PAGE)
-        found = self._pages.get(page)
-        return found is not None and bool(found[bit >> 3] >> (bit & 7) & 1)
+        index, place = divmod(number, NUMBERS_PER_PAGE)
+        page = self._pages.get(index)
+        return page is not None and bool(page[place // 8] >> (place % 8) & 1)
 
     def __len__(self) -> int:
         return self._count

@@ -12,25 +12,23 @@ import fcntl
 import heapq
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nanovllm.jobs.command.numbers import NumberSet
+from nanovllm.jobs.lines.answers import answered
 
 BUFFER = 1 << 20  # bytes that are read at a time
 REWRITTEN = ".rewritten"  # ends the name of what is to take the output's place
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet")
+NO_SUCH_CALL = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # on some file systems
 REMEDIES = {
     errno.ENOSPC: "; the disk is full: make room, or move the file elsewhere",
     errno.EDQUOT: "; the quota is used up: make room, or move the file elsewhere",
     errno.EFBIG: "; files here cannot be larger: split the input (--shard), or write elsewhere",
     errno.EPIPE: "; its reader has gone",
 }
-
-# What is read back of an answer: the number of its line and whether it is an error; None if it is
-# no answer.
-ReadAnswer = Callable[[bytes], "tuple[int, bool] | None"]
 
 
 class OutputError(Exception):
@@ -47,12 +45,13 @@ class Finished:
     is_in_order: bool = True  # whether their numbers only ever increase
 
 
-@dataclass(frozen=True, slots=True)
-class NumberedLine:
-    """A line of the output, with the number of the input's line that it answers."""
+@dataclass(slots=True)
+class OutputLine:
+    """A line of an output, which is an answer."""
 
-    number: int
     line: bytes  # with its end
+    number: int  # of the input's line that it answers
+    is_error: bool
 
 
 class Stream:
@@ -74,6 +73,9 @@ class Stream:
 
     def undo(self) -> None:
         """Take the beginning of a line back. Here it is gone."""
+
+    def sync(self) -> None:
+        """Have the disk hold what was written. Here there is none."""
 
     def close(self) -> None:
         """Write no more."""
@@ -110,7 +112,7 @@ class OutputFile(Stream):
         os.ftruncate(self._fd, 0)
         self._end = 0
 
-    def read_back(self, read_answer: ReadAnswer, retry_errors: bool = False) -> Finished:
+    def read_back(self, retry_errors: bool = False) -> Finished:
         """Find out which lines are done, and cut off the beginning of a line at the end.
 
         retry_errors: whether lines that were answered with an error are to be run again, and so
@@ -121,47 +123,41 @@ class OutputFile(Stream):
         """
         finished = Finished()
         num_dropped = 0
-        for row, (line, answer) in enumerate(self._read_lines(read_answer), start=1):
-            if answer is None:
-                raise OutputError(
-                    f"line {row} of {self.name!r} is no answer of a job: {line[:60]!r}; remove it, "
-                    "pass --overwrite to begin anew, or write to another file (-o)"
-                )
-            number, is_error = answer
-            if is_error and retry_errors:
+        end = 0
+        for answer in self._read_lines():
+            end += len(answer.line)
+            if answer.is_error and retry_errors:
                 num_dropped += 1
                 continue
-            finished.numbers.add(number)
-            finished.num_errors += is_error
-            finished.is_in_order = finished.is_in_order and number > finished.last_number
-            finished.last_number = max(finished.last_number, number)
+            finished.numbers.add(answer.number)
+            finished.num_errors += answer.is_error
+            finished.is_in_order = finished.is_in_order and answer.number > finished.last_number
+            finished.last_number = max(finished.last_number, answer.number)
+        os.ftruncate(self._fd, end)
+        self._end = end
         if num_dropped:
-            self.rewrite(
-                line for line, answer in self._read_lines(read_answer) if answer and not answer[1]
-            )
+            self.rewrite(answer.line for answer in self._read_lines() if not answer.is_error)
         return finished
 
-    def put_in_order(self, read_answer: ReadAnswer) -> None:
+    def put_in_order(self) -> None:
         """Sort the answers by their lines' numbers, in constant memory.
 
         The file must consist of a few parts that are in order, as it does when some of its lines
         were run again: their answers are the second part.
         """
-        parts: list[Iterator[NumberedLine]] = []
+        parts: list[Iterator[OutputLine]] = []
         last_number = 0
         start = 0  # of the part that is being looked through
         end = 0
-        for line, answer in self._read_lines(read_answer):
-            assert answer is not None  # the file was read back before
-            number, _ = answer
-            if number < last_number:
-                parts.append(self._read_part(read_answer, start, end))
+        for answer in self._read_lines():
+            if answer.number < last_number:
+                parts.append(self._read_lines(start, end))
                 start = end
-            last_number = number
-            end += len(line)
-        parts.append(self._read_part(read_answer, start, end))
-        by_number = heapq.merge(*parts, key=lambda numbered: numbered.number)
-        self.rewrite(numbered.line for numbered in by_number)
+            last_number = answer.number
+            end += len(answer.line)
+        parts.append(self._read_lines(start, end))
+        by_number = heapq.merge(*parts, key=lambda answer: answer.number)
+        self.rewrite(answer.line for answer in by_number)
 
     def rewrite(self, lines: Iterator[bytes]) -> None:
         """Have the file hold these lines, each with its end, instead. If the process is killed, or
@@ -184,35 +180,41 @@ class OutputFile(Stream):
         self._fd = fd
         self._end = os.fstat(fd).st_size
 
+    def sync(self) -> None:
+        """Have the disk hold what was written, or raise an OutputError: a file of another machine
+        may be without room, or lost, and only this call says so.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in NO_SUCH_CALL:
+                raise OutputError(explain(self.name, error)) from error
+
     def close(self) -> None:
         """Have the disk hold what was written, and let other processes have the file."""
-        with suppress(OSError):
-            os.fsync(self._fd)
+        with suppress(OutputError):  # a job that ends well has called it before
+            self.sync()
         super().close()
 
-    def _read_lines(
-        self, read_answer: ReadAnswer
-    ) -> Iterator[tuple[bytes, tuple[int, bool] | None]]:
-        """All lines, with their ends, and what they answer; one that does not end is cut off."""
-        end = 0
-        with open(self.name, "rb", buffering=BUFFER) as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                end += len(line)
-                yield line, read_answer(line[:-1])
-        os.ftruncate(self._fd, end)
-        self._end = end
-
-    def _read_part(self, read_answer: ReadAnswer, start: int, end: int) -> Iterator[NumberedLine]:
-        """The lines from byte `start` to byte `end`."""
+    def _read_lines(self, start: int = 0, end: int | None = None) -> Iterator[OutputLine]:
+        """The lines from byte `start` to byte `end`, or to the last one that ends. Raises an
+        OutputError for one that is no answer, which `read_back` finds.
+        """
+        position = start
         with open(self.name, "rb", buffering=BUFFER) as file:
             file.seek(start)
-            while file.tell() < end:
-                line = file.readline()
-                answer = read_answer(line[:-1])
-                assert answer is not None
-                yield NumberedLine(answer[0], line)
+            for row, line in enumerate(file, start=1):
+                if position == end or not line.endswith(b"\n"):
+                    return
+                position += len(line)
+                answer = answered(line[:-1])
+                if answer is None:
+                    raise OutputError(
+                        f"line {row} of {self.name!r} is no answer of a job: {line[:60]!r}; remove "
+                        "it, pass --overwrite to begin anew, or write to another file (-o)"
+                    )
+                number, is_error = answer
+                yield OutputLine(line, number, is_error)
 
 
 def check_output(path: str, source: str) -> None:

@@ -170,11 +170,12 @@ def take_structure(fields: dict[str, Any]) -> dict[str, Any] | None:
     if len(found) > 1:
         names = " and ".join(found)
         raise LineError(f"only one of {names} can be given", "invalid_value", list(found)[1])
-    for structure in found.values():
-        if whitespace is not None:
-            structure["whitespace_pattern"] = whitespace
-        return structure
-    return None
+    if not found:
+        return None
+    (structure,) = found.values()
+    if whitespace is not None:
+        structure["whitespace_pattern"] = whitespace
+    return structure
 
 
 def response_structure(response_format: Any) -> dict[str, Any] | None:

@@ -27,7 +27,9 @@ Done = Callable[[Answer], None]
 class LineWorker:
     """A thread that reads lines, has an engine run them, and writes their answers.
 
-    All that Python has to do for a line is done here, and not in the engine's thread.
+    All that Python has to do for a line is done here, and not in the engine's thread. It catches
+    all exceptions there are: when a library in Rust panics it raises one that is no Exception, and
+    a thread that ended of it would leave all lines without an answer.
     """
 
     def __init__(self, llm: AsyncLLM, options: LineOptions) -> None:
@@ -64,7 +66,7 @@ class LineWorker:
                 return
             try:
                 job()
-            except Exception:
+            except BaseException:
                 LOGGER.exception("a callback of a line has failed")
             del job  # what the last line was is of no use while this waits
 
@@ -72,7 +74,7 @@ class LineWorker:
         try:
             request = self._read(line)
             futures = self._submit(request)
-        except Exception as error:
+        except BaseException as error:
             done(self._error_answer(line, error))
             return
         running = RunningLine(line, done, request, futures, num_left=len(futures))
@@ -100,7 +102,7 @@ class LineWorker:
             params: Any
             for prompt, params in zip(request.prompts, request.params, strict=False):
                 futures.append(self._submit_prompt(request, prompt, params))
-        except Exception as error:
+        except BaseException as error:
             for future in futures:
                 future.cancel()
             if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
@@ -127,10 +129,10 @@ class LineWorker:
     def _answer(self, running: RunningLine) -> Answer:
         try:
             return answer(running.request, [future.result() for future in running.futures])
-        except Exception as error:
+        except BaseException as error:
             return self._error_answer(running.line, error)
 
-    def _error_answer(self, line: Line, error: Exception) -> Answer:
+    def _error_answer(self, line: Line, error: BaseException) -> Answer:
         if isinstance(error, EngineError):
             error = LineError(str(error), ENGINE_FAILED, status=500)
         return error_answer(line.number, line.data, error, self._options)

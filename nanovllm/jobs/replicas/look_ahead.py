@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 
 from nanovllm.jobs.replicas.task import Task
 
@@ -108,7 +107,6 @@ class LookAhead:
         block_bytes = block_size * BYTES_PER_TOKEN  # less than a whole block is never shared
         self.num_bytes = tuple(block_bytes * level for level in LEVELS)
         self.max_lines = max_lines
-        self.num_waiting = 0
         self.num_added = 0
         self.root = PrefixNode(None, 0, None)
         self.order: deque[Task] = deque()  # oldest first; holds lines that are gone, too
@@ -117,12 +115,16 @@ class LookAhead:
         # Owners of nodes, whether they are there or not; those that were used last at the end.
         self.owners: OrderedDict[int, int] = OrderedDict()
 
+    @property
+    def num_waiting(self) -> int:
+        """How many lines wait."""
+        return len(self.waiting)
+
     def add(self, task: Task) -> None:
         """Have a line wait, whether there is room or not."""
         task.prefix_keys = prefix_keys(task.line.data, self.num_bytes)
         task.index = self.num_added
         self.num_added += 1
-        self.num_waiting += 1
         self.waiting.add(task.index)
         self.order.append(task)
         node = self.root
@@ -137,13 +139,12 @@ class LookAhead:
 
     def take(self, replica: int, may_steal: bool = True) -> Task | None:
         """The next line for a replica; None if none waits that it may have."""
-        if not self.num_waiting:
+        if not self.waiting:
             return None
         node = self._overdue() or self._next_node(replica, may_steal)
         if node is None:
             return None
         task = node.tasks.popleft()
-        self.num_waiting -= 1
         self.waiting.remove(task.index)
         self.last_keys[replica] = task.prefix_keys
         self._claim(node, replica)
@@ -158,22 +159,19 @@ class LookAhead:
         num_newer = self.num_added - oldest.index
         if num_newer <= 2 * self.max_lines:
             return None
-        return list(self._path(oldest.prefix_keys))[-1]
+        return self._path(oldest.prefix_keys)[-1]
 
-    def _path(self, keys: tuple[int, ...]) -> Iterator[PrefixNode]:
+    def _path(self, keys: tuple[int, ...]) -> list[PrefixNode]:
         """The nodes from the root down along `keys`, as far as they are there."""
-        node: PrefixNode | None = self.root
-        yield self.root
+        path = [self.root]
         for key in keys:
-            assert node is not None
-            node = node.children.get(key)
-            if node is None:
-                return
-            yield node
+            if key not in path[-1].children:
+                break
+            path.append(path[-1].children[key])
+        return path
 
     def _next_node(self, replica: int, may_steal: bool) -> PrefixNode | None:
-        path = list(self._path(self.last_keys.get(replica, ())))
-        for node in reversed(path):
+        for node in reversed(self._path(self.last_keys.get(replica, ()))):
             found = node.find(replica, may_steal=False)
             if found is not None:
                 return found

@@ -29,7 +29,8 @@ JOIN_SECONDS = 1.0  # for a reader, which may wait for its input
 class ReplicaPool:
     """Answers lines with several engines, "replicas", each a process with GPUs of its own.
 
-    >>> with ReplicaPool("/path/to/Qwen3-0.6B", {"max_model_len": 2048}, LineOptions(), 2) as pool:
+    >>> options = LineOptions(model="Qwen3-0.6B")
+    >>> with ReplicaPool("/path/to/Qwen3-0.6B", {"max_model_len": 2048}, options, 2) as pool:
     ...     for answer in pool.run(lines):
     ...         print(answer.data)
 

@@ -40,6 +40,7 @@ class RunTask(Task):
 
     def finish(self, answer: Answer) -> None:
         """Hand over the answer."""
+        del self.line
         self.run.add_answer(self, answer)
 
     def fail(self, error: BaseException) -> None:

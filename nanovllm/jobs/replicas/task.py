@@ -11,6 +11,8 @@ class Task:
     """A line and what the pool has to know of it.
 
     `begin`, `finish` and `fail` tell whoever waits for the answer; a thread of the pool calls them.
+    A task that has finished is kept until all older ones have, thousands perhaps. So `finish` drops
+    the line, which may be megabytes.
     """
 
     __slots__ = ("index", "line", "num_deaths", "prefix_keys")
@@ -50,6 +52,7 @@ class FutureTask(Task):
 
     def finish(self, answer: Answer) -> None:
         """Hand over the answer."""
+        del self.line
         self.future.set_result(answer)
 
     def fail(self, error: BaseException) -> None:

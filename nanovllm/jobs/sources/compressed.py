@@ -8,6 +8,9 @@ from typing import Any
 
 GZIP = b"\x1f\x8b"
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
+SKIPPABLE = (
+    b"\x2a\x4d\x18"  # behind a byte from 0x50 on: a frame without data; pzstd begins with one
+)
 # Bytes that are decompressed at once, for all that they stand for is held in memory. That is seldom
 # more than ten times as much, but 4 bytes of Zstandard can be 128 KiB of zeros.
 PIECE = 2**10
@@ -25,7 +28,7 @@ def open_decompressed(name: str, file: io.BufferedReader) -> io.BufferedReader:
     head = file.peek(4)
     if head.startswith(GZIP):
         return io.BufferedReader(GzipStream(name, file), 2**16)
-    if head.startswith(ZSTANDARD):
+    if head.startswith(ZSTANDARD) or (head[1:4] == SKIPPABLE and head[0] >> 4 == 5):
         return io.BufferedReader(ZstandardStream(name, file), 2**16)
     return file
 
