@@ -88,8 +88,8 @@ class Int4(QuantizedFormat):
                     f"of a rank's part into groups of a multiple of {STRIPE}; use another "
                     "tensor_parallel_size"
                 )
-        # fp16 keeps a checkpoint's 16-bit scales as they are, bfloat16's from 2^-17 on; the weights of
-        # smaller ones are next to 0.
+        # fp16 keeps a checkpoint's 16-bit scales as they are, those in bf16 from 2^-17 on; smaller
+        # ones are of weights next to 0.
         exact = torch.get_default_dtype() == torch.float32
         groups = (output_size, input_size // layer.group_size)
         register(

@@ -46,7 +46,7 @@ class ModuleNames:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        # Some end in a dot ("model.layers.1."), for who takes any part of a name not to mean 10, too.
+        # Some end in a dot ("model.layers.1."), so that a search for parts of names finds no 11.
         return frozenset(entry.strip(".") for entry in self.entries)
 
     def include(self, name: str) -> bool:
