@@ -271,6 +271,21 @@ def test_biases_of_zeros_are_let_through(tmp_path: Path) -> None:
     refused(checkpoint, "q_proj.bias' is a bias, and .* has none")
 
 
+def test_columns_out_of_order_are_loaded_once(tmp_path: Path) -> None:
+    """What could not be loaded again is not dropped, so the engine goes on."""
+    checkpoint = make(tmp_path, "gptq-desc-act")
+    llm = make_llm(checkpoint.path)
+    before = generate_ids(llm, PROMPTS, greedy(2))
+    with pytest.raises(ValueError, match="cannot be loaded again"):
+        llm.load_weights(checkpoint.path)
+    with pytest.raises(ValueError, match="cannot be loaded again after level 2; use level 1"):
+        llm.sleep(2)
+    llm.sleep(1)
+    llm.wake_up()
+    assert generate_ids(llm, PROMPTS, greedy(2)) == before
+    llm.exit()
+
+
 def test_negative_scales(tmp_path: Path) -> None:
     """AutoRound makes a scale negative where the largest weight of a group is positive."""
     checkpoint = make(tmp_path, "gptq")

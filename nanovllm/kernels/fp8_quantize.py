@@ -46,7 +46,9 @@ def _quantize_kernel(
     largest = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_SCALE * LARGEST)
     scale = tl.div_rn(largest, LARGEST)
     # What lies beyond the largest number by an error of rounding would be NaN in the interpreter.
-    values = tl.clamp(x * tl.div_rn(1.0, scale)[:, None], -LARGEST, LARGEST)
+    # What is NaN stays so: a clamp of the GPU may otherwise make a number of it.
+    scaled = x * tl.div_rn(1.0, scale)[:, None]
+    values = tl.clamp(scaled, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values_ptr + offsets, values.to(values_ptr.dtype.element_ty), mask=mask)
     tl.store(scales_ptr + group * num_tokens + token, scale, mask=is_group)
 

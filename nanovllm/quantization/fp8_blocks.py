@@ -5,9 +5,8 @@ DeepSeek-AI, DeepSeek-V3 Technical Report, 2024. So are Qwen's own FP8 checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from nanovllm.quantization.quantized import (
     ALL_ROWS,
     SCALE_DTYPES,
     forget_dequantized,
+    grain,
     read_scales,
     register,
 )
@@ -113,9 +113,3 @@ class FP8Blocks(FP8):
         rounded = to_e4m3(local / scale[:, None, :, None])
         layer.weight[shard.target_rows] = rounded.view(-1, layer.weight.shape[1])
         layer.weight_scale[self.grains(layer, shard.target_rows)] = scale
-
-
-def grain(block: int, size: int, slices: Iterable[slice]) -> int:
-    """The largest divisor of a block's size of which all borders of the slices are multiples."""
-    borders = [border for part in slices for border in (part.start, part.stop)]
-    return gcd(block, size, *borders)

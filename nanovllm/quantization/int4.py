@@ -26,7 +26,6 @@ from nanovllm.kernels.int4_layout import (
     packed_width,
     unpack_int4,
 )
-from nanovllm.quantization.fp8_blocks import grain
 from nanovllm.quantization.int4_matmul import (
     Int4Kernel,
     choose_int4_kernel,
@@ -37,6 +36,7 @@ from nanovllm.quantization.quantized import (
     ALL_ROWS,
     QuantizedFormat,
     forget_dequantized,
+    grain,
     read_scales,
     register,
 )
@@ -88,7 +88,8 @@ class Int4(QuantizedFormat):
                     f"of a rank's part into groups of a multiple of {STRIPE}; use another "
                     "tensor_parallel_size"
                 )
-        # What a checkpoint has in 16 bits is kept as it is: bfloat16 is not more precise anywhere.
+        # fp16 keeps a checkpoint's 16-bit scales as they are, those in bf16 from 2^-17 on; smaller
+        # ones are of weights next to 0.
         exact = torch.get_default_dtype() == torch.float32
         groups = (output_size, input_size // layer.group_size)
         register(
@@ -157,17 +158,17 @@ class Int4(QuantizedFormat):
             ValueError: these are no groups of `group_size`, or not in order where they must be.
         """
         num_columns = shard.full_shape[1]
-        group_size = num_columns if self.group_size == WHOLE_ROW else self.group_size
+        group_size = self.columns_of_group(num_columns)
         in_order = torch.arange(num_columns) // group_size
         group_index = group_index.long().cpu()
         if not torch.equal(group_index.sort().values, in_order):
             raise ValueError(f"does not give each group of {group_size} columns so many of them")
-        if torch.equal(group_index, in_order):
-            if not self.has_group_index:
-                return
-        elif not self.has_group_index:
-            raise ValueError("has the groups out of order, though desc_act (actorder) is off")
-        elif shard.source_columns != slice(0, num_columns):
+        is_in_order = torch.equal(group_index, in_order)
+        if not self.has_group_index:
+            if not is_in_order:
+                raise ValueError("has the groups out of order, though desc_act (actorder) is off")
+            return
+        if not is_in_order and shard.source_columns != slice(0, num_columns):
             raise ValueError(
                 "has the groups out of order, so that columns of one group are on different ranks; "
                 "such a checkpoint (desc_act, actorder) needs tensor_parallel_size 1"
@@ -178,13 +179,16 @@ class Int4(QuantizedFormat):
         """The checkpoint's group of each of the layer's groups."""
         first_column = shard.source_columns.start
         columns = torch.arange(first_column, shard.source_columns.stop, layer.group_size)
-        size = shard.full_shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        return columns.to(layer.packed.device) // size
+        return columns.to(layer.packed.device) // self.columns_of_group(shard.full_shape[1])
 
     def num_groups(self, shard: Shard) -> int:
         """The groups that a row of the checkpoint's matrix has."""
-        size = shard.full_shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        return -(-shard.full_shape[1] // size)
+        num_columns = shard.full_shape[1]
+        return -(-num_columns // self.columns_of_group(num_columns))
+
+    def columns_of_group(self, num_columns: int) -> int:
+        """How many columns of a checkpoint's matrix share a scale."""
+        return num_columns if self.group_size == WHOLE_ROW else self.group_size
 
     def finish(self, layer: Any) -> None:
         """Sort the columns by group, if they are not.
@@ -256,7 +260,7 @@ class Int4(QuantizedFormat):
         """Round to the nearest, with the scale that the largest weight of a group asks for."""
         forget_dequantized(layer)
         num_rows, num_columns = weight.shape
-        size = num_columns if self.group_size == WHOLE_ROW else self.group_size
+        size = self.columns_of_group(num_columns)
         # A rank's part of random weights may end inside a group.
         groups = F.pad(weight.float(), (0, -num_columns % size)).view(num_rows, -1, size)
         if self.is_symmetric:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from math import gcd
 from typing import Any
 
 import torch
@@ -113,3 +115,9 @@ def read_scales(loaded: Any, index: Any = ..., may_be_negative: bool = False) ->
             "positive; the checkpoint is damaged"
         )
     return scales
+
+
+def grain(block: int, size: int, slices: Iterable[slice]) -> int:
+    """The largest divisor of a block's size of which all borders of the slices are multiples."""
+    borders = [border for part in slices for border in (part.start, part.stop)]
+    return gcd(block, size, *borders)

@@ -46,7 +46,8 @@ class ModuleNames:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(self.entries)
+        # Some end in a dot ("model.layers.1."), so that a search for parts of names finds no 11.
+        return frozenset(entry.strip(".") for entry in self.entries)
 
     def include(self, name: str) -> bool:
         """Whether a module is meant."""

@@ -24,6 +24,7 @@ from nanovllm.training.weights import (
     TensorNames,
     Update,
     Weights,
+    check_reloadable,
     finish,
     is_repeatable,
     load_on_all_ranks,
@@ -109,11 +110,13 @@ class Trainable(LLMEngine):
                 are). 2 drops them: after `wake_up` they have to be loaded by `load_weights`.
 
         Raises:
-            ValueError: for another level.
+            ValueError: for another level, or for 2 if the weights could not be loaded again.
             RuntimeError: while requests are unfinished.
         """
         check_level(level)
         runner = self._idle_runner()
+        if level == 2:
+            check_reloadable(runner.model)
         state = self._sleep
         self.scheduler.block_manager.forget_prefixes()
         with self._on_all_ranks(runner.stream if runner.is_cuda else None):

@@ -20,6 +20,7 @@ from nanovllm.checkpoints.checkpoint import EMBEDDING, HEAD, find_tensors, open_
 from nanovllm.checkpoints.kv_scales import is_no_weight
 from nanovllm.checkpoints.wrappers import is_wrapper, text_name
 from nanovllm.models.weight_formats import finish_loading
+from nanovllm.quantization.int4 import Int4
 from nanovllm.utils.loader import DTYPES as FLOATS
 from nanovllm.utils.loader import LoadTensor, expected_tensors, name_some
 
@@ -166,6 +167,17 @@ def check_equal(first: Tensor, second: Tensor) -> None:
             f"{HEAD} differs from {EMBEDDING}, and the model's config.json has "
             "tie_word_embeddings; leave one of them out"
         )
+
+
+def check_reloadable(model: CausalLM) -> None:
+    """Raise a ValueError if there are weights that are loaded only once."""
+    for name, module in model.named_modules():
+        weight_format = getattr(module, "weight_format", None)
+        if isinstance(weight_format, Int4) and weight_format.has_group_index:
+            raise ValueError(
+                f"{name} has columns in an order of its own (desc_act or actorder), which cannot "
+                "be loaded again after level 2; use level 1, which keeps the weights"
+            )
 
 
 def is_repeatable(weights: Weights) -> bool:
