@@ -1,5 +1,6 @@
 """Weights in huge pages: reading them is most of a CPU's step, and so is finding their pages."""
 
+import ctypes
 import mmap
 
 import torch
@@ -46,3 +47,12 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     if memory is None:
         return tensor
     return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def give_freed_memory_back() -> None:
+    """Have the system take what was freed, and what malloc keeps for later in the middle of its
+    heap. It does so with a large block that fitted into what was free there.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

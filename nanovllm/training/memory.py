@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.kernels.cpu_memory import move_to_huge_pages
+from nanovllm.kernels.cpu_memory import give_freed_memory_back, move_to_huge_pages
 from nanovllm.quantization.quantized import forget_dequantized
 from nanovllm.training.virtual_memory import VirtualMemory, padded
 
@@ -77,6 +77,7 @@ class CpuMemory:
         """Free the KV cache."""
         detach(runner)
         runner.sampling.free_counts()
+        give_freed_memory_back()
 
     def weights_to_host(self, runner: ModelRunner) -> None:
         """They are there."""
