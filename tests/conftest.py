@@ -6,6 +6,8 @@ import json
 import multiprocessing.shared_memory
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,11 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sharing.copy_on_write import SharedTails
+
+# What a shell runs in the background ignores Ctrl-C, and hands that down to all that it starts.
+# Some tests press it.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that test side by side (pytest -n) tell their shared memory apart by its name.
 SHARED_MEMORY_PREFIX = "psm_" + os.environ.get("PYTEST_XDIST_WORKER", "")
