@@ -14,9 +14,7 @@ from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
-    Int4GemvConfig,
     int4_gemm_config,
-    int4_gemv_config,
 )
 from nanovllm.kernels.int4_dequantize import int4_dequantize
 from nanovllm.kernels.int4_expert_gemv import int4_expert_down_gemv, int4_expert_gate_up_gemv
@@ -30,6 +28,7 @@ from nanovllm.kernels.int4_layout import (
 )
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
 from nanovllm.kernels.moe_routing import route, route_torch
+from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import int4_matmul
 from nanovllm.quantization.int4_matmul import Int4Kernel, choose_int4_kernel, multiply_int4
@@ -94,12 +93,12 @@ def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_near(int4_gemv(x, weight), expected, dtype)
 
 
-@pytest.mark.parametrize("config", [(2, 1, 1), (16, 4, 4)], ids=str)
-def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("config", [(2, 2, 1, 3), (8, 4, 4, 1)], ids=str)
+def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int, int]) -> None:
     weight = make_weight(9, 2176, 64)
     x = randn(1, 2176)
     expected = x.double() @ dequantize_int4(weight, torch.float64).t()
-    assert_near(int4_gemv(x, weight, config=Int4GemvConfig(*config)), expected, torch.float32)
+    assert_near(int4_gemv(x, weight, config=PackedGemvConfig(*config)), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -202,8 +201,6 @@ def test_positions_of_a_group() -> None:
 def test_configurations_are_within_their_limits() -> None:
     for out_size in (256, 1024, 6144, 24576):
         for in_size in (128, 768, 1024, 2560, 4096, 12288):
-            gemv = int4_gemv_config(out_size, in_size, is_gated=False)
-            assert gemv.num_warps <= gemv.chunks and gemv.chunks & (gemv.chunks - 1) == 0
             for num_tokens in (2, 16, 17, 64, 200, 256):
                 gemm = int4_gemm_config(num_tokens, out_size, in_size, 132)
                 assert 16 <= gemm.tokens <= 128 and gemm.rows in (64, 128)

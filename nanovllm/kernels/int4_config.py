@@ -7,29 +7,12 @@ Nothing here has been measured yet: the numbers follow from the compiled code (s
 from dataclasses import dataclass
 
 from nanovllm.kernels._triton import next_power_of_2
+from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
 
 
-@dataclass(frozen=True, slots=True)
-class Int4GemvConfig:
-    """How `int4_gemv` divides the work; the result does not depend on it."""
-
-    rows: int  # of the weight, that a program takes; of the gate and of up as many each
-    chunks: int  # of 1,024 columns, that are multiplied at a time: a power of two
-    num_warps: int  # at most `chunks`: then each warp reads the part of x that it multiplies with
-
-
-def int4_gemv_config(out_size: int, in_size: int, is_gated: bool) -> Int4GemvConfig:
-    """Choose the rows and columns of a program.
-
-    More rows share the work of loading x and of normalising it, some five instructions an element,
-    where a weight takes four. Fewer give every multiprocessor something to do, and leave registers
-    where the columns are multiplied in several pieces, all of which are loaded at once.
-    """
-    chunks = min(4, next_power_of_2(max(1, in_size // 1024)))
-    rows = 8 if out_size >= 2048 and in_size <= chunks * 1024 else 4
-    if is_gated:
-        rows //= 2  # each output needs two rows of the weight
-    return Int4GemvConfig(rows=rows, chunks=chunks, num_warps=chunks)
+def int4_gemv_config(in_size: int, is_gated: bool) -> PackedGemvConfig:
+    """Choose tiles of 8 rows, which have as many bytes as 4 of FP8."""
+    return packed_gemv_config(8, in_size, -(-in_size // 128) * 16, is_gated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ arithmetic of int4_gemv.py.
 The matrices of all experts are one INT4 weight: they lie one below the other.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,95 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.int4_config import Int4GemvConfig, int4_expert_rows, int4_gemv_config
-from nanovllm.kernels.int4_gemv import ONE, load_input, multiply
+from nanovllm.kernels.int4_config import int4_expert_rows
 from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, Int4Weight, positions_per_group
 from nanovllm.kernels.moe_routing import Routing
+
+
+ONE = 0x3F800000
+
+
+@dataclass(frozen=True, slots=True)
+class Int4GemvConfig:
+    """How `int4_gemv` divides the work; the result does not depend on it."""
+
+    rows: int  # of the weight, that a program takes; of the gate and of up as many each
+    chunks: int  # of 1,024 columns, that are multiplied at a time: a power of two
+    num_warps: int  # at most `chunks`: then each warp reads the part of x that it multiplies with
+
+
+def int4_gemv_config(out_size: int, in_size: int, is_gated: bool) -> Int4GemvConfig:
+    """Choose the rows and columns of a program.
+
+    More rows share the work of loading x and of normalising it, some five instructions an element,
+    where a weight takes four. Fewer give every multiprocessor something to do, and leave registers
+    where the columns are multiplied in several pieces, all of which are loaded at once.
+    """
+    chunks = min(4, next_power_of_2(max(1, in_size // 1024)))
+    rows = 8 if out_size >= 2048 and in_size <= chunks * 1024 else 4
+    if is_gated:
+        rows //= 2  # each output needs two rows of the weight
+    return Int4GemvConfig(rows=rows, chunks=chunks, num_warps=chunks)
+
+
+@triton.jit
+def load_input(ptr, order_ptr, column, IN_SIZE: tl.constexpr):
+    """Load x, or the norm's weight, of some columns of the weight, in float32."""
+    in_row = column < IN_SIZE
+    if order_ptr is not None:
+        column = tl.load(order_ptr + column, mask=in_row, other=0)
+    return tl.load(ptr + column, mask=in_row, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def multiply(
+    numbers,
+    x0,
+    x1,
+    x2,
+    x3,
+    scales_ptr,
+    zeros_ptr,
+    row,
+    first_column,
+    one,
+    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SYMMETRIC_ZERO: tl.constexpr,
+):
+    """Multiply what each thread has of a row with x: `[ROWS, CHUNKS, 32]`.
+
+    numbers: `[ROWS, CHUNKS, 32, 8]`.
+    x0, x1, x2, x3: what the lowest to the highest four bits of the numbers are multiplied with,
+        `[1, CHUNKS, 32, 8]` each, times 16^4, 16^3, 16^2 and 16.
+    first_column: `[1, CHUNKS, 32]`, of a thread's first number.
+    one: ONE. It is an argument since the compiler makes two operations of mask and exponent if it
+        knows both.
+    """
+    bits = numbers.to(tl.int32) << 7  # the upper four bits are the mantissa's now
+    out = tl.zeros([numbers.shape[0], numbers.shape[1], numbers.shape[2]], tl.float32)
+    for position in tl.static_range(4):
+        x = x0
+        if position == 1:
+            x = x1
+        if position == 2:
+            x = x2
+        if position == 3:
+            x = x3
+        if position % POSITIONS == 0:
+            group = tl.minimum((first_column + position * 32) // GROUP_SIZE, GROUPS - 1)
+            parameter = row.to(tl.int64) * GROUPS + group
+            scale = tl.load(scales_ptr + parameter).to(tl.float32)
+            zero = SYMMETRIC_ZERO
+            if zeros_ptr is not None:
+                zero = tl.load(zeros_ptr + parameter).to(tl.float32)[:, :, :, None]
+            products = tl.zeros(numbers.shape, tl.float32)
+        weight = ((bits & (0x780 << 4 * position)) | one).to(tl.float32, bitcast=True)
+        products += (weight - (1.0 + zero / (1 << (16 - 4 * position)))) * x
+        if (position + 1) % POSITIONS == 0:
+            out += tl.sum(products, axis=3) * scale
+    return out
 
 
 @triton.jit(do_not_specialize=["one"])

@@ -1,6 +1,13 @@
-"""Draft: a GEMV for weights of several numbers a 32-bit word."""
+"""A linear layer of FP8 or INT4 weights for one token, where nearly all the time goes into reading
+them: the kernel of `fp8_gemv` and `int4_gemv`.
 
-from dataclasses import dataclass
+As in `gemv`, a program takes whole rows of the weight, and the RMSNorm before the product and the
+addition after it are a part of the kernel. But these weights are read in half or a quarter of the
+time, in which a program that ends after a few rows would start, wait for memory, multiply and add
+up, one after the other. So there are only as many programs as run at once. Each keeps its columns
+of x in registers, normed, and goes from tile to tile: while it multiplies one, the next is on its
+way. The first two are, before it waits for the kernel ahead.
+"""
 
 import torch
 from torch import Tensor
@@ -13,208 +20,42 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.gate_mul import gated
-from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, Int4Weight, positions_per_group
-
-ONE = 0x3F800000  # the bits of the float32 1.0
-
-E4M3_ASSEMBLY = """{
-    .reg .b16 low, high, a, b, c, d;
-    .reg .b32 first, second;
-    mov.b32 {low, high}, $4;
-    cvt.rn.f16x2.e4m3x2 first, low;
-    cvt.rn.f16x2.e4m3x2 second, high;
-    mov.b32 {a, b}, first;
-    mov.b32 {c, d}, second;
-    cvt.f32.f16 $0, a;
-    cvt.f32.f16 $1, b;
-    cvt.f32.f16 $2, c;
-    cvt.f32.f16 $3, d;
-}"""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedGemvConfig:
-    rows: int
-    words: int  # of a row that a thread reads at a time
-    warps: int
-    programs: int  # a multiprocessor; 0: one for each tile
-    stages: int = 0  # 0: the next tile is loaded into registers
-    registers: int | None = None
+from nanovllm.kernels.packed_words import (
+    ONE,
+    Tile,
+    input_sums,
+    load_input,
+    load_scales,
+    load_words,
+    multiply_inputs,
+    multiply_words,
+    scaled_inputs,
+    sum_of_squares,
+)
 
 
 @triton.jit
-def _e4m3(word, K: tl.constexpr):
-    bits = ((word >> 8 * K) & 0xFF).to(tl.uint8)
-    return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+def _join_four(a, b, c, d):
+    """`[threads]` each -> `[threads, 4]`"""
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(pairs, [a.shape[0], 4])
 
 
 @triton.jit
-def _unpack(word, one, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Return the numbers of each word, a tensor each."""
-    if FORMAT == "int4":
-        low = word << 15
-        middle = word << 7
-        high = word >> 1
-        top = word >> 9
-        return (
-            ((low & 0x078000) | one).to(tl.float32, bitcast=True),
-            ((low & 0x780000) | one).to(tl.float32, bitcast=True),
-            ((middle & 0x078000) | one).to(tl.float32, bitcast=True),
-            ((middle & 0x780000) | one).to(tl.float32, bitcast=True),
-            ((high & 0x078000) | one).to(tl.float32, bitcast=True),
-            ((high & 0x780000) | one).to(tl.float32, bitcast=True),
-            ((top & 0x078000) | one).to(tl.float32, bitcast=True),
-            ((top & 0x780000) | one).to(tl.float32, bitcast=True),
-        )
-    elif FORMAT == "e4m3":
-        if ASSEMBLY is None:
-            return _e4m3(word, 0), _e4m3(word, 1), _e4m3(word, 2), _e4m3(word, 3)
-        else:
-            return tl.inline_asm_elementwise(
-                ASSEMBLY,
-                "=f,=f,=f,=f,r",
-                [word],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-                is_pure=True,
-                pack=1,
-            )
+def sum_threads(products, COUNT: tl.constexpr):
+    """Sum up 1, 2, 4 or 8 products `[threads]`: `[COUNT]`. One reduction costs less than several."""
+    if COUNT == 1:
+        return tl.sum(products[0][:, None], axis=0)
+    elif COUNT == 2:
+        return tl.sum(tl.join(products[0], products[1]), axis=0)
+    elif COUNT == 4:
+        four = _join_four(products[0], products[1], products[2], products[3])
+        return tl.sum(four, axis=0)
     else:
-        return (
-            (word << 16).to(tl.float32, bitcast=True),
-            (word & -65536).to(tl.float32, bitcast=True),
-        )
-
-
-@triton.jit
-def _split_pairs(x):
-    """`[threads, n]` -> the even and the odd ones."""
-    SIZE: tl.constexpr = x.shape[1] // 2
-    return tl.split(tl.reshape(x, [x.shape[0], SIZE, 2]))
-
-
-@triton.jit
-def _behind(a, b):
-    """Two `[threads, n]` -> `[threads, 2 n]`"""
-    pairs = tl.permute(tl.join(a, b), [0, 2, 1])
-    return tl.reshape(pairs, [a.shape[0], 2 * a.shape[1]])
-
-
-@triton.jit
-def _load_columns(ptr, order_ptr, column, IN_SIZE: tl.constexpr):
-    in_row = column < IN_SIZE
-    if order_ptr is not None:
-        column = tl.load(order_ptr + column, mask=in_row, other=0)
-    return tl.load(ptr + column, mask=in_row, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_input(
-    ptr, order_ptr, thread, WORDS: tl.constexpr, IN_SIZE: tl.constexpr, FORMAT: tl.constexpr
-):
-    """What the numbers of a thread's words are multiplied with, in the order of `_unpack`."""
-    if FORMAT == "int4":
-        number = thread * (2 * WORDS)
-        first = number // 32 * 128 + number % 32
-        column = first[:, None] + tl.arange(0, 2 * WORDS)[None, :]
-        x0, x4 = _split_pairs(_load_columns(ptr, order_ptr, column, IN_SIZE))
-        x1, x5 = _split_pairs(_load_columns(ptr, order_ptr, column + 32, IN_SIZE))
-        x2, x6 = _split_pairs(_load_columns(ptr, order_ptr, column + 64, IN_SIZE))
-        x3, x7 = _split_pairs(_load_columns(ptr, order_ptr, column + 96, IN_SIZE))
-        return x0, x1, x2, x3, x4, x5, x6, x7
-    elif FORMAT == "e4m3":
-        if WORDS == 4:
-            column = thread[:, None] * 16 + tl.arange(0, 8)[None, :]
-            a_even, a_odd = _split_pairs(_load_columns(ptr, order_ptr, column, IN_SIZE))
-            b_even, b_odd = _split_pairs(_load_columns(ptr, order_ptr, column + 8, IN_SIZE))
-            a0, a2 = _split_pairs(a_even)
-            a1, a3 = _split_pairs(a_odd)
-            b0, b2 = _split_pairs(b_even)
-            b1, b3 = _split_pairs(b_odd)
-            return _behind(a0, b0), _behind(a1, b1), _behind(a2, b2), _behind(a3, b3)
-        else:
-            column = thread[:, None] * (4 * WORDS) + tl.arange(0, 4 * WORDS)[None, :]
-            even, odd = _split_pairs(_load_columns(ptr, order_ptr, column, IN_SIZE))
-            x0, x2 = _split_pairs(even)
-            x1, x3 = _split_pairs(odd)
-            return x0, x1, x2, x3
-    else:
-        column = thread[:, None] * (2 * WORDS) + tl.arange(0, 2 * WORDS)[None, :]
-        return _split_pairs(_load_columns(ptr, order_ptr, column, IN_SIZE))
-
-
-@triton.jit
-def _load_words(
-    ptr,
-    first_output,
-    out_size,
-    thread,
-    is_tile,
-    ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    WORDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    PIECES: tl.constexpr,
-    IS_SAFE: tl.constexpr,
-):
-    """`[THREADS, WORDS]` for each row, half and piece"""
-    words = ()
-    for row in tl.static_range(ROWS):
-        for half in tl.static_range(HALVES):
-            matrix_row = tl.minimum(first_output + row, out_size - 1) + half * out_size
-            row_ptr = ptr + matrix_row.to(tl.int64) * ROW_WORDS
-            for piece in tl.static_range(PIECES):
-                first = (piece * THREADS + thread) * WORDS
-                word = first[:, None] + tl.arange(0, WORDS)[None, :]
-                ptrs = row_ptr + word
-                if (piece + 1) * THREADS * WORDS <= ROW_WORDS:
-                    words += (tl.load(ptrs, mask=is_tile[:, None], eviction_policy="evict_first"),)
-                elif IS_SAFE:
-                    mask = is_tile[:, None] & (word < ROW_WORDS)
-                    words += (tl.load(ptrs, mask=mask, eviction_policy="evict_first"),)
-                else:
-                    mask = is_tile[:, None] & (word < ROW_WORDS)
-                    words += (tl.load(ptrs, mask=mask, other=0, eviction_policy="evict_first"),)
-    return words
-
-
-@triton.jit
-def _load_scales(
-    ptr,
-    first_output,
-    out_size,
-    thread,
-    is_tile,
-    ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
-    WORDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    PIECES: tl.constexpr,
-    FORMAT: tl.constexpr,
-    IN_SIZE: tl.constexpr,
-    ROW_GRAIN: tl.constexpr,
-    COLUMN_GRAIN: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """`[THREADS]` for each row, half, piece and step"""
-    GRAINS: tl.constexpr = (IN_SIZE + COLUMN_GRAIN - 1) // COLUMN_GRAIN
-    scales = ()
-    for row in tl.static_range(ROWS):
-        for half in tl.static_range(HALVES):
-            matrix_row = tl.minimum(first_output + row, out_size - 1) + half * out_size
-            row_ptr = ptr + (matrix_row // ROW_GRAIN).to(tl.int64) * GRAINS
-            for piece in tl.static_range(PIECES):
-                for step in tl.static_range(STEPS):
-                    if FORMAT == "int4":
-                        number = (piece * THREADS + thread) * (2 * WORDS)
-                        column = number // 32 * 128 + number % 32 + step * (128 // STEPS)
-                    else:
-                        column = (piece * THREADS + thread) * (4 * WORDS)
-                    grain = tl.minimum(column // COLUMN_GRAIN, GRAINS - 1)
-                    scales += (tl.load(row_ptr + grain, mask=is_tile),)
-    return scales
+        even = _join_four(products[0], products[2], products[4], products[6])
+        odd = _join_four(products[1], products[3], products[5], products[7])
+        return tl.sum(tl.reshape(tl.join(even, odd), [even.shape[0], 8]), axis=0)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -231,546 +72,129 @@ def _packed_gemv_kernel(
     out_ptr,
     out_size,
     one,
-    IN_SIZE: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    ROW_GRAIN: tl.constexpr,
-    COLUMN_GRAIN: tl.constexpr,
-    STEPS: tl.constexpr,
-    SYMMETRIC_ZERO: tl.constexpr,
-    FORMAT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
-    STAGES: tl.constexpr,
+    T: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    THREADS: tl.constexpr = WARPS * 32
-    PIECES: tl.constexpr = (ROW_WORDS + THREADS * WORDS - 1) // (THREADS * WORDS)
-    HALVES: tl.constexpr = 1 if ACTIVATION is None else 2
-    NUMBERS: tl.constexpr = 8 if FORMAT == "int4" else (4 if FORMAT == "e4m3" else 2)
-    HAS_GRAINS: tl.constexpr = FORMAT == "int4" or COLUMN_GRAIN != IN_SIZE
-    PER_STEP: tl.constexpr = 4 // STEPS
-    IS_SAFE: tl.constexpr = FORMAT == "int4"
-    # The rows of a tile that have scales of their own
-    SCALE_ROWS: tl.constexpr = 1 if ROW_GRAIN % ROWS == 0 else ROWS
+    """A program computes every num_programs-th tile of outputs."""
+    ROWS: tl.constexpr = T.rows
+    COUNT: tl.constexpr = T.rows * T.halves
     num_tiles = tl.cdiv(out_size, ROWS)
     num_programs = tl.num_programs(0)
-    thread = tl.arange(0, THREADS)
+    thread = tl.arange(0, T.threads)
     tile = tl.program_id(0)
-    is_tile = tl.zeros([THREADS], tl.int32) + tile < num_tiles
-    words_ptr = weight_ptr.to(tl.pointer_type(tl.int32))
-    # The first tile is loaded before the wait.
-    words = _load_words(
-        words_ptr,
-        tile * ROWS,
-        out_size,
-        thread,
-        is_tile,
-        ROWS,
-        HALVES,
-        ROW_WORDS,
-        WORDS,
-        THREADS,
-        PIECES,
-        IS_SAFE,
+    words, scales, zeros = _load_tile(
+        tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
     )
-    scales = ()
-    zeros = ()
-    if HAS_GRAINS:
-        scales = _load_scales(
-            scales_ptr,
-            tile * ROWS,
-            out_size,
-            thread,
-            is_tile,
-            SCALE_ROWS,
-            HALVES,
-            WORDS,
-            THREADS,
-            PIECES,
-            FORMAT,
-            IN_SIZE,
-            ROW_GRAIN,
-            COLUMN_GRAIN,
-            STEPS,
+    if T.tiles_ahead == 2:
+        next_words, next_scales, next_zeros = _load_tile(
+            tile + num_programs, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
         )
-        if zeros_ptr is not None:
-            zeros = _load_scales(
-                zeros_ptr,
-                tile * ROWS,
-                out_size,
-                thread,
-                is_tile,
-                SCALE_ROWS,
-                HALVES,
-                WORDS,
-                THREADS,
-                PIECES,
-                FORMAT,
-                IN_SIZE,
-                ROW_GRAIN,
-                COLUMN_GRAIN,
-                STEPS,
-            )
-    norms = ()
     if norm_ptr is not None:
-        for piece in tl.static_range(PIECES):
-            piece_thread = piece * THREADS + thread
-            norms += _load_input(norm_ptr, order_ptr, piece_thread, WORDS, IN_SIZE, FORMAT)
+        norm = load_input(norm_ptr, order_ptr, thread, T)
     launch_next(PDL)
     wait_for_previous(PDL)  # no earlier kernel writes the weights above, but one writes x
-    squares = tl.zeros([THREADS, WORDS], tl.float32)
-    xs = ()
-    x_sums = ()
-    bases = ()
-    for piece in tl.static_range(PIECES):
-        inputs = _load_input(x_ptr, order_ptr, piece * THREADS + thread, WORDS, IN_SIZE, FORMAT)
-        for step in tl.static_range(STEPS):
-            if FORMAT == "int4":
-                x_sum = tl.zeros([THREADS, WORDS], tl.float32)
-                base = tl.zeros([THREADS, WORDS], tl.float32)
-                for i in tl.static_range(8):
-                    if i % 4 // PER_STEP == step:
-                        x = inputs[i]
-                        if norm_ptr is not None:
-                            x = x * norms[piece * 8 + i]
-                        x_sum += x
-                        base += x * (16.0 if i % 2 == 1 else 256.0)
-                x_sums += (tl.sum(x_sum, axis=1),)
-                bases += (tl.sum(base, axis=1),)
-        for i in tl.static_range(NUMBERS):
-            x = inputs[i]
-            if norm_ptr is not None:
-                squares += x * x
-                x *= norms[piece * NUMBERS + i]
-            if FORMAT == "int4":
-                x *= 16.0 if i % 2 == 1 else 256.0
-            xs += (x,)
+    inputs = load_input(x_ptr, order_ptr, thread, T)
     factor = 1.0
     if norm_ptr is not None:
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / IN_SIZE + eps)
-    HAS_ZEROS: tl.constexpr = zeros_ptr is not None
-    if STAGES == 0:
-        while tile < num_tiles:
-            next_tile = tile + num_programs
-            is_tile = tl.zeros([THREADS], tl.int32) + next_tile < num_tiles
-            next_words = _load_words(
-                words_ptr,
-                next_tile * ROWS,
-                out_size,
-                thread,
-                is_tile,
-                ROWS,
-                HALVES,
-                ROW_WORDS,
-                WORDS,
-                THREADS,
-                PIECES,
-                IS_SAFE,
-            )
-            next_scales = ()
-            next_zeros = ()
-            if HAS_GRAINS:
-                next_scales = _load_scales(
-                    scales_ptr,
-                    next_tile * ROWS,
-                    out_size,
-                    thread,
-                    is_tile,
-                    SCALE_ROWS,
-                    HALVES,
-                    WORDS,
-                    THREADS,
-                    PIECES,
-                    FORMAT,
-                    IN_SIZE,
-                    ROW_GRAIN,
-                    COLUMN_GRAIN,
-                    STEPS,
-                )
-                if zeros_ptr is not None:
-                    next_zeros = _load_scales(
-                        zeros_ptr,
-                        next_tile * ROWS,
-                        out_size,
-                        thread,
-                        is_tile,
-                        SCALE_ROWS,
-                        HALVES,
-                        WORDS,
-                        THREADS,
-                        PIECES,
-                        FORMAT,
-                        IN_SIZE,
-                        ROW_GRAIN,
-                        COLUMN_GRAIN,
-                        STEPS,
-                    )
-            _finish_tile(
-                words,
-                scales,
-                zeros,
-                xs,
-                x_sums,
-                bases,
-                factor,
-                tile,
-                scales_ptr,
-                bias_ptr,
-                residual_ptr,
-                out_ptr,
-                out_size,
-                one,
-                ROWS,
-                HALVES,
-                THREADS,
-                WORDS,
-                PIECES,
-                STEPS,
-                SCALE_ROWS,
-                NUMBERS,
-                HAS_GRAINS,
-                HAS_ZEROS,
-                ROW_GRAIN,
-                SYMMETRIC_ZERO,
-                FORMAT,
-                ASSEMBLY,
-                ACTIVATION,
-            )
+        # The norm divides all of x by the same number, so it is enough to scale the results.
+        factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
+        inputs = multiply_inputs(inputs, norm, T)
+    sums = ()
+    scaled_sums = ()
+    if T.format == "int4":
+        sums = input_sums(inputs, T)
+    inputs = scaled_inputs(inputs, T)
+    if T.format == "int4":
+        scaled_sums = input_sums(inputs, T)
+    while tile < num_tiles:
+        output = tile * ROWS + tl.arange(0, ROWS)
+        addend = tl.zeros([ROWS], tl.float32)
+        if bias_ptr is not None:
+            addend += tl.load(bias_ptr + output, mask=output < out_size, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            ptrs = residual_ptr + output
+            addend += tl.load(ptrs, mask=output < out_size, other=0.0).to(tl.float32)
+        products = multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
+        # What comes next is loaded before this tile's sums are finished, which takes a while.
+        tile += num_programs
+        if T.tiles_ahead == 2:
             words = next_words
             scales = next_scales
             zeros = next_zeros
-            tile = next_tile
-    else:
-        first_tile = tile
-        next_tile = tile + num_programs
-        is_tile = tl.zeros([THREADS], tl.int32) + next_tile < num_tiles
-        next_scales = ()
-        next_zeros = ()
-        if HAS_GRAINS:
-            next_scales = _load_scales(
+            next_words, next_scales, next_zeros = _load_tile(
+                tile + num_programs,
+                weight_ptr,
                 scales_ptr,
-                next_tile * ROWS,
+                zeros_ptr,
                 out_size,
                 thread,
-                is_tile,
-                SCALE_ROWS,
-                HALVES,
-                WORDS,
-                THREADS,
-                PIECES,
-                FORMAT,
-                IN_SIZE,
-                ROW_GRAIN,
-                COLUMN_GRAIN,
-                STEPS,
+                num_tiles,
+                T,
             )
-            if zeros_ptr is not None:
-                next_zeros = _load_scales(
-                    zeros_ptr,
-                    next_tile * ROWS,
-                    out_size,
-                    thread,
-                    is_tile,
-                    SCALE_ROWS,
-                    HALVES,
-                    WORDS,
-                    THREADS,
-                    PIECES,
-                    FORMAT,
-                    IN_SIZE,
-                    ROW_GRAIN,
-                    COLUMN_GRAIN,
-                    STEPS,
-                )
-        for tile in tl.range(first_tile + num_programs, num_tiles, num_programs, num_stages=STAGES):
-            is_tile = tl.zeros([THREADS], tl.int32) + tile < num_tiles
-            next_words = _load_words(
-                words_ptr,
-                tile * ROWS,
-                out_size,
-                thread,
-                is_tile,
-                ROWS,
-                HALVES,
-                ROW_WORDS,
-                WORDS,
-                THREADS,
-                PIECES,
-                IS_SAFE,
+        else:
+            words, scales, zeros = _load_tile(
+                tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
             )
-            tile_scales = next_scales
-            tile_zeros = next_zeros
-            next_tile = tile + num_programs
-            is_tile = tl.zeros([THREADS], tl.int32) + next_tile < num_tiles
-            next_scales = ()
-            next_zeros = ()
-            if HAS_GRAINS:
-                next_scales = _load_scales(
-                    scales_ptr,
-                    next_tile * ROWS,
-                    out_size,
-                    thread,
-                    is_tile,
-                    SCALE_ROWS,
-                    HALVES,
-                    WORDS,
-                    THREADS,
-                    PIECES,
-                    FORMAT,
-                    IN_SIZE,
-                    ROW_GRAIN,
-                    COLUMN_GRAIN,
-                    STEPS,
-                )
-                if zeros_ptr is not None:
-                    next_zeros = _load_scales(
-                        zeros_ptr,
-                        next_tile * ROWS,
-                        out_size,
-                        thread,
-                        is_tile,
-                        SCALE_ROWS,
-                        HALVES,
-                        WORDS,
-                        THREADS,
-                        PIECES,
-                        FORMAT,
-                        IN_SIZE,
-                        ROW_GRAIN,
-                        COLUMN_GRAIN,
-                        STEPS,
-                    )
-            _finish_tile(
-                next_words,
-                tile_scales,
-                tile_zeros,
-                xs,
-                x_sums,
-                bases,
-                factor,
-                tile,
-                scales_ptr,
-                bias_ptr,
-                residual_ptr,
-                out_ptr,
-                out_size,
-                one,
-                ROWS,
-                HALVES,
-                THREADS,
-                WORDS,
-                PIECES,
-                STEPS,
-                SCALE_ROWS,
-                NUMBERS,
-                HAS_GRAINS,
-                HAS_ZEROS,
-                ROW_GRAIN,
-                SYMMETRIC_ZERO,
-                FORMAT,
-                ASSEMBLY,
-                ACTIVATION,
-            )
-        tile = first_tile
-        _finish_tile(
-            words,
-            scales,
-            zeros,
-            xs,
-            x_sums,
-            bases,
-            factor,
-            tile,
-            scales_ptr,
-            bias_ptr,
-            residual_ptr,
-            out_ptr,
-            out_size,
-            one,
-            ROWS,
-            HALVES,
-            THREADS,
-            WORDS,
-            PIECES,
-            STEPS,
-            SCALE_ROWS,
-            NUMBERS,
-            HAS_GRAINS,
-            HAS_ZEROS,
-            ROW_GRAIN,
-            SYMMETRIC_ZERO,
-            FORMAT,
-            ASSEMBLY,
-            ACTIVATION,
-        )
+        out = sum_threads(products, COUNT) * factor
+        if ACTIVATION is not None:
+            gate, up = tl.split(tl.reshape(out, [ROWS, 2]))
+            out = gated(gate, up, ACTIVATION)
+        out += addend
+        tl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=output < out_size)
 
 
 @triton.jit
-def _finish_tile(
-    words,
-    scales,
-    zeros,
-    xs,
-    x_sums,
-    bases,
-    factor,
-    tile,
-    scales_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    out_size,
-    one,
-    ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
-    THREADS: tl.constexpr,
-    WORDS: tl.constexpr,
-    PIECES: tl.constexpr,
-    STEPS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    HAS_GRAINS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ROW_GRAIN: tl.constexpr,
-    SYMMETRIC_ZERO: tl.constexpr,
-    FORMAT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+def _load_tile(
+    tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T: tl.constexpr
 ):
-    PER_STEP: tl.constexpr = 4 // STEPS
-    output = tile * ROWS + tl.arange(0, ROWS)
-    is_output = output < out_size
-    last = tl.minimum(output, out_size - 1)
-    if not HAS_GRAINS and scales_ptr is not None:
-        which = tl.arange(0, HALVES * ROWS)
-        row = tl.minimum(tile * ROWS + which // HALVES, out_size - 1)
-        row_scale = tl.load(scales_ptr + (row + which % HALVES * out_size) // ROW_GRAIN)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + last).to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + last).to(tl.float32)
-    sums = ()
-    for row in tl.static_range(ROWS * HALVES):
-        total = tl.zeros([THREADS], tl.float32)
-        products = tl.zeros([THREADS, WORDS], tl.float32)
-        for piece in tl.static_range(PIECES):
-            numbers = _unpack(words[row * PIECES + piece], one, FORMAT, ASSEMBLY)
-            for step in tl.static_range(STEPS):
-                if HAS_GRAINS:
-                    products = tl.zeros([THREADS, WORDS], tl.float32)
-                for i in tl.static_range(NUMBERS):
-                    if FORMAT != "int4" or i % 4 // PER_STEP == step:
-                        products = tl.fma(numbers[i], xs[piece * NUMBERS + i], products)
-                if HAS_GRAINS:
-                    product = tl.sum(products, axis=1)
-                    scale = scales[(row % (SCALE_ROWS * HALVES) * PIECES + piece) * STEPS + step]
-                    if FORMAT == "int4":
-                        zero = SYMMETRIC_ZERO
-                        if HAS_ZEROS:
-                            zero = zeros[(row * PIECES + piece) * STEPS + step].to(tl.float32)
-                        product -= bases[piece * STEPS + step]
-                        product -= zero * x_sums[piece * STEPS + step]
-                    total = tl.fma(product, scale.to(tl.float32), total)
-        if not HAS_GRAINS:
-            total = tl.sum(products, axis=1)
-        sums += (total,)
-    result = _sum_rows(sums, ROWS * HALVES) * factor
-    if not HAS_GRAINS and scales_ptr is not None:
-        result *= row_scale
-    if ACTIVATION is not None:
-        gate, up = tl.split(tl.reshape(result, [ROWS, 2]))
-        out = gated(gate, up, ACTIVATION)
-    else:
-        out = result
-    if bias_ptr is not None:
-        out += bias
-    if residual_ptr is not None:
-        out += residual
-    tl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=is_output)
-
-
-@triton.jit
-def _sum_rows(sums, COUNT: tl.constexpr):
-    """`[threads]` each -> `[COUNT]`"""
-    if COUNT == 1:
-        return tl.sum(sums[0][:, None], axis=0)
-    elif COUNT == 2:
-        return tl.sum(tl.join(sums[0], sums[1]), axis=0)
-    elif COUNT == 4:
-        return tl.sum(_join4(sums[0], sums[1], sums[2], sums[3]), axis=0)
-    elif COUNT == 8:
-        a = _join4(sums[0], sums[2], sums[4], sums[6])
-        b = _join4(sums[1], sums[3], sums[5], sums[7])
-        return tl.sum(tl.reshape(tl.join(a, b), [a.shape[0], 8]), axis=0)
-    else:
-        a = _join4(sums[0], sums[4], sums[8], sums[12])
-        b = _join4(sums[1], sums[5], sums[9], sums[13])
-        c = _join4(sums[2], sums[6], sums[10], sums[14])
-        d = _join4(sums[3], sums[7], sums[11], sums[15])
-        ac = tl.reshape(tl.join(a, c), [a.shape[0], 8])
-        bd = tl.reshape(tl.join(b, d), [a.shape[0], 8])
-        return tl.sum(tl.reshape(tl.join(ac, bd), [a.shape[0], 16]), axis=0)
-
-
-@triton.jit
-def _join4(a, b, c, d):
-    pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(pairs, [a.shape[0], 4])
+    """Load words, scales and zero points of a tile; nothing, if there is no such tile."""
+    is_tile = tl.zeros(thread.shape, tl.int32) + tile < num_tiles
+    first_row = tile * T.rows
+    words = load_words(weight_ptr, first_row, out_size, thread, is_tile, T)
+    zeros = ()
+    scales = load_scales(scales_ptr, first_row, out_size, thread, is_tile, T)
+    if zeros_ptr is not None:
+        zeros = load_scales(zeros_ptr, first_row, out_size, thread, is_tile, T)
+    return words, scales, zeros
 
 
 def packed_gemv(
     x: Tensor,
-    weight: Tensor | FP8Weight | Int4Weight,
+    weight: Tensor,
+    scales: Tensor,
+    tile: Tile,
+    programs: int,
+    zero_points: Tensor | None = None,
+    column_order: Tensor | None = None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
-    config: PackedGemvConfig | None = None,
 ) -> Tensor:
-    in_size = x.shape[1]
-    order = zeros = scales = None
-    row_grain, column_grain, steps = 1, in_size, 1
-    assembly = None
-    if isinstance(weight, Int4Weight):
-        form, values, rows = "int4", weight.packed, weight.out_size
-        row_words = weight.packed.shape[1] // 2
-        order, scales, zeros = weight.column_order, weight.scales, weight.zero_points
-        column_grain = weight.group_size
-        steps = 4 // positions_per_group(weight.group_size, in_size)
-    elif isinstance(weight, FP8Weight):
-        form, values, rows = "e4m3", weight.values, weight.out_size
-        row_words = in_size // 4
-        scales, row_grain, column_grain = weight.scales, weight.row_grain, weight.column_grain
-        if x.is_cuda or FORCE_ASSEMBLY:
-            assembly = E4M3_ASSEMBLY
-    else:
-        form, values, rows = "bf16", weight, len(weight)
-        row_words = in_size // 2
-    is_gated = activation is not None
-    out_size = rows // 2 if is_gated else rows
+    """Launch the kernel: see `fp8_gemv` and `int4_gemv`.
+
+    weight: `[out, ...]`, as `tile.format` has it. programs: on a multiprocessor.
+    """
+    out_size = len(weight) // tile.halves
+    assert x.shape == (1, tile.in_size) and not (activation is not None and bias is not None)
+    assert all(t is None or t.is_contiguous() for t in (x, weight, scales, residual))
     out = residual
     if out is None:
         out = torch.empty(1, out_size, dtype=out_dtype or x.dtype, device=x.device)
-    assert config is not None
-    tiles = triton.cdiv(out_size, config.rows)
-    grid = tiles
-    if config.programs:
-        num_multiprocessors, _ = device_limits(x.device)
-        each = triton.cdiv(tiles, num_multiprocessors * config.programs)
-        grid = triton.cdiv(tiles, each)
-    limit = {"maxnreg": config.registers} if config.registers else {}
-    global last_kernel
-    last_kernel = _packed_gemv_kernel[(grid,)](
+    num_multiprocessors, _ = device_limits(x.device)
+    num_tiles = triton.cdiv(out_size, tile.rows)
+    rounds = triton.cdiv(num_tiles, num_multiprocessors * programs)
+    global last_kernel, last_tile
+    last_tile = tile, programs
+    last_kernel = _packed_gemv_kernel[(triton.cdiv(num_tiles, rounds),)](
         x,
-        order,
-        values,
+        column_order,
+        weight,
         scales,
-        zeros,
+        zero_points,
         bias,
         norm_weight,
         eps,
@@ -778,26 +202,12 @@ def packed_gemv(
         out,
         out_size,
         ONE,
-        IN_SIZE=in_size,
-        ROW_WORDS=row_words,
-        ROW_GRAIN=row_grain,
-        COLUMN_GRAIN=column_grain,
-        STEPS=steps,
-        SYMMETRIC_ZERO=float(SYMMETRIC_ZERO),
-        FORMAT=form,
-        ASSEMBLY=assembly,
-        ROWS=config.rows,
-        WORDS=config.words,
-        WARPS=config.warps,
-        STAGES=config.stages,
+        T=tile,
         ACTIVATION=activation,
-        num_warps=config.warps,
-        **limit,
+        num_warps=tile.warps,
         **pdl_options(),
     )
     return out
 
 
-FORCE_ASSEMBLY = False
-last_kernel = None
-HAS_STAGES = True
+last_kernel = last_tile = None
