@@ -298,7 +298,7 @@ def test_gate_mul(activation, rows, size, dtype):
 def test_token_ranks(rows, vocab, dtype):
     logits = randn(rows, vocab + 3, dtype=dtype)[:, :vocab] * 5
     logits[0, vocab // 2] = float("-inf")
-    token_ids = torch.tensor([vocab // 2, 0, vocab - 1, 1][:rows])
+    token_ids = torch.tensor([vocab // 2, 0, vocab - 1, 1][:rows], device=DEVICE)
     ours = token_ranks(logits, token_ids)
     for found in (ours, token_ranks_torch(logits, token_ids)):
         exact = logits.double()
