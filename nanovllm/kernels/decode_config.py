@@ -55,8 +55,8 @@ def decode_config(
         if cache_itemsize == 1:
             max_registers = 128  # a tile of 64 tokens has half the bytes, and wants no more
         elif programs > 6 * num_multiprocessors:
-            # Many programs, maybe with short contexts, gain when four of them are on a
-            # multiprocessor. Few gain by longer tiles, and by having as many registers as they want.
+            # Many programs, maybe with short contexts, gain when four of them share a
+            # multiprocessor. Few gain by longer tiles and by as many registers as they want.
             block_n = 32
             max_registers = 128
     if block_size % 16 == 0:
