@@ -5,9 +5,8 @@
 Without a word, all three parts; with "names", only the names of all, which takes a few seconds.
 
 The interpreter, in which the other tests run them, allows what the compiler does not: a variable
-that is a tensor in one branch and a constant before it, say. Run in a process of its own, without
-TRITON_INTERPRET. The shapes are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden
-numbers.
+that is a tensor in one branch and a constant before it, say. Run without TRITON_INTERPRET. Shapes
+are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden numbers.
 """
 
 import sys
