@@ -298,13 +298,13 @@ def test_experts_of_one_token() -> None:
 
 
 def test_experts_of_one_token_in_several_pieces() -> None:
-    weights, exact = make_experts((2, 1088, 136))
-    x = randn(1, 1088)
+    weights, exact = make_experts((2, 520, 72))
+    x = randn(1, 520)
     assert isinstance(weights.gate_up, Int4Weight) and isinstance(weights.down, Int4Weight)
     routing = route(x, weights.router, weights.top_k, weights.is_normalized)
-    config = Int4GemvConfig(rows=64, chunks=1, num_warps=1)
+    config = PackedGemvConfig(rows=4, words=2, warps=1, programs=1)
     activation = int4_expert_gate_up_gemv(x, weights.gate_up, routing, config=config)
-    out = int4_expert_down_gemv(activation, weights.down, routing, rows=512)
+    out = int4_expert_down_gemv(activation, weights.down, routing, rows=8)
     assert_near(out, expected_moe(x, exact), torch.float32)
 
 

@@ -11,7 +11,8 @@ from nanovllm.kernels.fp8_config import fp8_gemv_config
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.packed_gemv import packed_gemv
-from nanovllm.kernels.packed_words import Tile, has_assembly
+from nanovllm.kernels.packed_tile import Tile
+from nanovllm.kernels.packed_words import has_assembly
 
 THREAD_COLUMNS = 8  # at least, that a thread reads at a time; they are of one grain
 
@@ -49,7 +50,6 @@ def fp8_gemv(
         warps=config.warps,
         has_assembly=has_assembly(x),
         is_exact=x.dtype == torch.float32,
-        tiles_ahead=config.tiles_ahead,
     )
     assert weight.has_whole_rows or weight.column_grain % (4 * config.words) == 0
     assert halves == 1 or weight.out_size // 2 % weight.row_grain == 0

@@ -7,7 +7,7 @@ from nanovllm.kernels.int4_config import int4_gemv_config
 from nanovllm.kernels.int4_layout import Int4Weight
 from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.packed_gemv import packed_gemv
-from nanovllm.kernels.packed_words import Tile
+from nanovllm.kernels.packed_tile import Tile
 
 
 def int4_tile(x: Tensor, weight: Int4Weight, halves: int, config: PackedGemvConfig) -> Tile:
@@ -23,7 +23,6 @@ def int4_tile(x: Tensor, weight: Int4Weight, halves: int, config: PackedGemvConf
         warps=config.warps,
         has_assembly=False,
         is_exact=x.dtype == torch.float32,
-        tiles_ahead=config.tiles_ahead,
     )
 
 

@@ -14,7 +14,6 @@ class PackedGemvConfig:
     words: int  # of a row, 4 bytes each, that a thread reads at a time: 2 or 4
     warps: int  # of a program
     programs: int  # on a multiprocessor
-    tiles_ahead: int = 1
 
 
 def packed_gemv_config(

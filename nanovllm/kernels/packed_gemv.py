@@ -5,8 +5,10 @@ As in `gemv`, a program takes whole rows of the weight, and the RMSNorm before t
 addition after it are a part of the kernel. But these weights are read in half or a quarter of the
 time, in which a program that ends after a few rows would start, wait for memory, multiply and add
 up, one after the other. So there are only as many programs as run at once. Each keeps its columns
-of x in registers, normed, and goes from tile to tile: while it multiplies one, the next is on its
-way. The first two are, before it waits for the kernel ahead.
+of x in registers, normed, and goes from tile to tile. The registers of a tile are loaded with the
+next one as soon as they have been multiplied, while the sums of all threads are still to be added
+up; and there are enough programs that some of them wait for memory at any time. The first tile is
+on its way before a program waits for the kernel ahead.
 """
 
 import torch
@@ -21,18 +23,15 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.gate_mul import gated
-from nanovllm.kernels.packed_words import (
-    ONE,
-    Tile,
+from nanovllm.kernels.packed_input import (
     input_sums,
     load_input,
-    load_scales,
-    load_words,
     multiply_inputs,
-    multiply_words,
     scaled_inputs,
     sum_of_squares,
 )
+from nanovllm.kernels.packed_tile import Tile
+from nanovllm.kernels.packed_words import ONE, load_scales, load_words, multiply_words
 
 
 @triton.jit
@@ -44,7 +43,7 @@ def _join_four(a, b, c, d):
 
 @triton.jit
 def sum_threads(products, COUNT: tl.constexpr):
-    """Sum up 1, 2, 4 or 8 products `[threads]`: `[COUNT]`. One reduction costs less than several."""
+    """Sum up 1, 2, 4 or 8 products `[threads]` by one reduction: `[COUNT]`."""
     if COUNT == 1:
         return tl.sum(products[0][:, None], axis=0)
     elif COUNT == 2:
@@ -86,10 +85,6 @@ def _packed_gemv_kernel(
     words, scales, zeros = _load_tile(
         tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
     )
-    if T.tiles_ahead == 2:
-        next_words, next_scales, next_zeros = _load_tile(
-            tile + num_programs, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
-        )
     if norm_ptr is not None:
         norm = load_input(norm_ptr, order_ptr, thread, T)
     launch_next(PDL)
@@ -118,24 +113,9 @@ def _packed_gemv_kernel(
         products = multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
         # What comes next is loaded before this tile's sums are finished, which takes a while.
         tile += num_programs
-        if T.tiles_ahead == 2:
-            words = next_words
-            scales = next_scales
-            zeros = next_zeros
-            next_words, next_scales, next_zeros = _load_tile(
-                tile + num_programs,
-                weight_ptr,
-                scales_ptr,
-                zeros_ptr,
-                out_size,
-                thread,
-                num_tiles,
-                T,
-            )
-        else:
-            words, scales, zeros = _load_tile(
-                tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
-            )
+        words, scales, zeros = _load_tile(
+            tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
+        )
         out = sum_threads(products, COUNT) * factor
         if ACTIVATION is not None:
             gate, up = tl.split(tl.reshape(out, [ROWS, 2]))
@@ -187,9 +167,7 @@ def packed_gemv(
     num_multiprocessors, _ = device_limits(x.device)
     num_tiles = triton.cdiv(out_size, tile.rows)
     rounds = triton.cdiv(num_tiles, num_multiprocessors * programs)
-    global last_kernel, last_tile
-    last_tile = tile, programs
-    last_kernel = _packed_gemv_kernel[(triton.cdiv(num_tiles, rounds),)](
+    _packed_gemv_kernel[(triton.cdiv(num_tiles, rounds),)](
         x,
         column_order,
         weight,
@@ -208,6 +186,3 @@ def packed_gemv(
         **pdl_options(),
     )
     return out
-
-
-last_kernel = last_tile = None

@@ -19,19 +19,14 @@ a float32's 24, still more than the inputs have; where x is in float32, each 1 i
 itself instead.
 """
 
-from dataclasses import dataclass
+# mypy: disable-error-code="assignment"
 
 from torch import Tensor
 
 from nanovllm.kernels._triton import tl, triton
-from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, positions_per_group
+from nanovllm.kernels.packed_tile import first_column
 
 ONE = 0x3F800000  # the bits of the float32 1.0
-
-# Of the numbers in a word of INT4, from the lowest bits to the highest: the power of two that a
-# number in its place of the mantissa is divided by. The lowest three are shifted up together, the
-# highest three down, and the two between them stay where they are.
-POWERS = tl.constexpr((4096.0, 256.0, 16.0, 2048.0, 128.0, 4096.0, 256.0, 16.0))
 
 # A word of FP8 ($4) becomes four numbers.
 E4M3_ASSEMBLY = tl.constexpr("""{
@@ -52,79 +47,6 @@ E4M3_ASSEMBLY = tl.constexpr("""{
 def has_assembly(x: Tensor) -> bool:
     """Whether the kernel runs on a GPU, and not in the interpreter."""
     return x.is_cuda
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program multiplies at a time, known when the kernel is compiled.
-
-    Helpers below return a tuple of `[threads, words]` for all rows of a tile, the gate's and up's
-    of a row next to each other, and for all pieces of a row.
-    """
-
-    format: str  # "fp8" or "int4"
-    in_size: int
-    row_grain: int  # rows of the weight that have a scale in common
-    column_grain: int  # columns that have
-    halves: int  # 2: the weight is a gate projection above an up projection, else 1
-    rows: int  # a power of two; of gate and up as many each
-    words: int  # of a row that a thread reads at a time, 2 or 4
-    warps: int
-    has_assembly: bool  # False in the interpreter
-    tiles_ahead: int  # that are on their way while one is multiplied
-    is_exact: bool  # x is in float32
-
-    @property
-    def threads(self) -> int:
-        """Threads of a program; all of them share each row."""
-        return 32 * self.warps
-
-    @property
-    def numbers(self) -> int:
-        """Numbers in a word."""
-        return 8 if self.format == "int4" else 4
-
-    @property
-    def row_words(self) -> int:
-        """Words in a row; an INT4 row ends with a whole block of 128 columns."""
-        return -(-self.in_size // 128) * 16 if self.format == "int4" else -(-self.in_size // 4)
-
-    @property
-    def has_whole_words(self) -> bool:
-        """Whether rows start at addresses of words."""
-        return self.format == "int4" or self.in_size % 4 == 0
-
-    @property
-    def pieces(self) -> int:
-        """How many times the threads must read to have a whole row."""
-        return -(-self.row_words // (self.threads * self.words))
-
-    @property
-    def has_grains(self) -> bool:
-        """Whether a row has several scales, with which a thread's sums are multiplied."""
-        return self.format == "int4" or self.column_grain < self.in_size
-
-    @property
-    def grains(self) -> int:
-        """Scales of a row."""
-        return -(-self.in_size // self.column_grain)
-
-    @property
-    def scale_rows(self) -> int:
-        """Rows of a tile that have scales of their own."""
-        return 1 if self.row_grain % self.rows == 0 else self.rows
-
-    @property
-    def steps(self) -> int:
-        """How many scales the numbers of a word have: the columns of INT4 words are 32 apart."""
-        if self.format == "int4":
-            return 4 // positions_per_group(self.column_grain, self.in_size)
-        return 1
-
-    @property
-    def symmetric_zero(self) -> float:
-        """The zero point of INT4 weights that are stored without one."""
-        return float(SYMMETRIC_ZERO)
 
 
 # --- the weight ---
@@ -194,133 +116,12 @@ def load_scales(ptr, first_row, out_size, thread, is_tile, T: tl.constexpr):
             if not T.has_grains:
                 scales += (tl.load(row_ptr),)
             for piece in tl.static_range(PIECES):
-                column = _first_column(piece * T.threads + thread, T)
+                column = first_column(piece * T.threads + thread, T)
                 for step in tl.static_range(STEPS):
                     step_column = column + step * (128 // STEPS)
                     grain = tl.minimum(step_column // T.column_grain, T.grains - 1)
                     scales += (tl.load(row_ptr + grain, mask=is_tile),)
     return scales
-
-
-# --- the input ---
-
-
-@triton.jit
-def _first_column(thread, T: tl.constexpr):
-    """The column of the first number of a thread's words."""
-    if T.format == "int4":
-        number = thread * (2 * T.words)  # of 16 bits; see int4_layout.py
-        return number // 32 * 128 + number % 32
-    else:
-        return thread * (4 * T.words)
-
-
-@triton.jit
-def load_input(ptr, order_ptr, thread, T: tl.constexpr):
-    """Load x, or the norm's weight, in float32: what the numbers of a thread's words are multiplied
-    with, `[threads, words]` for each piece and number.
-
-    order_ptr: the column of x for each column of the weight, or None.
-    """
-    PIECES: tl.constexpr = T.pieces
-    WORDS: tl.constexpr = T.words
-    inputs = ()
-    for piece in tl.static_range(PIECES):
-        first_column = _first_column(piece * T.threads + thread, T)[:, None]
-        if T.format == "int4":
-            column = first_column + tl.arange(0, 2 * WORDS)[None, :]
-            x0, x4 = _split_pairs(_load_columns(ptr, order_ptr, column, T))
-            x1, x5 = _split_pairs(_load_columns(ptr, order_ptr, column + 32, T))
-            x2, x6 = _split_pairs(_load_columns(ptr, order_ptr, column + 64, T))
-            x3, x7 = _split_pairs(_load_columns(ptr, order_ptr, column + 96, T))
-            inputs += (x0, x1, x2, x3, x4, x5, x6, x7)
-        else:
-            # Eight numbers of 16 bits are what a thread loads at once. If it were to have sixteen
-            # neighbours, Triton would give it eight here and eight elsewhere.
-            column = first_column + tl.arange(0, 8)[None, :]
-            even, odd = _split_pairs(_load_columns(ptr, order_ptr, column, T))
-            x0, x2 = _split_pairs(even)
-            x1, x3 = _split_pairs(odd)
-            if WORDS == 4:
-                even, odd = _split_pairs(_load_columns(ptr, order_ptr, column + 8, T))
-                more0, more2 = _split_pairs(even)
-                more1, more3 = _split_pairs(odd)
-                x0 = _concatenate(x0, more0)
-                x1 = _concatenate(x1, more1)
-                x2 = _concatenate(x2, more2)
-                x3 = _concatenate(x3, more3)
-            inputs += (x0, x1, x2, x3)
-    return inputs
-
-
-@triton.jit
-def _load_columns(ptr, order_ptr, column, T: tl.constexpr):
-    in_row = column < T.in_size
-    if order_ptr is not None:
-        column = tl.load(order_ptr + column, mask=in_row, other=0)
-    return tl.load(ptr + column, mask=in_row, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _split_pairs(x):
-    """Return the even and the odd columns of `[threads, n]`: `[threads, n / 2]` each."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def _concatenate(a, b):
-    """Put `[threads, n]` behind `[threads, n]`: the registers keep their places."""
-    pairs = tl.permute(tl.join(a, b), [0, 2, 1])
-    return tl.reshape(pairs, [a.shape[0], 2 * a.shape[1]])
-
-
-@triton.jit
-def multiply_inputs(inputs, factors, T: tl.constexpr):
-    """Multiply the inputs with others of as many."""
-    COUNT: tl.constexpr = T.pieces * T.numbers
-    products = ()
-    for index in tl.static_range(COUNT):
-        products += (inputs[index] * factors[index],)
-    return products
-
-
-@triton.jit
-def sum_of_squares(inputs, T: tl.constexpr):
-    """Return the sum over all threads."""
-    COUNT: tl.constexpr = T.pieces * T.numbers
-    squares = inputs[0] * inputs[0]
-    for index in tl.static_range(1, COUNT):
-        squares += inputs[index] * inputs[index]
-    return tl.sum(tl.sum(squares, axis=1), axis=0)
-
-
-@triton.jit
-def scaled_inputs(inputs, T: tl.constexpr):
-    """Return the inputs as the numbers of `_unpack` are multiplied with them."""
-    if T.format != "int4":
-        return inputs
-    else:
-        COUNT: tl.constexpr = T.pieces * T.numbers
-        scaled = ()
-        for index in tl.static_range(COUNT):
-            scaled += (inputs[index] * POWERS[index % 8],)
-        return scaled
-
-
-@triton.jit
-def input_sums(inputs, T: tl.constexpr):
-    """Return a thread's sums of the inputs, `[threads]` for each piece and step; INT4 only."""
-    PIECES: tl.constexpr = T.pieces
-    STEPS: tl.constexpr = T.steps
-    sums = ()
-    for piece in tl.static_range(PIECES):
-        for step in tl.static_range(STEPS):
-            step_sum = tl.zeros(inputs[0].shape, tl.float32)
-            for number in tl.static_range(8):
-                if number % 4 * STEPS // 4 == step:
-                    step_sum += inputs[piece * 8 + number]
-            sums += (tl.sum(step_sum, axis=1),)
-    return sums
 
 
 # --- the product ---
