@@ -19,6 +19,7 @@ from nanovllm.kernels.fp8_config import (
     FP8GemmConfig,
     fp8_block_gemm_config,
     fp8_gemm_config,
+    fp8_gemv_config,
 )
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
@@ -259,6 +260,12 @@ def test_configurations_are_within_their_limits() -> None:
                     assert 1 <= gemm.splits <= max(1, in_size // 512)
                     whole = fp8_gemm_config(num_tokens, out_size, in_size, grain, 132, False)
                     assert whole.splits == 1
+    for in_size in (24, 96, 768, 1024, 2560, 4096, 12288, 53248):
+        for grain, is_gated in ((in_size, False), (in_size, True), (8, False), (128, True)):
+            gemv = fp8_gemv_config(in_size, grain, is_gated)
+            assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
+            assert grain % (4 * gemv.words) == 0 or grain == in_size
+            assert gemv.warps * gemv.programs == 16
     assert fp8_block_gemm_config(65).tokens == 64
     assert fp8_block_gemm_config(4096).tokens == 128
 

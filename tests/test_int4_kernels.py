@@ -15,6 +15,7 @@ from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
     int4_gemm_config,
+    int4_gemv_config,
 )
 from nanovllm.kernels.int4_dequantize import int4_dequantize
 from nanovllm.kernels.int4_expert_gemv import int4_expert_down_gemv, int4_expert_gate_up_gemv
@@ -199,6 +200,11 @@ def test_positions_of_a_group() -> None:
 
 
 def test_configurations_are_within_their_limits() -> None:
+    for in_size in (128, 768, 1024, 2560, 4096, 12288, 53248):
+        for is_gated in (False, True):
+            gemv = int4_gemv_config(in_size, is_gated)
+            assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
+            assert gemv.words in (2, 4) and gemv.warps * gemv.programs == 16
     for out_size in (256, 1024, 6144, 24576):
         for in_size in (128, 768, 1024, 2560, 4096, 12288):
             for num_tokens in (2, 16, 17, 64, 200, 256):
@@ -298,7 +304,7 @@ def test_experts_of_one_token() -> None:
 
 
 def test_experts_of_one_token_in_several_pieces() -> None:
-    weights, exact = make_experts((2, 520, 72))
+    weights, exact = make_experts((2, 520, 40))
     x = randn(1, 520)
     assert isinstance(weights.gate_up, Int4Weight) and isinstance(weights.down, Int4Weight)
     routing = route(x, weights.router, weights.top_k, weights.is_normalized)

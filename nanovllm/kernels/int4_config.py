@@ -1,18 +1,21 @@
 """How the kernels of INT4 weights divide their work, and which of them is taken.
 
-Nothing here has been measured yet: the numbers follow from the compiled code (see each), and
-`scripts/bench_quantized.py` is there to replace them.
+That of the GEMV has been measured (packed_config.py). The rest follows from the compiled code (see
+each); `scripts/bench_quantized.py` is there to replace it.
 """
 
 from dataclasses import dataclass
 
 from nanovllm.kernels._triton import next_power_of_2
+from nanovllm.kernels.int4_layout import packed_width
 from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
 
 
 def int4_gemv_config(in_size: int, is_gated: bool) -> PackedGemvConfig:
-    """Choose tiles of 8 rows, which have as many bytes as 4 of FP8."""
-    return packed_gemv_config(8, in_size, -(-in_size // 128) * 16, is_gated)
+    """Choose tiles, with more columns for a thread than those of FP8 have: their scaling and their
+    sums cost as much as some rows.
+    """
+    return packed_gemv_config(in_size, packed_width(in_size) // 2, is_gated, thread_columns=48)
 
 
 @dataclass(frozen=True, slots=True)
