@@ -6,7 +6,8 @@
 The load is `job` of bench.py, as texts: `generate` encodes and decodes them too, so that what is
 compared is JSON, files and processes. Weights are random, and so is the tokenizer: each token is a
 word of its own, and every text is as long in tokens as bench.py's prompts are. Engines are started
-before the clock.
+before the clock. Several loads in one job (--loads) make its end, where the batch runs empty, as
+short beside the rest as it is in a job that takes long.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import LLM, SamplingParams
-from scripts.workloads import SHAPES, WORKLOADS, Load, make_load
+from scripts.workloads import SHAPES, WORKLOADS, Load, Workload, make_load
 
 TINY = {
     **SHAPES["qwen3-0.6b"],
@@ -56,6 +57,14 @@ def word(token_id: int) -> str:
     return f"w{token_id}"
 
 
+def make_job(workload: Workload, vocab_size: int, num_loads: int, repeat: int) -> Load:
+    """Several loads one after the other; each repeat has others."""
+    first = repeat * num_loads
+    loads = [make_load(workload, first + number, vocab_size) for number in range(num_loads)]
+    prompts = [prompt for load in loads for prompt in load.prompts]
+    return Load(prompts, [length for load in loads for length in load.output_lens])
+
+
 def texts_of(load: Load) -> list[str]:
     return [" ".join(map(word, prompt)) for prompt in load.prompts]
 
@@ -63,6 +72,7 @@ def texts_of(load: Load) -> list[str]:
 def time_generate(model: str, options: dict[str, Any], loads: list[Load]) -> list[float]:
     """New tokens a second of each load."""
     llm = LLM(model, **options)
+    llm.generate(texts_of(loads[0])[:64], SamplingParams(max_tokens=64), use_tqdm=False)  # compiles
     speeds = []
     for load in loads:
         params = [
@@ -103,7 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=["tiny", *SHAPES], default="qwen3-0.6b")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--loads", type=int, default=3, help="of bench.py, that are one job")
+    parser.add_argument("--repeats", type=int, default=1, help="of the job")
     parser.add_argument("--sequences", type=int, help="instead of the workload's")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -118,7 +129,7 @@ def main() -> None:
         max_num_seqs=workload.limits.max_num_seqs,
         max_model_len=workload.limits.max_model_len,
     )
-    loads = [make_load(workload, repeat, vocab_size) for repeat in range(args.repeats)]
+    loads = [make_job(workload, vocab_size, args.loads, each) for each in range(args.repeats)]
     if args.sequences is not None:
         loads = [Load(x.prompts[: args.sequences], x.output_lens[: args.sequences]) for x in loads]
     with tempfile.TemporaryDirectory() as directory:

@@ -1,11 +1,16 @@
 """Compile the Triton kernels for a Hopper GPU, which need not be there, and print the name of each.
 
+    python tests/compile_kernels.py [attention|formats|rest|names]
+
+Without a word, all three parts; with "names", only the names of all, which takes a few seconds.
+
 The interpreter, in which the other tests run them, allows what the compiler does not: a variable
-that is a tensor in one branch and a constant before it, say. Run in a process of its own, without
-TRITON_INTERPRET. The shapes are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden
-numbers.
+that is a tensor in one branch and a constant before it, say. Run without TRITON_INTERPRET. Shapes
+are those of a rank of Qwen3-8B: 8 query heads, 2 KV heads, 4096 hidden numbers.
 """
 
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +24,6 @@ from nanovllm.kernels import (
     _gluon,
     all_reduce,
     copy_blocks,
-    expert_gemv,
     fp8_block_gemm,
     fp8_dequantize,
     fp8_gemm,
@@ -32,12 +36,10 @@ from nanovllm.kernels import (
     gumbel,
     hopper_prefill,
     int4_dequantize,
-    int4_expert_gemv,
     int4_gemm,
     int4_gemv,
     int4_grouped_gemm,
     moe,
-    moe_routing,
     norm_rope_store,
     paged_decode,
     penalties,
@@ -49,7 +51,6 @@ from nanovllm.kernels import (
     rms_norm,
     shared_prefix,
     split_gemm,
-    suffix_decode,
     threshold,
     token_mask,
     token_ranks,
@@ -90,6 +91,10 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     print(self.__name__)
 
 
+def print_name(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    print(self.__name__)
+
+
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
@@ -127,6 +132,17 @@ def compile_gluon() -> None:
     hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
 
 
+def shared_prefixes() -> prefix_tensors.SharedPrefixes:
+    return prefix_tensors.SharedPrefixes(
+        tiles=ints(9, 5),
+        members=ints(16),
+        prefix_lens=ints(16),
+        num_parts=ints(16),
+        suffix_lens=ints(16),
+        max_parts=8,
+    )
+
+
 def compile_shared_prefixes() -> None:
     """Groups in decode: blocks that hold whole tiles or do not, suffixes in splits or in one."""
     for dim, block_size, splits, softcap in (
@@ -136,20 +152,12 @@ def compile_shared_prefixes() -> None:
     ):
         q = numbers(16, HEADS + 2 * KV_HEADS, dim)[:, :HEADS]
         caches = [numbers(4, block_size, KV_HEADS, dim) for _ in range(2)]
-        prefixes = prefix_tensors.SharedPrefixes(
-            tiles=ints(9, 5),
-            members=ints(16),
-            prefix_lens=ints(16),
-            num_parts=ints(16),
-            suffix_lens=ints(16),
-            max_parts=8,
-        )
         config = None
         if splits > 1:
             config = paged_decode.DecodeConfig(64, splits)
         tables = ints(16, 16).t()
         shared_prefix.shared_prefix_decode(
-            q, *caches, prefixes, tables, 1.0, softcap=softcap, config=config
+            q, *caches, shared_prefixes(), tables, 1.0, softcap=softcap, config=config
         )
 
 
@@ -229,15 +237,9 @@ def compile_fp8_cache() -> None:
         hopper_prefill.hopper_prefill(q, k, v, ints(3, 4), None, 0, 1.0, scales.v)
     for block_size in (256, 20):
         caches = [numbers(4, block_size, KV_HEADS, DIM).to(FP8) for _ in range(2)]
-        prefixes = prefix_tensors.SharedPrefixes(
-            tiles=ints(9, 5),
-            members=ints(16),
-            prefix_lens=ints(16),
-            num_parts=ints(16),
-            suffix_lens=ints(16),
-            max_parts=8,
+        shared_prefix.shared_prefix_decode(
+            q, *caches, shared_prefixes(), ints(16, 16), 1.0, **options
         )
-        shared_prefix.shared_prefix_decode(q, *caches, prefixes, ints(16, 16), 1.0, **options)
 
 
 def compile_fp8() -> None:
@@ -276,38 +278,30 @@ def compile_fp8() -> None:
             moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
 
 
-def main() -> None:
-    driver.set_active(target)
-    JITFunction.run = compile_only
-    for module in (
-        all_reduce,
-        expert_gemv,
-        fp8_block_gemm,
-        fp8_dequantize,
-        fp8_gemm,
-        fp8_gemv,
-        fp8_quantize,
-        gemv,
-        grouped_gemm,
-        gumbel,
-        int4_dequantize,
-        int4_expert_gemv,
-        int4_gemm,
-        int4_gemv,
-        int4_grouped_gemm,
-        moe_routing,
-        norm_rope_store,
-        paged_decode,
-        projection_norm,
-        rms_norm,
-        gate_mul,
-        shared_prefix,
-        suffix_decode,
-        split_gemm,
-        token_ranks,
-        varlen_prefill,
-    ):
-        module.pdl_options = lambda: PDL
+def compile_attention() -> None:
+    """In 16 bits: decode and prefill, with options and without, and groups with shared prefixes."""
+    caches = [numbers(4, 256, KV_HEADS, DIM) for _ in range(2)]
+    q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
+        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
+        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
+    for tables in (None, ints(2, 16)):
+        varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
+    prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
+    compile_attention_options()
+    compile_shared_prefixes()
+
+
+def compile_formats() -> None:
+    """FP8 and INT4: weights and the KV cache."""
+    compile_int4()
+    compile_fp8_cache()
+    compile_fp8()
+
+
+def compile_rest() -> None:
+    """Products and experts in 16 bits, what stands between them, sampling, all-reduce."""
+    compile_gluon()
     copy_blocks.copy_blocks_triton(
         numbers(2, 2, 4, 16, 2, 8), [BlockCopy(0, 1, 9)], torch.from_numpy
     )
@@ -363,19 +357,6 @@ def main() -> None:
         norm_rope_store.norm_rope_store(
             qkv, positions, cos, cos, None, None, EPS, *caches, ints(16), HEADS, interleaved
         )
-    q, k, v = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    for block_n, splits, registers in ((32, 1, 128), (64, 1, None), (64, 8, None)):
-        config = paged_decode.DecodeConfig(block_n, splits, max_registers=registers)
-        paged_decode.paged_decode(q, *caches, ints(16), ints(16, 16), 1.0, config=config)
-    for tables in (None, ints(2, 16)):
-        varlen_prefill.varlen_prefill(q, k, v, *caches, ints(3), ints(3), 9, 9, 1.0, tables)
-    prefill_tiles.tiled_prefill(q, *caches, ints(9, 4), ints(16, 2).t(), 1.0)
-    compile_attention_options()
-    compile_gluon()
-    compile_shared_prefixes()
-    compile_int4()
-    compile_fp8_cache()
-    compile_fp8()
 
     logits, floats = numbers(16, 30000), numbers(16, dtype=torch.float32)
     for thresholds in (floats, None):
@@ -396,5 +377,24 @@ def main() -> None:
             summed(numbers(2, num_rows, HIDDEN), rows, norm, EPS)
 
 
+PARTS = {"attention": compile_attention, "formats": compile_formats, "rest": compile_rest}
+
+
+def replace_launches(instead: Callable[..., None]) -> None:
+    """Have each launch of a kernel do this instead, as if a Hopper GPU were there."""
+    driver.set_active(target)
+    JITFunction.run = instead
+    for name, module in sys.modules.items():
+        if name.startswith("nanovllm.kernels.") and hasattr(module, "pdl_options"):
+            module.pdl_options = lambda: PDL
+
+
+def main(part: str | None = None) -> None:
+    replace_launches(print_name if part == "names" else compile_only)
+    for name, compile_part in PARTS.items():
+        if part in (None, "names", name):
+            compile_part()
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

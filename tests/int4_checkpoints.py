@@ -1,17 +1,14 @@
 """INT4 weights in the layouts that checkpoints have, for tests.
 
-The packers follow the published layouts number by number; that of compressed-tensors is its own.
+The packers follow the published layouts number by number; that of compressed-tensors is in
+compressed_checkpoints.py.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantized import Quantize, Quantized
 from torch import Tensor
 
@@ -144,56 +141,4 @@ def gptq_config(group_size: int, **changes: Any) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "dynamic": {r"-:.*mlp\.gate$": {}},
         **changes,
-    }
-
-
-# --- compressed-tensors ---------------------------------------------------------------------------
-
-
-def packed_args(group_size: int, symmetric: bool = True) -> QuantizationArgs:
-    options: dict[str, Any] = {"strategy": "channel"}
-    if group_size != -1:
-        options = {"strategy": "group", "group_size": group_size}
-    return QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, **options)
-
-
-def pack_quantized(group_size: int, symmetric: bool = True, act_order: bool = False) -> Quantize:
-    """What compressed-tensors makes of a weight, of which scales and zero points are ours."""
-    scheme = QuantizationScheme(targets=["Linear"], weights=packed_args(group_size, symmetric))
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-
-    def quantize(name: str, weight: Tensor) -> Quantized:
-        rounded = round_to_int4(weight, group_size, symmetric, seed_of(name) if act_order else None)
-        if act_order:  # which it does not write any more
-            tensors = {
-                "weight_packed": pack_to_int32((rounded.numbers - 8).to(torch.int8), 4),
-                "weight_scale": rounded.scales,
-                "weight_shape": torch.tensor(weight.shape),
-                "weight_g_idx": rounded.group_index.to(torch.int32),
-            }
-            return Quantized(tensors, rounded.dequantized())
-        module = {"weight": rounded.dequantized(), "weight_scale": rounded.scales}
-        if not symmetric:
-            module["weight_zero_point"] = (rounded.zero_points - 8).to(torch.int8)
-        tensors = compressor.compress(module, scheme)
-        restored = compressor.decompress(
-            {**tensors, "weight_scale": rounded.scales.float()}, scheme
-        )
-        return Quantized(tensors, restored["weight"].float())
-
-    return quantize
-
-
-def pack_quantized_config(
-    group_size: int, symmetric: bool = True, **changes: Any
-) -> dict[str, Any]:
-    weights = json.loads(packed_args(group_size, symmetric).model_dump_json())
-    weights.update(changes)
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
     }

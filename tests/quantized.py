@@ -1,7 +1,7 @@
 """Small checkpoints in quantised formats, and the same with their weights dequantised, for tests.
 
-The weights are quantised by others than nanovllm: compressed-tensors, or a few lines that follow a
-published layout.
+The weights are quantised by others than nanovllm: here by a few lines that follow a published
+layout, in compressed_checkpoints.py by the library compressed-tensors.
 """
 
 import json
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import Checkpoint, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -83,58 +80,6 @@ def quantize_checkpoint(
     shutil.copy(source / "config.json", target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     return Checkpoint(str(path), model.eval().requires_grad_(False))
-
-
-# --- compressed-tensors ---------------------------------------------------------------------------
-
-
-def compressed(args: QuantizationArgs, layout: str) -> Quantize:
-    """Quantise as compressed-tensors does."""
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    compressor = BaseCompressor.get_value_from_registry(layout)
-
-    def quantize(name: str, weight: Tensor) -> Quantized:
-        weight = weight.float()
-        low, high = extremes(weight, args)
-        scale, _ = calculate_qparams(low, high, args)
-        tensors = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
-        restored = compressor.decompress(tensors, scheme)
-        return Quantized(tensors, restored["weight"].float())
-
-    return quantize
-
-
-def extremes(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
-    """The least and the largest weight that share a scale."""
-    if args.strategy == "tensor":
-        return weight.min(), weight.max()
-    if args.strategy == "channel":
-        return weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    assert args.strategy == "block" and args.block_structure is not None
-    blocks = blocks_of(weight, args.block_structure)
-    return blocks.amin((1, 3)), blocks.amax((1, 3))
-
-
-def compressed_config(args: QuantizationArgs, layout: str, **changes: Any) -> dict[str, Any]:
-    """The quantization_config of such a checkpoint."""
-    group: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": json.loads(args.model_dump_json()),
-        "input_activations": None,
-        "output_activations": None,
-    }
-    for name in list(changes):
-        if name in group:
-            group[name] = changes.pop(name)
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "kv_cache_scheme": None,
-        **changes,
-    }
 
 
 # --- FP8 in blocks, as DeepSeek-V3 and Qwen publish it --------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("compressed_tensors")  # the test extra has it from Python 3.11 on
 
+from compressed_checkpoints import compressed, compressed_config
 from compressed_tensors.quantization import QuantizationArgs
 from conftest import (
     QWEN2,
@@ -26,8 +27,6 @@ from quantized import (
     Quantize,
     block_config,
     block_fp8,
-    compressed,
-    compressed_config,
     quantize_checkpoint,
     tensor_fp8,
 )

@@ -242,19 +242,17 @@ def test_decode(block_size: int, dim: int, options: dict[str, Any], dtype: torch
             assert_near(out, expected, dtype)
 
 
-@pytest.mark.parametrize("num_seqs, block_n, registers", [(99, 64, None), (100, 64, 128)])
-def test_tiles_of_decode_have_as_many_bytes_as_in_16_bits(
-    monkeypatch: pytest.MonkeyPatch, num_seqs: int, block_n: int, registers: int | None
+@pytest.mark.parametrize("num_seqs", [16, 99, 100])
+def test_decode_has_tiles_of_64_tokens_and_128_registers_at_every_batch_size(
+    monkeypatch: pytest.MonkeyPatch, num_seqs: int
 ) -> None:
-    """Where a GPU has enough programs. Of few, each has as many tokens: longer tiles would leave
-    splits without any.
-    """
+    """As was measured; in 16 bits many sequences have tiles of 32."""
     monkeypatch.setattr(
         "nanovllm.kernels.decode_config.device_limits", lambda device: (132, 227 * 1024)
     )
     device = torch.device("cuda")
     config = decode_config(num_seqs, 8, 128, torch.bfloat16, device, 256, cache_dtype=FP8)
-    assert config == DecodeConfig(block_n, 1, num_stages=3, max_registers=registers)
+    assert config == DecodeConfig(64, 1, num_stages=3, max_registers=128)
 
 
 @CASES

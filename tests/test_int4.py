@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("compressed_tensors")  # the test extra has it from Python 3.11 on
+
+from compressed_checkpoints import pack_quantized, pack_quantized_config
 from conftest import Checkpoint, generate_ids, greedy, make_llm, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +23,6 @@ from int4_checkpoints import (
     gptq,
     gptq_config,
     gptq_tensors,
-    pack_quantized,
-    pack_quantized_config,
     round_to_int4,
 )
 from quantized import WEIGHTS, Quantize, quantize_checkpoint

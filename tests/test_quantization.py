@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("compressed_tensors")  # the test extra has it from Python 3.11 on
-
 from conftest import generate_ids, greedy, make_checkpoint, make_llm, random_prompts
 from quantized import (
     QWEN3_MOE,

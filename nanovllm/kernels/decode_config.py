@@ -51,13 +51,14 @@ def decode_config(
     max_registers = None
     cache_itemsize = dtype.itemsize if cache_dtype is None else cache_dtype.itemsize
     token_bytes = next_power_of_2(head_dim) * cache_itemsize
-    if programs > 6 * num_multiprocessors and next_power_of_2(head_dim) * dtype.itemsize == 256:
-        # Many programs, maybe with short contexts, gain when four of them are on a multiprocessor.
-        # Few gain by longer tiles, and by having as many registers as they want.
-        block_n = 32
-        max_registers = 128
-        if cache_itemsize == 1:  # as many bytes, in no more registers
-            block_n = 64
+    if next_power_of_2(head_dim) * dtype.itemsize == 256:
+        if cache_itemsize == 1:
+            max_registers = 128  # a tile of 64 tokens has half the bytes, and wants no more
+        elif programs > 6 * num_multiprocessors:
+            # Many programs, maybe with short contexts, gain when four of them share a
+            # multiprocessor. Few gain by longer tiles and by as many registers as they want.
+            block_n = 32
+            max_registers = 128
     if block_size % 16 == 0:
         # The largest power of two that divides block_size: a tile in one block is found faster.
         block_n = min(block_n, block_size & -block_size)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Checkpoint, generate_ids, greedy, make_llm, random_prompts
+from quantized import block_config, block_fp8, quantize_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -246,16 +247,6 @@ SIZES: dict[str, Any] = dict(
 
 @pytest.fixture(scope="module", params=["blocks", "channels", "blocks of experts"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.quantization import QuantizationArgs
-    from quantized import (
-        block_config,
-        block_fp8,
-        compressed,
-        compressed_config,
-        quantize_checkpoint,
-    )
-
     layout: Any = block_fp8(), block_config()
     sizes = dict(SIZES)
     if request.param == "blocks of experts":
@@ -269,7 +260,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             num_experts_per_tok=8,
         )
     if request.param == "channels":
-        args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+        library = pytest.importorskip("compressed_tensors.quantization")
+        from compressed_checkpoints import compressed, compressed_config
+
+        args = library.QuantizationArgs(
+            num_bits=8, type="float", symmetric=True, strategy="channel"
+        )
         layout = compressed(args, "float-quantized"), compressed_config(args, "float-quantized")
     saved = quantize_checkpoint(tmp_path_factory.mktemp("fp8"), *layout, **sizes)
     checkpoint = Checkpoint(saved.path, saved.model.to("cuda"))
