@@ -262,8 +262,8 @@ def test_configurations_are_within_their_limits() -> None:
                     assert 1 <= gemm.splits <= max(1, in_size // 512)
                     whole = fp8_gemm_config(num_tokens, out_size, in_size, grain, 132, False)
                     assert whole.splits == 1
-    assert fp8_block_gemm_config(65).tokens == 64
-    assert fp8_block_gemm_config(4096).tokens == 128
+    assert fp8_block_gemm_config(65, 4096, 132).tokens == 64
+    assert fp8_block_gemm_config(4096, 4096, 132).tokens == 128
 
 
 # --- which kernel, and what becomes of its product ------------------------------------------------

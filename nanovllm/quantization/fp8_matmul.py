@@ -7,23 +7,35 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import has_e4m3, has_tma
+from nanovllm.kernels._triton import device_limits, has_e4m3, has_tma, is_hopper
 from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
     FAST_ACCUMULATION,
     MAX_GEMM_TOKENS,
     MAX_GEMM_TOKENS_ALONE,
+    MAX_HOPPER_TOKENS,
 )
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
+from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, uses_gemv
 
+
+def version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+TORCH_VERSION = version(torch.__version__)
+CUDA_VERSION = version(torch.version.cuda or "0.0")
 # Before, `torch._scaled_mm` has one scale for a tensor only.
-HAS_SCALED_MM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5)
+HAS_SCALED_MM = TORCH_VERSION >= (2, 5)
+# Scales of blocks, which cuBLAS has from CUDA 12.9 on.
+HAS_BLOCK_SCALES = TORCH_VERSION >= (2, 9) and CUDA_VERSION >= (12, 9)
 
 
 class FP8Kernel(Enum):
@@ -50,11 +62,13 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
     # TMA needs rows of a multiple of 16 bytes. Exact products of float32 are not for tensor cores.
     if not (has_tma() and weight.in_size % 16 == 0 and x.dtype.itemsize == 2):
         return FP8Kernel.DEQUANTIZE
-    is_scaled = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
-    if is_scaled and len(x) > MAX_GEMM_TOKENS:
+    can_scale = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
+    if can_scale and len(x) > MAX_GEMM_TOKENS and has_many_tiles(x, weight):
         return FP8Kernel.SCALED
+    uses_hopper = uses_hopper_gemm(x, weight)
     has_chunks = weight.has_whole_rows or weight.column_grain % 32 == 0
-    if has_chunks and len(x) <= MAX_GEMM_TOKENS_ALONE:
+    max_gemm_tokens = MAX_HOPPER_TOKENS if uses_hopper else MAX_GEMM_TOKENS_ALONE
+    if has_chunks and len(x) <= max_gemm_tokens:
         return FP8Kernel.GEMM
     return FP8Kernel.DEQUANTIZE
 
@@ -72,9 +86,45 @@ def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
     )
 
 
+def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
+    """Whether `torch._scaled_mm` multiplies with the weight's blocks of 128 x 128: on Hopper it
+    does so by cuBLAS, which wants scales of rows of 16 bytes.
+    """
+    return (
+        HAS_BLOCK_SCALES
+        and is_hopper()
+        and weight.row_grain == weight.column_grain == 128
+        and weight.in_size % 512 == 0
+        and len(x) % 4 == 0
+        and x.dtype == torch.bfloat16
+    )
+
+
 def has_blocks(weight: FP8Weight) -> bool:
     """Whether `fp8_block_gemm` multiplies with the weight: a block's columns are a tile's."""
     return weight.column_grain in (32, 64, 128)
+
+
+def has_many_tiles(x: Tensor, weight: FP8Weight) -> bool:
+    """Whether a product in FP8, which does not split the inner dimension, has tiles of 128 x 128
+    numbers for a third of the multiprocessors: as few of them take no longer than a GEMM, if one
+    splits.
+    """
+    num_multiprocessors, _ = device_limits(x.device)
+    tiles = -(-len(x) // 128) * -(-weight.out_size // 128)
+    return 3 * tiles >= num_multiprocessors
+
+
+def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
+    """Whether the GEMM is `hopper_gemm`. For few tokens `fp8_gemm` has more programs on their way,
+    where the weight alone has enough tiles.
+    """
+    if not can_use_hopper_gemm(x):
+        return False
+    if not weight.has_whole_rows and weight.column_grain % 64 != 0:
+        return False
+    num_multiprocessors, _ = device_limits(x.device)
+    return len(x) > MAX_GEMM_TOKENS or weight.out_size < 128 * num_multiprocessors
 
 
 def can_read_experts(weight: FP8Weight) -> bool:
@@ -113,7 +163,8 @@ def multiply_fp8(
         # Whoever adds computes the norm on the way, as of partial sums.
         return product if epilogue.add_to is None else PartialSums(product[None])
     reader_sums = epilogue.reader_sums or epilogue.add_to is not None
-    sums = PartialSums(fp8_gemm(x, weight, bias, reader_sums))
+    gemm = hopper_gemm if uses_hopper_gemm(x, weight) else fp8_gemm
+    sums = PartialSums(gemm(x, weight, bias, reader_sums))
     if epilogue.out is not None:
         return epilogue.out.copy_(sums.sum())
     return sums if reader_sums else sums.sum()
@@ -130,13 +181,19 @@ def multiply_scaled(
     if out is None:
         out = torch.empty(len(x), weight.out_size, dtype=x.dtype, device=x.device)
     quantized = quantize_input(x, weight.column_grain)
-    if not has_row_scales(weight, x):
+    if has_row_scales(weight, x):
+        scale_a = quantized.scales.view(-1, 1)
+        scale_b = weight.scales.view(1, -1)
+    elif has_block_scales(weight, x):
+        scale_a = quantized.scales.t()
+        scale_b = weight.scales.t()
+    else:
         return fp8_block_gemm(quantized, weight, bias, out)
     return torch._scaled_mm(
         quantized.values,
         weight.values.t(),
-        scale_a=quantized.scales.view(-1, 1),
-        scale_b=weight.scales.view(1, -1),
+        scale_a=scale_a,
+        scale_b=scale_b,
         bias=bias,
         out_dtype=x.dtype,
         use_fast_accum=FAST_ACCUMULATION,
