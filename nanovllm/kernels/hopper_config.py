@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 TILE_ROWS = 128
 BLOCK = 128  # columns of a stage
@@ -23,6 +24,7 @@ class HopperGemmConfig:
     programs: int = 1  # of a multiprocessor: 2 leave each less shared memory and fewer registers
 
 
+@lru_cache(maxsize=1024)  # without a CUDA graph, each layer of a step asks again
 def hopper_gemm_config(
     num_tokens: int,
     out_size: int,

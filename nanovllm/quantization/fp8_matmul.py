@@ -10,7 +10,7 @@ from torch import Tensor
 from nanovllm.kernels._triton import device_limits, has_e4m3, has_tma, is_hopper
 from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
-    FAST_ACCUMULATION,
+    MAX_FAST_COLUMNS,
     MAX_GEMM_TOKENS,
     MAX_GEMM_TOKENS_ALONE,
     MAX_HOPPER_TOKENS,
@@ -62,15 +62,20 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
     # TMA needs rows of a multiple of 16 bytes. Exact products of float32 are not for tensor cores.
     if not (has_tma() and weight.in_size % 16 == 0 and x.dtype.itemsize == 2):
         return FP8Kernel.DEQUANTIZE
+    is_wide = len(x) > max_gemm_tokens(x, weight)
     can_scale = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
-    if can_scale and len(x) > MAX_GEMM_TOKENS and has_many_tiles(x, weight):
+    if can_scale and len(x) > MAX_GEMM_TOKENS and (is_wide or has_many_tiles(x, weight)):
         return FP8Kernel.SCALED
-    uses_hopper = uses_hopper_gemm(x, weight)
-    has_chunks = weight.has_whole_rows or weight.column_grain % 32 == 0
-    max_gemm_tokens = MAX_HOPPER_TOKENS if uses_hopper else MAX_GEMM_TOKENS_ALONE
-    if has_chunks and len(x) <= max_gemm_tokens:
-        return FP8Kernel.GEMM
-    return FP8Kernel.DEQUANTIZE
+    return FP8Kernel.DEQUANTIZE if is_wide else FP8Kernel.GEMM
+
+
+def max_gemm_tokens(x: Tensor, weight: FP8Weight) -> int:
+    """Up to how many tokens the GEMM is faster than to dequantise; 0 if none reads this weight."""
+    if uses_hopper_gemm(x, weight):
+        return MAX_HOPPER_TOKENS
+    if weight.has_whole_rows or weight.column_grain % 32 == 0:
+        return MAX_GEMM_TOKENS_ALONE
+    return 0
 
 
 def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
@@ -106,9 +111,9 @@ def has_blocks(weight: FP8Weight) -> bool:
 
 
 def has_many_tiles(x: Tensor, weight: FP8Weight) -> bool:
-    """Whether a product in FP8, which does not split the inner dimension, has tiles of 128 x 128
-    numbers for a third of the multiprocessors: as few of them take no longer than a GEMM, if one
-    splits.
+    """Whether a product in FP8 has tiles of 128 x 128 numbers for a third of the multiprocessors.
+
+    Nothing splits its inner dimension. With fewer tiles a GEMM takes less time, which does split.
     """
     num_multiprocessors, _ = device_limits(x.device)
     tiles = -(-len(x) // 128) * -(-weight.out_size // 128)
@@ -116,8 +121,10 @@ def has_many_tiles(x: Tensor, weight: FP8Weight) -> bool:
 
 
 def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
-    """Whether the GEMM is `hopper_gemm`. For few tokens `fp8_gemm` has more programs on their way,
-    where the weight alone has enough tiles.
+    """Whether the GEMM is `hopper_gemm`.
+
+    For few tokens and many rows it is `fp8_gemm`: that has more programs on a multiprocessor, so
+    more of the weight is on its way.
     """
     if not can_use_hopper_gemm(x):
         return False
@@ -184,9 +191,11 @@ def multiply_scaled(
     if has_row_scales(weight, x):
         scale_a = quantized.scales.view(-1, 1)
         scale_b = weight.scales.view(1, -1)
+        is_fast = weight.in_size <= MAX_FAST_COLUMNS
     elif has_block_scales(weight, x):
         scale_a = quantized.scales.t()
         scale_b = weight.scales.t()
+        is_fast = False
     else:
         return fp8_block_gemm(quantized, weight, bias, out)
     return torch._scaled_mm(
@@ -196,7 +205,7 @@ def multiply_scaled(
         scale_b=scale_b,
         bias=bias,
         out_dtype=x.dtype,
-        use_fast_accum=FAST_ACCUMULATION,
+        use_fast_accum=is_fast,
         out=out,
     )
 
