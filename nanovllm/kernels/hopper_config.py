@@ -21,6 +21,7 @@ class HopperGemmConfig:
     tokens: int  # in a tile: a power of two from 16 to 256
     splits: int  # of the inner dimension
     num_stages: int  # blocks of 128 columns that are on their way
+    takes_turns: bool = False  # whether the consumers start their products in turn
     programs: int = 1  # of a multiprocessor: 2 leave each less shared memory and fewer registers
 
 

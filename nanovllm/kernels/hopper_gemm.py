@@ -86,11 +86,30 @@ def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
 
 
 @gluon.jit
-def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
-    """Start `acc += weight x^T` with half a block of x."""
+def _start_product(
+    weight,
+    rings,
+    turns,
+    count,
+    acc,
+    SIDE: gl.constexpr,
+    CONSUMER: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+):
+    """Start `acc += weight x^T` with half of block number `count`, when it is our turn.
+
+    If both consumers started at once, the tensor cores would work for both, and then for neither.
+    """
     x_ring, weight_ring, full, empty = rings
-    x = x_ring.index(2 * stage + SIDE).permute((1, 0))
-    return warpgroup_mma(weight, x, acc, is_async=True)
+    STAGES: gl.constexpr = full.shape[0]
+    x = x_ring.index(2 * (count % STAGES) + SIDE).permute((1, 0))
+    if TAKES_TURNS:
+        # Consumer 0 begins. Afterwards each waits until the other has started a product.
+        mbarrier.wait(turns.index(CONSUMER), SIDE ^ (1 - CONSUMER))
+    acc = warpgroup_mma(weight, x, acc, is_async=True)
+    if TAKES_TURNS:
+        mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+    return acc
 
 
 @gluon.jit
@@ -99,9 +118,11 @@ def _consume(
     bias_ptr,
     partial_sums_ptr,
     rings,
+    turns,
     sizes,
     limits,
     HOW: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Compute the rows of one consumer in all tiles of the program."""
@@ -132,10 +153,10 @@ def _consume(
         for block in range(first_block, end):
             scales = read_scales(grains, row, block, like, 1, HOW)
             next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
-            acc = _start_product(weight, rings, stage, acc, 0)
+            acc = _start_product(weight, rings, turns, count, acc, 0, CONSUMER, TAKES_TURNS)
             weight = convert(rings, stage, scales, operand, CONSUMER, 1, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _start_product(weight, rings, stage, acc, 1)
+            acc = _start_product(weight, rings, turns, count, acc, 1, CONSUMER, TAKES_TURNS)
             count += 1
             next_stage = count % STAGES
             if block + 1 < end:
@@ -183,6 +204,7 @@ def _hopper_gemm_kernel(
     IN_SIZE: gl.constexpr,
     HOW: gl.constexpr,
     STAGES: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -201,6 +223,9 @@ def _hopper_gemm_kernel(
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
     shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
     weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     rings = (x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
@@ -208,8 +233,36 @@ def _hopper_gemm_kernel(
     limits = (num_tiles, split_blocks, gl.cdiv(IN_SIZE, BLOCK), out_size)
     gl.warp_specialize(
         [
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 0)),
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 1)),
+            (
+                _consume,
+                (
+                    grains,
+                    bias_ptr,
+                    partial_sums_ptr,
+                    rings,
+                    turns,
+                    sizes,
+                    limits,
+                    HOW,
+                    TAKES_TURNS,
+                    0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    grains,
+                    bias_ptr,
+                    partial_sums_ptr,
+                    rings,
+                    turns,
+                    sizes,
+                    limits,
+                    HOW,
+                    TAKES_TURNS,
+                    1,
+                ),
+            ),
             (_produce, (x_desc, weight_desc, rings, sizes, limits, PDL)),
         ],
         WARPS,
@@ -281,6 +334,7 @@ def hopper_gemm(
         IN_SIZE=in_size,
         HOW=conversion_of(weight, x.dtype),
         STAGES=config.num_stages,
+        TAKES_TURNS=config.takes_turns,
         **REGISTERS[config.programs],
         num_warps=4,
         **pdl_options(),
