@@ -52,16 +52,32 @@ def _find_tile(index, sizes):
 
 
 @gluon.jit
+def _load_weight(weight_desc, rings, first_row, block, stage):
+    """Copy a block of the weight: an INT4 weight has one tile for it, an FP8 weight two."""
+    x_ring, weight_ring, full, empty = rings
+    TILES: gl.constexpr = weight_ring.shape[0] // full.shape[0]
+    COLUMNS: gl.constexpr = weight_ring.shape[2]
+    for i in gl.static_range(TILES):
+        place = [first_row, (block * TILES + i) * COLUMNS]
+        load_tile(weight_desc, place, full.index(stage), weight_ring.index(TILES * stage + i))
+
+
+@gluon.jit
 def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
     """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
     x_ring, weight_ring, full, empty = rings
     num_tiles, split_blocks, num_blocks, out_size = limits
     STAGES: gl.constexpr = full.shape[0]
-    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
-    WEIGHT_TILES: gl.constexpr = weight_ring.shape[0] // STAGES
-    WEIGHT_COLUMNS: gl.constexpr = weight_ring.shape[2]
     X_BYTES: gl.constexpr = x_ring.shape[1] * BLOCK * 2
-    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * WEIGHT_COLUMNS * 2
+    # The tiles of an INT4 weight have 32 numbers of two bytes, those of FP8 64 of one, but twice.
+    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * weight_ring.shape[2] * 2
+    first_token, first_row, split = _find_tile(gl.program_id(0), sizes)
+    first_block = split * split_blocks
+    # No kernel writes the weight, so the ring may be filled with it before the last one has ended.
+    num_early = gl.minimum(gl.minimum(split_blocks, num_blocks - first_block), STAGES)
+    for stage in range(num_early):
+        mbarrier.expect(full.index(stage), X_BYTES + WEIGHT_BYTES)
+        _load_weight(weight_desc, rings, first_row, first_block + stage, stage)
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
@@ -73,12 +89,10 @@ def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
         for block in range(split * split_blocks, end):
             stage = count % STAGES
             arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
-            for i in gl.static_range(WEIGHT_TILES):
-                place = [first_row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
-                tile = weight_ring.index(WEIGHT_TILES * stage + i)
-                load_tile(weight_desc, place, arrived, tile)
+            if count >= num_early:
+                mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+                mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
+                _load_weight(weight_desc, rings, first_row, block, stage)
             for i in gl.static_range(2):
                 place = [first_token, block * BLOCK + i * HALF]
                 load_tile(x_desc, place, arrived, x_ring.index(2 * stage + i))
