@@ -181,6 +181,9 @@ def test_quantized_input(group_size: int, dtype: torch.dtype) -> None:
     expected = quantize_input_torch(x, group_size)
     assert torch.equal(out.scales, expected.scales)
     assert torch.equal(out.values.float(), expected.values.float())
+    padded = quantize_input(x, group_size, num_rows=8)
+    assert len(padded.values) == 8 and torch.equal(padded.scales[:, :5], expected.scales)
+    assert torch.equal(padded.values[:5].float(), expected.values.float())
     # Three bits of mantissa; 2^-10 of the largest is half of the smallest step.
     largest = x.float().abs().unflatten(1, (-1, group_size)).amax(2)
     bound = x.float().abs() / 16 + largest.repeat_interleave(group_size, 1) / LARGEST / 2**10

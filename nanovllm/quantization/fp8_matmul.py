@@ -92,15 +92,14 @@ def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
 
 
 def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
-    """Whether `torch._scaled_mm` multiplies with the weight's blocks of 128 x 128: on Hopper it
-    does so by cuBLAS, which wants scales of rows of 16 bytes.
+    """Whether `torch._scaled_mm` multiplies with the weight's blocks of 128 x 128: on Hopper, where
+    cuBLAS does. It wants rows of scales of a multiple of 16 bytes.
     """
     return (
         HAS_BLOCK_SCALES
         and is_hopper()
         and weight.row_grain == weight.column_grain == 128
         and weight.in_size % 512 == 0
-        and len(x) % 4 == 0
         and x.dtype == torch.bfloat16
     )
 
@@ -185,29 +184,44 @@ def multiply_scaled(
     Its scales are those of `quantize_input`: one for each token, or one for each token and block
     of columns. They are found anew in each step, also where a checkpoint has one for all of them.
     """
+    if has_block_scales(weight, x):
+        return multiply_blocks(weight, x, bias, out)
     if out is None:
         out = torch.empty(len(x), weight.out_size, dtype=x.dtype, device=x.device)
     quantized = quantize_input(x, weight.column_grain)
-    if has_row_scales(weight, x):
-        scale_a = quantized.scales.view(-1, 1)
-        scale_b = weight.scales.view(1, -1)
-        is_fast = weight.in_size <= MAX_FAST_COLUMNS
-    elif has_block_scales(weight, x):
-        scale_a = quantized.scales.t()
-        scale_b = weight.scales.t()
-        is_fast = False
-    else:
+    if not has_row_scales(weight, x):
         return fp8_block_gemm(quantized, weight, bias, out)
     return torch._scaled_mm(
         quantized.values,
         weight.values.t(),
-        scale_a=scale_a,
-        scale_b=scale_b,
+        scale_a=quantized.scales.view(-1, 1),
+        scale_b=weight.scales.view(1, -1),
         bias=bias,
         out_dtype=x.dtype,
-        use_fast_accum=is_fast,
+        use_fast_accum=weight.in_size <= MAX_FAST_COLUMNS,
         out=out,
     )
+
+
+def multiply_blocks(
+    weight: FP8Weight, x: Tensor, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The same with blocks, by cuBLAS, which wants a multiple of four tokens."""
+    num_tokens = len(x)
+    num_rows = -(-num_tokens // 4) * 4
+    quantized = quantize_input(x, 128, num_rows)
+    product = torch._scaled_mm(
+        quantized.values,
+        weight.values.t(),
+        scale_a=quantized.scales.t(),
+        scale_b=weight.scales.t(),
+        bias=bias,
+        out_dtype=x.dtype,
+        out=out if num_rows == num_tokens else None,
+    )
+    if out is None or product is out:
+        return product[:num_tokens]
+    return out.copy_(product[:num_tokens])
 
 
 def dequantize_on_gpu(weight: FP8Weight, dtype: torch.dtype) -> Tensor:
