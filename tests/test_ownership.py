@@ -359,13 +359,12 @@ def test_ranks_outlive_forked_children_and_end_with_their_parent(tmp_path: Path,
     path = os.pathsep.join([str(REPO), str(REPO / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(file), end]
-    with open(tmp_path / "errors", "w") as errors:
-        run = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=100
-        )
+    # To files: a pipe would be at its end only with the child, which has it open too.
+    with open(tmp_path / "ids", "w") as ids, open(tmp_path / "errors", "w") as errors:
+        run = subprocess.run(command, env=environment, stdout=ids, stderr=errors, timeout=100)
     output = (tmp_path / "errors").read_text()
     assert run.returncode == (-signal.SIGKILL if end == "killed" else 0), output
-    worker, child = map(int, run.stdout.split())
+    worker, child = map(int, (tmp_path / "ids").read_text().split())
     deadline = time.monotonic() + 20
     while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -52,6 +52,11 @@ def cluster() -> Iterator[str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Jobs share the cluster, and Ray leaves one that was killed its share for three minutes:
+        # the next one could not write before it has answered everything. So jobs say every second
+        # that they are there.
+        "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1",
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "3",
     }
     # So that they need not import this file, and PyTorch with it, for the class that is here.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -159,7 +159,7 @@ def test_families_over_ranks(tmp_path: Path, name: str, nothing_left: None) -> N
     the checkpoint merges, outputs scaled or normalised before they are added, experts of which each
     rank has a part. In graphs.
     """
-    saved = make_checkpoint(tmp_path, seed=1, **FAMILIES[name])
+    saved = make_checkpoint(tmp_path, **{"seed": 1, **FAMILIES[name]})
     checkpoint = Checkpoint(saved.path, saved.model.to(DEVICE))
     prompts = random_prompts(0, LENGTHS)
     expected = checkpoint.complete(prompts, NUM_TOKENS, min_margin=2e-5)
