@@ -11,7 +11,7 @@ SCRATCH_BYTES = 6 << 10  # of shared memory, for what is not a stage
 # Microseconds for one block of a tile, by its tokens. Those of few are spent waiting.
 BLOCK_TIMES = {16: 0.55, 32: 0.58, 64: 0.66, 128: 0.87, 256: 1.41}
 TILE_TIME = 2.0  # in blocks: filling the ring, and writing the sums
-SPLIT_TIME = 0.5  # in blocks: the reader has one more partial sum
+SPLIT_TIME = 0.25  # in blocks: the reader has one more partial sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,6 @@ class HopperGemmConfig:
     tokens: int  # in a tile: a power of two from 16 to 256
     splits: int  # of the inner dimension
     num_stages: int  # blocks of 128 columns that are on their way
-    takes_turns: bool = False  # whether the consumers start their products in turn
-    programs: int = 1  # of a multiprocessor: 2 leave each less shared memory and fewer registers
 
 
 @lru_cache(maxsize=1024)  # without a CUDA graph, each layer of a step asks again

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
+    REGISTERS,
     TILE_ROWS,
     WARPS,
     GluonDescriptor,
@@ -31,13 +32,6 @@ from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
 from nanovllm.kernels.hopper_convert import BLOCK, HALF, conversion_of, convert, read_scales
 from nanovllm.kernels.int4_layout import Int4Weight
 
-# By the programs of a multiprocessor: the registers of a consumer's thread. The producer leaves it
-# more than the even share that the kernel is launched with (`maxnreg`).
-REGISTERS: dict[int, dict[str, int]] = {
-    1: {"CONSUMER_REGISTERS": 240},
-    2: {"CONSUMER_REGISTERS": 104, "maxnreg": 80},
-}
-
 
 @gluon.jit
 def _find_tile(index, sizes):
@@ -52,32 +46,16 @@ def _find_tile(index, sizes):
 
 
 @gluon.jit
-def _load_weight(weight_desc, rings, first_row, block, stage):
-    """Copy a block of the weight: an INT4 weight has one tile for it, an FP8 weight two."""
-    x_ring, weight_ring, full, empty = rings
-    TILES: gl.constexpr = weight_ring.shape[0] // full.shape[0]
-    COLUMNS: gl.constexpr = weight_ring.shape[2]
-    for i in gl.static_range(TILES):
-        place = [first_row, (block * TILES + i) * COLUMNS]
-        load_tile(weight_desc, place, full.index(stage), weight_ring.index(TILES * stage + i))
-
-
-@gluon.jit
 def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
     """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
     x_ring, weight_ring, full, empty = rings
     num_tiles, split_blocks, num_blocks, out_size = limits
     STAGES: gl.constexpr = full.shape[0]
+    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
+    WEIGHT_TILES: gl.constexpr = weight_ring.shape[0] // STAGES
+    WEIGHT_COLUMNS: gl.constexpr = weight_ring.shape[2]
     X_BYTES: gl.constexpr = x_ring.shape[1] * BLOCK * 2
-    # The tiles of an INT4 weight have 32 numbers of two bytes, those of FP8 64 of one, but twice.
-    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * weight_ring.shape[2] * 2
-    first_token, first_row, split = _find_tile(gl.program_id(0), sizes)
-    first_block = split * split_blocks
-    # No kernel writes the weight, so the ring may be filled with it before the last one has ended.
-    num_early = gl.minimum(gl.minimum(split_blocks, num_blocks - first_block), STAGES)
-    for stage in range(num_early):
-        mbarrier.expect(full.index(stage), X_BYTES + WEIGHT_BYTES)
-        _load_weight(weight_desc, rings, first_row, first_block + stage, stage)
+    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * WEIGHT_COLUMNS * 2
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
@@ -89,10 +67,12 @@ def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
         for block in range(split * split_blocks, end):
             stage = count % STAGES
             arrived = full.index(stage)
-            if count >= num_early:
-                mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
-                _load_weight(weight_desc, rings, first_row, block, stage)
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
+            for i in gl.static_range(WEIGHT_TILES):
+                place = [first_row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
+                tile = weight_ring.index(WEIGHT_TILES * stage + i)
+                load_tile(weight_desc, place, arrived, tile)
             for i in gl.static_range(2):
                 place = [first_token, block * BLOCK + i * HALF]
                 load_tile(x_desc, place, arrived, x_ring.index(2 * stage + i))
@@ -100,30 +80,11 @@ def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
 
 
 @gluon.jit
-def _start_product(
-    weight,
-    rings,
-    turns,
-    count,
-    acc,
-    SIDE: gl.constexpr,
-    CONSUMER: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
-):
-    """Start `acc += weight x^T` with half of block number `count`, when it is our turn.
-
-    If both consumers started at once, the tensor cores would work for both, and then for neither.
-    """
+def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
+    """Start `acc += weight x^T` with half a block of x."""
     x_ring, weight_ring, full, empty = rings
-    STAGES: gl.constexpr = full.shape[0]
-    x = x_ring.index(2 * (count % STAGES) + SIDE).permute((1, 0))
-    if TAKES_TURNS:
-        # Consumer 0 begins. Afterwards each waits until the other has started a product.
-        mbarrier.wait(turns.index(CONSUMER), SIDE ^ (1 - CONSUMER))
-    acc = warpgroup_mma(weight, x, acc, is_async=True)
-    if TAKES_TURNS:
-        mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
-    return acc
+    x = x_ring.index(2 * stage + SIDE).permute((1, 0))
+    return warpgroup_mma(weight, x, acc, is_async=True)
 
 
 @gluon.jit
@@ -132,11 +93,9 @@ def _consume(
     bias_ptr,
     partial_sums_ptr,
     rings,
-    turns,
     sizes,
     limits,
     HOW: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Compute the rows of one consumer in all tiles of the program."""
@@ -167,10 +126,10 @@ def _consume(
         for block in range(first_block, end):
             scales = read_scales(grains, row, block, like, 1, HOW)
             next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
-            acc = _start_product(weight, rings, turns, count, acc, 0, CONSUMER, TAKES_TURNS)
+            acc = _start_product(weight, rings, stage, acc, 0)
             weight = convert(rings, stage, scales, operand, CONSUMER, 1, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _start_product(weight, rings, turns, count, acc, 1, CONSUMER, TAKES_TURNS)
+            acc = _start_product(weight, rings, stage, acc, 1)
             count += 1
             next_stage = count % STAGES
             if block + 1 < end:
@@ -218,8 +177,6 @@ def _hopper_gemm_kernel(
     IN_SIZE: gl.constexpr,
     HOW: gl.constexpr,
     STAGES: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -237,9 +194,6 @@ def _hopper_gemm_kernel(
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
     shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
     weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     rings = (x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
@@ -247,40 +201,12 @@ def _hopper_gemm_kernel(
     limits = (num_tiles, split_blocks, gl.cdiv(IN_SIZE, BLOCK), out_size)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    grains,
-                    bias_ptr,
-                    partial_sums_ptr,
-                    rings,
-                    turns,
-                    sizes,
-                    limits,
-                    HOW,
-                    TAKES_TURNS,
-                    0,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    grains,
-                    bias_ptr,
-                    partial_sums_ptr,
-                    rings,
-                    turns,
-                    sizes,
-                    limits,
-                    HOW,
-                    TAKES_TURNS,
-                    1,
-                ),
-            ),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 0)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 1)),
             (_produce, (x_desc, weight_desc, rings, sizes, limits, PDL)),
         ],
         WARPS,
-        [CONSUMER_REGISTERS, 24],
+        REGISTERS,
     )
 
 
@@ -332,7 +258,7 @@ def hopper_gemm(
     token_tiles = triton.cdiv(num_tokens, config.tokens)
     row_tiles = triton.cdiv(out_size, TILE_ROWS)
     num_tiles = token_tiles * row_tiles * splits
-    _hopper_gemm_kernel[(min(num_tiles, config.programs * num_multiprocessors),)](
+    _hopper_gemm_kernel[(min(num_tiles, num_multiprocessors),)](
         describe(x, readable_rows(x, config.tokens), [config.tokens, 64]),
         describe(matrix, out_size, weight_tile),
         weight.scales,
@@ -348,8 +274,6 @@ def hopper_gemm(
         IN_SIZE=in_size,
         HOW=conversion_of(weight, x.dtype),
         STAGES=config.num_stages,
-        TAKES_TURNS=config.takes_turns,
-        **REGISTERS[config.programs],
         num_warps=4,
         **pdl_options(),
     )
