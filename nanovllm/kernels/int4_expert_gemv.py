@@ -21,21 +21,19 @@ from nanovllm.kernels.int4_gemv import int4_tile
 from nanovllm.kernels.int4_layout import Int4Weight
 from nanovllm.kernels.moe_routing import Routing
 from nanovllm.kernels.packed_config import PackedGemvConfig
-from nanovllm.kernels.packed_gemv import sum_threads
 from nanovllm.kernels.packed_input import (
-    input_sums,
     load_input,
     multiply_inputs,
+    prepare_inputs,
     scale_inputs,
-    scaled_inputs,
     sum_of_squares,
 )
-from nanovllm.kernels.packed_words import ONE, load_scales, load_words, multiply_words
+from nanovllm.kernels.packed_words import ONE, load_tile, multiply_words, sum_threads
 
 
 @triton.jit
 def _expert_products(
-    inputs,
+    columns,
     packed_ptr,
     scales_ptr,
     zeros_ptr,
@@ -44,26 +42,24 @@ def _expert_products(
     out_size,
     thread,
     one,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Return what each thread has of the products with rows of an expert's matrix.
+    """Return what each thread has of the products with a tile of an expert's matrix: `[threads]`
+    for each row and half.
 
-    first_matrix_row: the expert's; a number, or one for each thread.
+    columns: of x, as `load_input` returns them. first_row: of the tile, in the expert's matrix.
+    first_matrix_row: where that begins in the matrix of all experts; a number, or `[threads]`.
     """
     is_tile = thread >= 0
-    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * T.row_words
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * TILE.row_words
     if len(first_matrix_row.shape) > 0:
         words_ptr = words_ptr[:, None]
-    words = load_words(words_ptr, first_row, out_size, thread, is_tile, T)
-    grains_before = first_matrix_row * T.grains
-    scales = load_scales(scales_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    zeros = ()
+    grains_before = first_matrix_row * TILE.grains_per_row
+    scales_ptr += grains_before
     if zeros_ptr is not None:
-        zeros = load_scales(zeros_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    sums = input_sums(inputs, T)
-    inputs = scaled_inputs(inputs, T)
-    scaled_sums = input_sums(inputs, T)
-    return multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
+        zeros_ptr += grains_before
+    weight = load_tile(words_ptr, scales_ptr, zeros_ptr, first_row, out_size, thread, is_tile, TILE)
+    return multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -79,25 +75,26 @@ def _int4_gate_up_kernel(
     out_ptr,
     out_size,
     one,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes a tile of outputs of one expert."""
-    ROWS: tl.constexpr = T.rows
+    ROWS: tl.constexpr = TILE.rows
     launch_next(PDL)
     slot = tl.program_id(1)
     first_row = tl.program_id(0) * ROWS
-    thread = tl.arange(0, T.threads)
+    thread = tl.arange(0, TILE.threads)
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * (2 * out_size)
-    inputs = load_input(x_ptr, order_ptr, thread, T)
+    columns = load_input(x_ptr, order_ptr, thread, TILE)
     factor = 1.0
     if norm_ptr is not None:
         # The norm divides all of x by the same number, so it is enough to scale the results.
-        factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
-        inputs = multiply_inputs(inputs, load_input(norm_ptr, order_ptr, thread, T), T)
+        factor = tl.rsqrt(sum_of_squares(columns, TILE) / TILE.in_size + eps)
+        norm = load_input(norm_ptr, order_ptr, thread, TILE)
+        columns = multiply_inputs(columns, norm, TILE)
     products = _expert_products(
-        inputs,
+        columns,
         packed_ptr,
         scales_ptr,
         zeros_ptr,
@@ -106,7 +103,7 @@ def _int4_gate_up_kernel(
         out_size,
         thread,
         one,
-        T,
+        TILE,
     )
     both = sum_threads(products, 2 * ROWS) * factor
     gate, up = tl.split(tl.reshape(both, [ROWS, 2]))
@@ -130,14 +127,14 @@ def _int4_down_kernel(
     one,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes a tile of outputs: all experts' products, weighted and added up.
 
     Each warp multiplies with another expert; SLOTS is TOP_K, rounded up to a power of two.
     """
-    ROWS: tl.constexpr = T.rows
+    ROWS: tl.constexpr = TILE.rows
     launch_next(PDL)
     first_row = tl.program_id(0) * ROWS
     slot = tl.arange(0, SLOTS * 32) // 32
@@ -147,9 +144,9 @@ def _int4_down_kernel(
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * out_size
     routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
-    inputs = load_input((x_ptr + slot * T.in_size)[:, None], order_ptr, thread, T)
+    columns = load_input((x_ptr + slot * TILE.in_size)[:, None], order_ptr, thread, TILE)
     products = _expert_products(
-        scale_inputs(inputs, routing_weight[:, None], T),
+        scale_inputs(columns, routing_weight[:, None], TILE),
         packed_ptr,
         scales_ptr,
         zeros_ptr,
@@ -158,7 +155,7 @@ def _int4_down_kernel(
         out_size,
         thread,
         one,
-        T,
+        TILE,
     )
     out = sum_threads(products, ROWS)
     output = first_row + tl.arange(0, ROWS)
@@ -197,7 +194,7 @@ def int4_expert_gate_up_gemv(
         out,
         out_size,
         ONE,
-        T=int4_tile(x, weight, 2, config),
+        TILE=int4_tile(x, weight, 2, config),
         num_warps=config.warps,
         **pdl_options(),
     )
@@ -238,7 +235,7 @@ def int4_expert_down_gemv(
         ONE,
         TOP_K=top_k,
         SLOTS=slots,
-        T=int4_tile(x, weight, 1, config),
+        TILE=int4_tile(x, weight, 1, config),
         num_warps=slots,
         **pdl_options(),
     )
