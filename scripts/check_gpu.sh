@@ -95,13 +95,13 @@ if [[ $what == families ]]; then
     timeout 90 python scripts/profile_steps.py --shape qwen3-30b-a3b --batch 1 64 > "$out/profile-moe.txt" 2>&1
 fi
 if [[ $what == quantized ]]; then
-    eight=(--shape qwen3-8b --workload single small mixed prefill --repeats 2)
-    bench 8b "${eight[@]}"
-    bench 8b-fp8 "${eight[@]}" --quantization fp8
-    bench 8b-fp8-cache "${eight[@]}" --quantization fp8 --kv-cache-dtype fp8
-    bench 8b-int4 "${eight[@]}" --quantization int4
-    bench cache-16 --workload mixed --repeats 3
+    eight=(--shape qwen3-8b --repeats 2)
+    bench 8b-fp8 "${eight[@]}" --workload single small mixed prefill --quantization fp8
+    bench 8b-int4 "${eight[@]}" --workload single small mixed --quantization int4
+    bench 8b-fp8-cache "${eight[@]}" --workload mixed --quantization fp8 --kv-cache-dtype fp8
+    bench 8b "${eight[@]}" --workload single small mixed prefill
     bench cache-8 --workload mixed --repeats 3 --kv-cache-dtype fp8
+    bench cache-16 --workload mixed --repeats 3
     timeout 120 python scripts/bench_quantized.py 2>&1 | tee "$out/products.md"
     timeout 90 python scripts/bench_attention.py --fp8 2>&1 | tee "$out/attention-fp8.txt"
 fi

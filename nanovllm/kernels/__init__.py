@@ -8,6 +8,8 @@
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
   `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
+- `packed_gemv`: the kernel of `fp8_gemv` and `int4_gemv`; `packed_words`, `packed_input`: its
+  arithmetic, which INT4 experts share; `packed_tile`, `packed_config`: how it divides its work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a
   GEMM for each expert, and `expert_gemv`, the same for one token
 - `paged_decode`, `varlen_prefill`: attention with one, and with many new tokens a sequence
