@@ -34,6 +34,7 @@ from nanovllm.kernels import (
     gemv,
     grouped_gemm,
     gumbel,
+    hopper_gemm,
     hopper_prefill,
     int4_dequantize,
     int4_gemm,
@@ -130,6 +131,18 @@ def compile_gluon() -> None:
     q, _, _ = numbers(16, HEADS + 2 * KV_HEADS, DIM).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     slots = numbers(1024, KV_HEADS, DIM)
     hopper_prefill.hopper_prefill(q, slots, slots, ints(3, 4), ints(16, 2).t(), 256, 1.0)
+    compile_hopper_gemm()
+
+
+def compile_hopper_gemm() -> None:
+    """INT4 with groups of 32, of a block, and of a row; FP8 with scales of rows and of blocks."""
+    rows = FP8Weight(numbers(256, HIDDEN).to(FP8), numbers(256).float(), 1, HIDDEN)
+    blocks = rows._replace(scales=numbers(2, 32).float(), row_grain=128, column_grain=128)
+    for weight in (int4_weight(128, True), int4_weight(32, False), rows, blocks):
+        for num_tokens in (16, 64, 200):
+            hopper_gemm.hopper_gemm(numbers(num_tokens, HIDDEN), weight, numbers(256))
+    hopper_gemm.hopper_gemm(numbers(32, 960).half(), int4_weight(960, True, in_size=960))
+    hopper_gemm.hopper_gemm(numbers(128, HIDDEN).half(), rows)
 
 
 def shared_prefixes() -> prefix_tensors.SharedPrefixes:

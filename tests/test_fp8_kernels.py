@@ -181,6 +181,9 @@ def test_quantized_input(group_size: int, dtype: torch.dtype) -> None:
     expected = quantize_input_torch(x, group_size)
     assert torch.equal(out.scales, expected.scales)
     assert torch.equal(out.values.float(), expected.values.float())
+    padded = quantize_input(x, group_size, num_rows=8)
+    assert len(padded.values) == 8 and torch.equal(padded.scales[:, :5], expected.scales)
+    assert torch.equal(padded.values[:5].float(), expected.values.float())
     # Three bits of mantissa; 2^-10 of the largest is half of the smallest step.
     largest = x.float().abs().unflatten(1, (-1, group_size)).amax(2)
     bound = x.float().abs() / 16 + largest.repeat_interleave(group_size, 1) / LARGEST / 2**10
@@ -266,8 +269,8 @@ def test_configurations_are_within_their_limits() -> None:
             assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
             assert grain % (4 * gemv.words) == 0 or grain == in_size
             assert gemv.warps * gemv.programs == 16
-    assert fp8_block_gemm_config(65).tokens == 64
-    assert fp8_block_gemm_config(4096).tokens == 128
+    assert fp8_block_gemm_config(65, 4096, 132).tokens == 64
+    assert fp8_block_gemm_config(4096, 4096, 132).tokens == 128
 
 
 # --- which kernel, and what becomes of its product ------------------------------------------------

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.hopper_config import hopper_gemm_config
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
     int4_gemm_config,
@@ -213,6 +214,24 @@ def test_configurations_are_within_their_limits() -> None:
                 whole = int4_gemm_config(num_tokens, out_size, in_size, 132, reader_sums=False)
                 assert whole.splits == 1
                 assert 1 <= gemm.splits <= max(1, in_size // 128)
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_tiles_for_hopper_are_within_their_limits(weight_bits: int) -> None:
+    shared_memory = 227 << 10
+    for out_size, in_size in ((256, 128), (1024, 2048), (6144, 4096), (24576, 4096), (4096, 12288)):
+        for num_tokens in (2, 16, 17, 64, 96, 200, 256, 2000):
+            sizes = (num_tokens, out_size, in_size, weight_bits, 132, shared_memory)
+            config = hopper_gemm_config(*sizes)
+            stage_bytes = 128 * (2 * config.tokens + 16 * weight_bits)
+            assert config.num_stages >= 3
+            assert stage_bytes * config.num_stages < shared_memory
+            assert 16 <= config.tokens <= 256 and config.tokens < 4 * num_tokens + 16
+            assert 1 <= config.splits <= in_size // 128
+            assert hopper_gemm_config(*sizes, reader_sums=False).splits == 1
+    # Measured: o fills the multiprocessors with four splits, and gate_up has two rounds of tiles.
+    assert hopper_gemm_config(64, 4096, 4096, weight_bits, 132, shared_memory).splits == 4
+    assert hopper_gemm_config(128, 24576, 4096, weight_bits, 132, shared_memory).tokens == 128
 
 
 # --- which kernel, and what becomes of its product ------------------------------------------------

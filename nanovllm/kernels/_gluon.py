@@ -63,12 +63,19 @@ def can_run_gluon() -> bool:
 def make_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Allocate a ring of tiles in shared memory, and for each the barriers `full` and `empty`."""
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+    full, empty = make_barriers(STAGES, READERS)
+    return tiles, full, empty
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Allocate the barriers `full` and `empty` of each stage of a ring."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
-    return tiles, full, empty
+    return full, empty
 
 
 @gluon.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels._triton import (
     TensorDescriptor,
+    device_limits,
     launch_next,
     pdl_options,
     tl,
@@ -93,7 +94,9 @@ def fp8_block_gemm(
     num_tokens, in_size = x.values.shape
     grain = weight.column_grain
     assert out.is_contiguous() and x.scales.shape == (in_size // grain, num_tokens)
-    config = config or fp8_block_gemm_config(num_tokens)
+    if config is None:
+        num_multiprocessors, _ = device_limits(out.device)
+        config = fp8_block_gemm_config(num_tokens, weight.out_size, num_multiprocessors)
     row_tiles = triton.cdiv(weight.out_size, config.rows)
     _block_gemm_kernel[(triton.cdiv(num_tokens, config.tokens) * row_tiles,)](
         TensorDescriptor.from_tensor(x.values, [config.tokens, grain]),

@@ -15,9 +15,12 @@ from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
 # in registers takes less than writing the weight in 16 bits and reading it again.
 MAX_GEMM_TOKENS = 64
 MAX_GEMM_TOKENS_ALONE = 512
-# Whether the tensor cores may keep fewer bits of a sum than float32 has: Hopper's do in FP8, 14 or
-# so, unless they stop to add each 128 columns outside. That costs some of their speed.
-FAST_ACCUMULATION = True
+MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
+# Hopper's tensor cores keep some 14 bits of a sum in FP8, unless they stop to add each 128 columns
+# outside, which takes a tenth longer. Where products have either sign that changes 0.1% to 0.3% of
+# the result (rounding x: 2.6%). But where all have the same, as if x were a row of the weight, the
+# sum came out 5% too small with 4,096 columns, and 15% with 12,288. Beyond so many they do stop.
+MAX_FAST_COLUMNS = 4096
 
 
 def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
@@ -33,7 +36,7 @@ class FP8GemmConfig:
     """The tiles of `fp8_gemm`; the result does not depend on them but for rounding."""
 
     tokens: int  # in a tile: a power of two, at least 16
-    rows: int  # of the weight in a tile: 64 or 128
+    rows: int  # of the weight in a tile
     chunk: int  # of the inner dimension; all of one grain
     splits: int  # of the inner dimension
     num_warps: int
@@ -54,14 +57,16 @@ def fp8_gemm_config(
         one of them, as an addition of its own would cost what splitting gains.
     """
     tokens = min(128, max(16, next_power_of_2(num_tokens)))
-    rows = 64 if tokens <= 64 else 128
     chunk = 128 if column_grain == in_size else min(128, column_grain & -column_grain)
-    tiles = -(-out_size // rows) * -(-num_tokens // tokens)
+    tiles = -(-out_size // 64) * -(-num_tokens // tokens)
     splits = 1
     if reader_sums:
-        splits = max(1, min(2 * num_multiprocessors // tiles, in_size // 512))
-    num_warps = 4 if rows == 64 else 8
-    return FP8GemmConfig(tokens, rows, chunk, splits, num_warps, num_stages=6 if rows == 64 else 4)
+        splits = max(1, min(3 * num_multiprocessors // tiles, in_size // 512, 4))
+    # Where there are many programs, the shared memory of a multiprocessor holds three.
+    num_stages = {16: 6, 32: 4, 64: 4, 128: 3}[tokens]
+    if tokens == 64 and tiles * splits > 2 * num_multiprocessors:
+        num_stages = 3
+    return FP8GemmConfig(tokens, 64, chunk, splits, num_warps=4, num_stages=num_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,13 @@ class FP8BlockGemmConfig:
     num_stages: int
 
 
-def fp8_block_gemm_config(num_tokens: int) -> FP8BlockGemmConfig:
-    """Choose large tiles: a wide step has enough of them."""
-    if num_tokens <= 256:
+def fp8_block_gemm_config(
+    num_tokens: int, out_size: int, num_multiprocessors: int
+) -> FP8BlockGemmConfig:
+    """Choose small tiles where there would be few large ones, and then more stages."""
+    small_tiles = -(-num_tokens // 64) * -(-out_size // 128)
+    if small_tiles <= num_multiprocessors:
+        return FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=6)
+    if num_tokens <= 128:
         return FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
     return FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)

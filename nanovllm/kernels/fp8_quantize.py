@@ -23,7 +23,7 @@ def _quantize_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
-    num_tokens,
+    num_rows,
     IN_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -50,28 +50,30 @@ def _quantize_kernel(
     scaled = x * tl.div_rn(1.0, scale)[:, None]
     values = tl.clamp(scaled, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values_ptr + offsets, values.to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scales_ptr + group * num_tokens + token, scale, mask=is_group)
+    tl.store(scales_ptr + group * num_rows + token, scale, mask=is_group)
 
 
-def quantize_input(x: Tensor, group_size: int) -> FP8Input:
+def quantize_input(x: Tensor, group_size: int, num_rows: int | None = None) -> FP8Input:
     """Round each group of a token to FP8, with the scale that its largest absolute value asks for.
 
     The reference is `quantize_input_torch`.
 
     x: `[n, in]`, contiguous. group_size: divides in; in itself is one scale a token.
+    num_rows: at least n, for a kernel that wants more; what is in rows from n on is not defined.
     """
     num_tokens, in_size = x.shape
     assert x.is_contiguous() and in_size % group_size == 0
     num_groups = in_size // group_size
-    values = torch.empty(num_tokens, in_size, dtype=E4M3, device=x.device)
-    scales = torch.empty(num_groups, num_tokens, dtype=torch.float32, device=x.device)
+    num_rows = num_rows or num_tokens
+    values = torch.empty(num_rows, in_size, dtype=E4M3, device=x.device)
+    scales = torch.empty(num_groups, num_rows, dtype=torch.float32, device=x.device)
     groups = next_power_of_2(num_groups)
     columns = next_power_of_2(group_size)
     _quantize_kernel[(num_tokens,)](
         x,
         values,
         scales,
-        num_tokens,
+        num_rows,
         IN_SIZE=in_size,
         GROUP_SIZE=group_size,
         LARGEST=LARGEST,

@@ -67,7 +67,10 @@ def to_e4m3(values: Tensor) -> Tensor:
 
 def scale_of(largest: Tensor) -> Tensor:
     """The scale with which the largest absolute value of a row or block becomes FP8's largest."""
-    return largest.float().clamp(min=SMALLEST_SCALE * LARGEST) / LARGEST
+    largest = largest.float().clamp(min=SMALLEST_SCALE * LARGEST)
+    # On a GPU, PyTorch divides by a Python number by multiplying with its inverse. Then a scale may
+    # be off by its last bit, which rounds numbers halfway between two of FP8 the other way.
+    return largest / torch.full_like(largest, LARGEST)
 
 
 def dequantize_fp8(weight: FP8Weight, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ class Int4GemmConfig:
 
 
 MAX_GEMM_TOKENS = 256  # above, dequantising the weight for cuBLAS costs less than it saves
+MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
 MIN_BLOCKS_PER_SPLIT = 4  # fewer than the stages of the pipeline would leave it empty
 
 
@@ -45,15 +46,17 @@ def int4_gemm_config(
     reader_sums: whether the kernel that reads the product adds up partial sums. Otherwise there is
         one of them, as an addition of its own would cost what splitting gains.
     With 128 rows a weight takes 2.6 instructions, with 64 it takes 3.4, of which half are the
-    loop's own. But a tile of so many rows and 64 tokens has no registers left.
+    loop's own.
     """
     tokens = min(64, max(16, next_power_of_2(num_tokens)))
-    rows = 128 if tokens <= 32 and out_size >= 128 * num_multiprocessors else 64
+    row_tiles = -(-out_size // 128)
+    rows = 64 if tokens <= 32 and row_tiles > num_multiprocessors else 128
     tiles = -(-out_size // rows) * -(-num_tokens // tokens)
     blocks = -(-in_size // 128)
     splits = 1
     if reader_sums:
-        splits = max(1, min(2 * num_multiprocessors // tiles, blocks // MIN_BLOCKS_PER_SPLIT))
+        programs = (3 if tokens <= 32 else 2) * num_multiprocessors
+        splits = max(1, min(programs // tiles, blocks // MIN_BLOCKS_PER_SPLIT, 8))
     return Int4GemmConfig(tokens, rows, splits, num_warps=4, num_stages=4)
 
 

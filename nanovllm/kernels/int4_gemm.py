@@ -118,10 +118,11 @@ def _int4_gemm_kernel(
     split = tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     stripe = tl.arange(0, 32)[None, :]
-    # Rows and tokens that do not exist are read as the last ones, since a mask for each load takes
-    # as many instructions as the arithmetic does.
+    # Rows that do not exist are read as the last one, and tokens as others, since a mask for each
+    # load takes as many instructions as the arithmetic does. If they were all read as the last
+    # token, all programs would wait for the one part of the L2 cache that has it.
     read_row = tl.minimum(row, out_size - 1).to(tl.int64)
-    read_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
+    read_token = (token % num_tokens).to(tl.int64)
     number_ptrs = packed_ptr + read_row[:, None] * (BLOCKS * 32) + stripe
     x_ptrs = x_ptr + read_token[:, None] * IN_SIZE + stripe
     first_block = split * split_blocks

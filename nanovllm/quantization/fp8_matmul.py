@@ -7,23 +7,35 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import has_e4m3, has_tma
+from nanovllm.kernels._triton import device_limits, has_e4m3, has_tma, is_hopper
 from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
-    FAST_ACCUMULATION,
+    MAX_FAST_COLUMNS,
     MAX_GEMM_TOKENS,
     MAX_GEMM_TOKENS_ALONE,
+    MAX_HOPPER_TOKENS,
 )
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
+from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, uses_gemv
 
+
+def version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+TORCH_VERSION = version(torch.__version__)
+CUDA_VERSION = version(torch.version.cuda or "0.0")
 # Before, `torch._scaled_mm` has one scale for a tensor only.
-HAS_SCALED_MM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5)
+HAS_SCALED_MM = TORCH_VERSION >= (2, 5)
+# Scales of blocks, which cuBLAS has from CUDA 12.9 on.
+HAS_BLOCK_SCALES = TORCH_VERSION >= (2, 9) and CUDA_VERSION >= (12, 9)
 
 
 class FP8Kernel(Enum):
@@ -50,13 +62,20 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
     # TMA needs rows of a multiple of 16 bytes. Exact products of float32 are not for tensor cores.
     if not (has_tma() and weight.in_size % 16 == 0 and x.dtype.itemsize == 2):
         return FP8Kernel.DEQUANTIZE
-    is_scaled = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
-    if is_scaled and len(x) > MAX_GEMM_TOKENS:
+    is_wide = len(x) > max_gemm_tokens(x, weight)
+    can_scale = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
+    if can_scale and len(x) > MAX_GEMM_TOKENS and (is_wide or has_many_tiles(x, weight)):
         return FP8Kernel.SCALED
-    has_chunks = weight.has_whole_rows or weight.column_grain % 32 == 0
-    if has_chunks and len(x) <= MAX_GEMM_TOKENS_ALONE:
-        return FP8Kernel.GEMM
-    return FP8Kernel.DEQUANTIZE
+    return FP8Kernel.DEQUANTIZE if is_wide else FP8Kernel.GEMM
+
+
+def max_gemm_tokens(x: Tensor, weight: FP8Weight) -> int:
+    """Up to how many tokens the GEMM is faster than to dequantise; 0 if none reads this weight."""
+    if uses_hopper_gemm(x, weight):
+        return MAX_HOPPER_TOKENS
+    if weight.has_whole_rows or weight.column_grain % 32 == 0:
+        return MAX_GEMM_TOKENS_ALONE
+    return 0
 
 
 def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
@@ -72,9 +91,46 @@ def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
     )
 
 
+def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
+    """Whether `torch._scaled_mm` multiplies with the weight's blocks of 128 x 128: on Hopper, where
+    cuBLAS does. It wants rows of scales of a multiple of 16 bytes.
+    """
+    return (
+        HAS_BLOCK_SCALES
+        and is_hopper()
+        and weight.row_grain == weight.column_grain == 128
+        and weight.in_size % 512 == 0
+        and x.dtype == torch.bfloat16
+    )
+
+
 def has_blocks(weight: FP8Weight) -> bool:
     """Whether `fp8_block_gemm` multiplies with the weight: a block's columns are a tile's."""
     return weight.column_grain in (32, 64, 128)
+
+
+def has_many_tiles(x: Tensor, weight: FP8Weight) -> bool:
+    """Whether a product in FP8 has tiles of 128 x 128 numbers for a third of the multiprocessors.
+
+    Nothing splits its inner dimension. With fewer tiles a GEMM takes less time, which does split.
+    """
+    num_multiprocessors, _ = device_limits(x.device)
+    tiles = -(-len(x) // 128) * -(-weight.out_size // 128)
+    return 3 * tiles >= num_multiprocessors
+
+
+def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
+    """Whether the GEMM is `hopper_gemm`.
+
+    For few tokens and many rows it is `fp8_gemm`: that has more programs on a multiprocessor, so
+    more of the weight is on its way.
+    """
+    if not can_use_hopper_gemm(x):
+        return False
+    if not weight.has_whole_rows and weight.column_grain % 64 != 0:
+        return False
+    num_multiprocessors, _ = device_limits(x.device)
+    return len(x) > MAX_GEMM_TOKENS or weight.out_size < 128 * num_multiprocessors
 
 
 def can_read_experts(weight: FP8Weight) -> bool:
@@ -113,7 +169,8 @@ def multiply_fp8(
         # Whoever adds computes the norm on the way, as of partial sums.
         return product if epilogue.add_to is None else PartialSums(product[None])
     reader_sums = epilogue.reader_sums or epilogue.add_to is not None
-    sums = PartialSums(fp8_gemm(x, weight, bias, reader_sums))
+    gemm = hopper_gemm if uses_hopper_gemm(x, weight) else fp8_gemm
+    sums = PartialSums(gemm(x, weight, bias, reader_sums))
     if epilogue.out is not None:
         return epilogue.out.copy_(sums.sum())
     return sums if reader_sums else sums.sum()
@@ -127,6 +184,8 @@ def multiply_scaled(
     Its scales are those of `quantize_input`: one for each token, or one for each token and block
     of columns. They are found anew in each step, also where a checkpoint has one for all of them.
     """
+    if has_block_scales(weight, x):
+        return multiply_blocks(weight, x, bias, out)
     if out is None:
         out = torch.empty(len(x), weight.out_size, dtype=x.dtype, device=x.device)
     quantized = quantize_input(x, weight.column_grain)
@@ -139,9 +198,30 @@ def multiply_scaled(
         scale_b=weight.scales.view(1, -1),
         bias=bias,
         out_dtype=x.dtype,
-        use_fast_accum=FAST_ACCUMULATION,
+        use_fast_accum=weight.in_size <= MAX_FAST_COLUMNS,
         out=out,
     )
+
+
+def multiply_blocks(
+    weight: FP8Weight, x: Tensor, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The same with blocks, by cuBLAS, which wants a multiple of four tokens."""
+    num_tokens = len(x)
+    num_rows = -(-num_tokens // 4) * 4
+    quantized = quantize_input(x, 128, num_rows)
+    product = torch._scaled_mm(
+        quantized.values,
+        weight.values.t(),
+        scale_a=quantized.scales.t(),
+        scale_b=weight.scales.t(),
+        bias=bias,
+        out_dtype=x.dtype,
+        out=out if num_rows == num_tokens else None,
+    )
+    if out is None or product is out:
+        return product[:num_tokens]
+    return out.copy_(product[:num_tokens])
 
 
 def dequantize_on_gpu(weight: FP8Weight, dtype: torch.dtype) -> Tensor:

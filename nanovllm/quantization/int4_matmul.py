@@ -7,7 +7,8 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.int4_config import MAX_GEMM_TOKENS
+from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
+from nanovllm.kernels.int4_config import MAX_GEMM_TOKENS, MAX_HOPPER_TOKENS
 from nanovllm.kernels.int4_dequantize import int4_dequantize
 from nanovllm.kernels.int4_gemm import int4_gemm
 from nanovllm.kernels.int4_gemv import int4_gemv
@@ -20,7 +21,7 @@ class Int4Kernel(Enum):
     """The ways to compute `x W^T`."""
 
     GEMV = auto()  # one token: reading the weight is all the time it takes
-    GEMM = auto()  # few tokens: the weight is dequantised in registers
+    GEMM = auto()  # several tokens: the weight is dequantised in registers
     DEQUANTIZE = auto()  # many: it is dequantised to memory, and multiplied as any other
 
 
@@ -29,7 +30,8 @@ def choose_int4_kernel(x: Tensor) -> Int4Kernel:
     if uses_gemv(x):
         return Int4Kernel.GEMV
     # Exact products of float32 are not for tensor cores, which the GEMM is made for.
-    if len(x) <= MAX_GEMM_TOKENS and x.dtype.itemsize == 2:
+    max_gemm_tokens = MAX_HOPPER_TOKENS if can_use_hopper_gemm(x) else MAX_GEMM_TOKENS
+    if len(x) <= max_gemm_tokens and x.dtype.itemsize == 2:
         return Int4Kernel.GEMM
     return Int4Kernel.DEQUANTIZE
 
@@ -53,7 +55,8 @@ def multiply_int4(
     if kernel is Int4Kernel.GEMM and epilogue.activation is None and epilogue.out is None:
         reader_sums = epilogue.reader_sums or epilogue.add_to is not None
         # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
-        sums = PartialSums(int4_gemm(x.contiguous(), weight, bias, reader_sums))
+        gemm = hopper_gemm if can_use_hopper_gemm(x) else int4_gemm
+        sums = PartialSums(gemm(x.contiguous(), weight, bias, reader_sums))
         return sums if reader_sums else sums.sum()
     if weight.column_order is not None:
         x = x[:, weight.column_order]

@@ -7,9 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels._gluon import TILE_ROWS, can_run_gluon
+from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
 from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate, gate_up_gemm
+from nanovllm.kernels.hopper_config import HopperGemmConfig
+from nanovllm.kernels.hopper_gemm import hopper_gemm
 from nanovllm.kernels.hopper_prefill import hopper_prefill
+from nanovllm.kernels.int4_layout import Int4Weight, dequantize_int4, packed_width
 from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill_torch
 
 pytestmark = [
@@ -101,3 +105,81 @@ def test_gate_up_gemm(
     large = x * 10  # gates of up to 100: the power overflows
     expected = gate_mul_torch(F.linear(large.double(), weight.double()), activation)
     assert relative_error(gate_up_gemm(large, weight, activation), expected) < 3e-3
+
+
+QUANTIZED = {
+    "int4": lambda rows, columns: int4_weight(rows, columns, 128, has_zero_points=False),
+    "int4, zeros": lambda rows, columns: int4_weight(rows, columns, 64, has_zero_points=True),
+    "int4, small groups": lambda rows, columns: int4_weight(rows, columns, 32, True),
+    "int4, rows": lambda rows, columns: int4_weight(rows, columns, columns, False),
+    "fp8": lambda rows, columns: fp8_weight(rows, columns, 1, columns),
+    "fp8, blocks": lambda rows, columns: fp8_weight(rows, columns, 16, 64),
+}
+
+
+def int4_weight(rows: int, columns: int, group_size: int, has_zero_points: bool) -> Int4Weight:
+    """Its scales are those that bf16 has, so that the reference has the same."""
+    groups = (rows, -(-columns // group_size))
+    zero_points = None
+    if has_zero_points:
+        zero_points = torch.randint(0, 17, groups, device="cuda").to(torch.uint8)
+    shape = (rows, packed_width(columns))
+    scales = (torch.rand(groups, device="cuda") + 0.5).bfloat16().half() / 256
+    packed = torch.randint(-(2**15), 2**15, shape, device="cuda").to(torch.int16)
+    return Int4Weight(packed, scales, zero_points, columns, group_size)
+
+
+def fp8_weight(rows: int, columns: int, row_grain: int, column_grain: int) -> FP8Weight:
+    grains = (rows // row_grain, columns // column_grain)
+    scales = torch.rand(grains, device="cuda") + 0.5
+    values = torch.randn(rows, columns, device="cuda").to(torch.float8_e4m3fn)
+    return FP8Weight(values, scales, row_grain, column_grain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("shape", [(6144, 4096), (1040, 960)], ids=str)
+def test_hopper_gemm(shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+    """Of every tile; of tokens and rows that fill no tile, and columns that fill no block."""
+    torch.manual_seed(0)
+    rows, columns = shape
+    weight = QUANTIZED[name](rows, columns)
+    dequantize = dequantize_fp8 if isinstance(weight, FP8Weight) else dequantize_int4
+    matrix = dequantize(weight, torch.float64)
+    bias = torch.randn(rows, device="cuda").to(dtype)
+    for num_tokens in (2, 17, 64, 100, 300):
+        x = torch.randn(num_tokens, columns, device="cuda").to(dtype)
+        expected = F.linear(x.double(), matrix, bias.double())
+        eps = torch.finfo(dtype).eps
+        whole = hopper_gemm(x, weight, bias, reader_sums=False)
+        assert len(whole) == 1
+        assert relative_error(whole[0], expected) < eps
+        for tokens, num_stages in ((16, 8), (32, 4), (64, 5), (128, 4), (256, 2)):
+            config = HopperGemmConfig(tokens, 3, num_stages)
+            sums = hopper_gemm(x, weight, bias, config=config)
+            assert len(sums) == 3
+            assert relative_error(sums.double().sum(0), expected) < 2 * eps, config
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8, blocks"])
+def test_hopper_gemm_in_a_graph(name: str) -> None:
+    """Its launches overlap: each reads what the one before wrote."""
+    torch.manual_seed(0)
+    weight = QUANTIZED[name](1024, 1024)
+    x = torch.randn(64, 1024, device="cuda").bfloat16()
+
+    def run() -> torch.Tensor:
+        out = x
+        for _ in range(20):
+            product = hopper_gemm(out, weight).sum(0)
+            out = hopper_gemm(product / product.norm() * 256, weight, reader_sums=False)[0]
+            out = out / out.norm() * 256
+        return out
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -1,0 +1,300 @@
+"""`x W^T` of an INT4 or FP8 weight for tens to hundreds of tokens, on Hopper, as partial sums.
+
+With so many tokens the tensor cores' time counts. So each number of the weight is converted to x's
+dtype once for up to 256 tokens, and a consumer converts the next ones while the tensor cores
+multiply those before. They read the weight from registers, and x from shared memory. For the parts
+of a program see _gluon.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels._gluon import (
+    REGISTERS,
+    TILE_ROWS,
+    WARPS,
+    GluonDescriptor,
+    can_run_gluon,
+    fence_async_shared,
+    gl,
+    gluon,
+    load_tile,
+    make_barriers,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from nanovllm.kernels._triton import device_limits, pdl_options, readable_rows, triton
+from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
+from nanovllm.kernels.hopper_convert import BLOCK, HALF, conversion_of, convert, read_scales
+from nanovllm.kernels.int4_layout import Int4Weight
+
+
+@gluon.jit
+def _find_tile(index, sizes):
+    """The first token, the first row and the split of tile number `index`."""
+    num_tokens, token_tiles, row_tiles, TOKENS, ROWS = sizes
+    # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
+    # and both write the same numbers there.
+    first_token = index % token_tiles * TOKENS
+    first_token = gl.maximum(gl.minimum(first_token, num_tokens - TOKENS), 0)
+    first_row = index // token_tiles % row_tiles * ROWS
+    return first_token, first_row, index // (token_tiles * row_tiles)
+
+
+@gluon.jit
+def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
+    """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
+    x_ring, weight_ring, full, empty = rings
+    num_tiles, split_blocks, num_blocks, out_size = limits
+    STAGES: gl.constexpr = full.shape[0]
+    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
+    WEIGHT_TILES: gl.constexpr = weight_ring.shape[0] // STAGES
+    WEIGHT_COLUMNS: gl.constexpr = weight_ring.shape[2]
+    X_BYTES: gl.constexpr = x_ring.shape[1] * BLOCK * 2
+    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * WEIGHT_COLUMNS * 2
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
+        )
+    count = 0
+    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        first_token, first_row, split = _find_tile(index, sizes)
+        end = gl.minimum((split + 1) * split_blocks, num_blocks)
+        for block in range(split * split_blocks, end):
+            stage = count % STAGES
+            arrived = full.index(stage)
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
+            for i in gl.static_range(WEIGHT_TILES):
+                place = [first_row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
+                tile = weight_ring.index(WEIGHT_TILES * stage + i)
+                load_tile(weight_desc, place, arrived, tile)
+            for i in gl.static_range(2):
+                place = [first_token, block * BLOCK + i * HALF]
+                load_tile(x_desc, place, arrived, x_ring.index(2 * stage + i))
+            count += 1
+
+
+@gluon.jit
+def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
+    """Start `acc += weight x^T` with half a block of x."""
+    x_ring, weight_ring, full, empty = rings
+    x = x_ring.index(2 * stage + SIDE).permute((1, 0))
+    return warpgroup_mma(weight, x, acc, is_async=True)
+
+
+@gluon.jit
+def _consume(
+    grains,
+    bias_ptr,
+    partial_sums_ptr,
+    rings,
+    sizes,
+    limits,
+    HOW: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """Compute the rows of one consumer in all tiles of the program."""
+    x_ring, weight_ring, full, empty = rings
+    num_tiles, split_blocks, num_blocks, out_size = limits
+    num_tokens = sizes[0]
+    STAGES: gl.constexpr = full.shape[0]
+    TOKENS: gl.constexpr = x_ring.shape[1]
+    ROWS: gl.constexpr = weight_ring.shape[1] // 2
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    like = gl.zeros([1], x_ring.dtype, gl.SliceLayout(1, operand))
+    count = 0
+    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        first_token, first_row, split = _find_tile(index, sizes)
+        first_row += CONSUMER * ROWS
+        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
+        row = gl.minimum(row, out_size - 1)
+        first_block = split * split_blocks
+        end = gl.minimum(first_block + split_blocks, num_blocks)
+        acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
+        scales = read_scales(grains, row, first_block, like, 0, HOW)
+        stage = count % STAGES
+        mbarrier.wait(full.index(stage), count // STAGES & 1)
+        weight = convert(rings, stage, scales, operand, CONSUMER, 0, HOW)
+        # What is read and converted between the start of a product and its end is of the next one.
+        for block in range(first_block, end):
+            scales = read_scales(grains, row, block, like, 1, HOW)
+            next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
+            acc = _start_product(weight, rings, stage, acc, 0)
+            weight = convert(rings, stage, scales, operand, CONSUMER, 1, HOW)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc = _start_product(weight, rings, stage, acc, 1)
+            count += 1
+            next_stage = count % STAGES
+            if block + 1 < end:
+                mbarrier.wait(full.index(next_stage), count // STAGES & 1)
+            # Behind the last block this converts whatever is there, for nobody.
+            weight = convert(rings, next_stage, next_scales, operand, CONSUMER, 0, HOW)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage = next_stage
+
+        sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
+        is_row = sum_row < out_size
+        if HOW.assembly is None and HOW.grains == 1:
+            scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
+            acc *= scale[:, None]
+        if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+            if split == 0:  # the bias is added once
+                bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
+                acc += bias.to(gl.float32)[:, None]
+        # A thread is to store neighbouring rows, that is, outputs of one token.
+        out = gl.convert_layout(acc.to(x_ring.dtype).permute((1, 0)), store_layout)
+        token = first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
+        out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
+        mask = (token < num_tokens)[:, None] & (out_row < out_size)[None, :]
+        places = (split * num_tokens + token) * out_size
+        gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
+
+
+@gluon.jit(
+    do_not_specialize=["num_tokens", "token_tiles", "row_tiles", "num_tiles", "split_blocks"]
+)
+def _hopper_gemm_kernel(
+    x_desc,
+    weight_desc,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    partial_sums_ptr,
+    num_tokens,
+    token_tiles,
+    row_tiles,
+    num_tiles,
+    split_blocks,
+    out_size,
+    IN_SIZE: gl.constexpr,
+    HOW: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A program computes a tile of the result over a split of the inner dimension, then another one
+    as many further on as there are programs, and so on.
+    """
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
+        )
+    # The tiles of a stage are copied and read together: one pair of barriers serves them all.
+    full, empty = make_barriers(STAGES, 2)
+    x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
+    WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
+    shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
+    weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
+    fence_async_shared()
+    rings = (x_ring, weight_ring, full, empty)
+    grains = (scales_ptr, zeros_ptr)
+    sizes = (num_tokens, token_tiles, row_tiles, x_ring.shape[1], weight_ring.shape[1])
+    limits = (num_tiles, split_blocks, gl.cdiv(IN_SIZE, BLOCK), out_size)
+    gl.warp_specialize(
+        [
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 0)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 1)),
+            (_produce, (x_desc, weight_desc, rings, sizes, limits, PDL)),
+        ],
+        WARPS,
+        REGISTERS,
+    )
+
+
+def hopper_gemm(
+    x: Tensor,
+    weight: Int4Weight | FP8Weight,
+    bias: Tensor | None = None,
+    reader_sums: bool = True,
+    config: HopperGemmConfig | None = None,
+) -> Tensor:
+    """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
+
+    The reference is `F.linear` with the weight of `dequantize_int4` or `dequantize_fp8`. As those
+    of that weight, the products with a scale are rounded to x's dtype; so are INT4's scales.
+
+    x: `[n, in]`, bf16 or fp16, contiguous; in is a multiple of 16. bias: `[out]`, or None.
+    weight: in FP8, its column grain is a multiple of 64, or a whole row.
+    reader_sums: whether there may be more than one.
+    config: overrides `hopper_gemm_config`, for tests and tuning.
+    """
+    num_tokens, in_size = x.shape
+    out_size = weight.out_size
+    zero_points = None
+    if isinstance(weight, FP8Weight):
+        matrix = weight.values
+        weight_tile = [TILE_ROWS, 64]
+    else:
+        matrix = weight.packed
+        weight_tile = [TILE_ROWS, 32]
+        zero_points = weight.zero_points
+        if weight.column_order is not None:
+            x = x[:, weight.column_order]
+    assert x.is_contiguous() and matrix.is_contiguous() and in_size % 16 == 0
+    num_multiprocessors, shared_memory = device_limits(x.device)
+    if config is None:
+        config = hopper_gemm_config(
+            num_tokens,
+            out_size,
+            in_size,
+            weight_bits=8 if isinstance(weight, FP8Weight) else 4,
+            num_multiprocessors=num_multiprocessors,
+            shared_memory=shared_memory,
+            reader_sums=reader_sums,
+        )
+    blocks = triton.cdiv(in_size, 128)
+    split_blocks = triton.cdiv(blocks, config.splits)
+    splits = triton.cdiv(blocks, split_blocks)
+    partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+    token_tiles = triton.cdiv(num_tokens, config.tokens)
+    row_tiles = triton.cdiv(out_size, TILE_ROWS)
+    num_tiles = token_tiles * row_tiles * splits
+    _hopper_gemm_kernel[(min(num_tiles, num_multiprocessors),)](
+        describe(x, readable_rows(x, config.tokens), [config.tokens, 64]),
+        describe(matrix, out_size, weight_tile),
+        weight.scales,
+        zero_points,
+        bias,
+        partial_sums,
+        num_tokens,
+        token_tiles,
+        row_tiles,
+        num_tiles,
+        split_blocks,
+        out_size,
+        IN_SIZE=in_size,
+        HOW=conversion_of(weight, x.dtype),
+        STAGES=config.num_stages,
+        num_warps=4,
+        **pdl_options(),
+    )
+    return partial_sums
+
+
+def can_use_hopper_gemm(x: Tensor) -> bool:
+    """Whether `hopper_gemm` multiplies x `[n, in]`."""
+    return can_run_gluon() and x.dtype.itemsize == 2 and x.shape[1] % 16 == 0
+
+
+DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.int16: gl.int16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+
+
+def describe(matrix: Tensor, num_rows: int, tile: list[int]) -> Any:
+    """Describe a contiguous matrix to TMA; num_rows: those that it may read."""
+    layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[matrix.dtype])
+    columns = matrix.shape[1]
+    return GluonDescriptor(matrix, [num_rows, columns], [columns, 1], tile, layout)
