@@ -23,14 +23,18 @@ from nanovllm.kernels.moe_routing import Routing
 from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.packed_gemv import sum_threads
 from nanovllm.kernels.packed_input import (
-    input_sums,
     load_input,
     multiply_inputs,
     scale_inputs,
-    scaled_inputs,
     sum_of_squares,
 )
-from nanovllm.kernels.packed_words import ONE, load_scales, load_words, multiply_words
+from nanovllm.kernels.packed_words import (
+    ONE,
+    load_scales,
+    load_words,
+    multiply_words,
+    prepare_inputs,
+)
 
 
 @triton.jit
@@ -60,10 +64,7 @@ def _expert_products(
     zeros = ()
     if zeros_ptr is not None:
         zeros = load_scales(zeros_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    sums = input_sums(inputs, T)
-    inputs = scaled_inputs(inputs, T)
-    scaled_sums = input_sums(inputs, T)
-    return multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
+    return multiply_words(words, scales, zeros, prepare_inputs(inputs, T), one, T)
 
 
 @triton.jit(do_not_specialize=["one"])

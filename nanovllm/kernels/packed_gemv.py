@@ -23,15 +23,15 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.gate_mul import gated
-from nanovllm.kernels.packed_input import (
-    input_sums,
-    load_input,
-    multiply_inputs,
-    scaled_inputs,
-    sum_of_squares,
-)
+from nanovllm.kernels.packed_input import load_input, multiply_inputs, sum_of_squares
 from nanovllm.kernels.packed_tile import Tile
-from nanovllm.kernels.packed_words import ONE, load_scales, load_words, multiply_words
+from nanovllm.kernels.packed_words import (
+    ONE,
+    load_scales,
+    load_words,
+    multiply_words,
+    prepare_inputs,
+)
 
 
 @triton.jit
@@ -95,13 +95,7 @@ def _packed_gemv_kernel(
         # The norm divides all of x by the same number, so it is enough to scale the results.
         factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
         inputs = multiply_inputs(inputs, norm, T)
-    sums = ()
-    scaled_sums = ()
-    if T.format == "int4":
-        sums = input_sums(inputs, T)
-    inputs = scaled_inputs(inputs, T)
-    if T.format == "int4":
-        scaled_sums = input_sums(inputs, T)
+    inputs = prepare_inputs(inputs, T)
     while tile < num_tiles:
         output = tile * ROWS + tl.arange(0, ROWS)
         addend = tl.zeros([ROWS], tl.float32)
@@ -110,7 +104,7 @@ def _packed_gemv_kernel(
         if residual_ptr is not None:
             ptrs = residual_ptr + output
             addend += tl.load(ptrs, mask=output < out_size, other=0.0).to(tl.float32)
-        products = multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
+        products = multiply_words(words, scales, zeros, inputs, one, T)
         # What comes next is loaded before this tile's sums are finished, which takes a while.
         tile += num_programs
         words, scales, zeros = _load_tile(

@@ -31,8 +31,8 @@ def load_input(ptr, order_ptr, thread, T: tl.constexpr):
             x3, x7 = _split_pairs(_load_columns(ptr, order_ptr, column + 96, T))
             inputs += (x0, x1, x2, x3, x4, x5, x6, x7)
         else:
-            # Eight numbers of 16 bits are what a thread loads at once. If it were to have sixteen
-            # neighbours, Triton would give it eight here and eight elsewhere.
+            # Eight numbers of 16 bits are what a thread loads at once. Of sixteen in one load
+            # Triton would give it eight, and eight of another thread's.
             column = first + tl.arange(0, 8)[None, :]
             even, odd = _split_pairs(_load_columns(ptr, order_ptr, column, T))
             x0, x2 = _split_pairs(even)
@@ -102,15 +102,12 @@ def sum_of_squares(inputs, T: tl.constexpr):
 
 @triton.jit
 def scaled_inputs(inputs, T: tl.constexpr):
-    """Return the inputs as the numbers of `_unpack` are multiplied with them."""
-    if T.format != "int4":
-        return inputs
-    else:
-        COUNT: tl.constexpr = T.pieces * T.numbers
-        scaled = ()
-        for index in tl.static_range(COUNT):
-            scaled += (inputs[index] * POWERS[index % 8],)
-        return scaled
+    """Multiply the inputs with the `POWERS` that the numbers of INT4 words are divided by."""
+    COUNT: tl.constexpr = T.pieces * T.numbers
+    scaled = ()
+    for index in tl.static_range(COUNT):
+        scaled += (inputs[index] * POWERS[index % 8],)
+    return scaled
 
 
 @triton.jit

@@ -8,10 +8,11 @@ from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, positions_per_group
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program multiplies at a time, known when the kernel is compiled.
+    """What a program multiplies at a time.
 
-    Helpers below return a tuple of `[threads, words]` for all rows of a tile, the gate's and up's
-    of a row next to each other, and for all pieces of a row.
+    A row is read in pieces: one has WORDS neighbouring words for each thread. The functions of
+    packed_words.py and packed_input.py so hand on tuples, with an element `[threads, words]` for
+    each row (the gate's, then up's, if there are two halves) and each piece of it.
     """
 
     format: str  # "fp8" or "int4"

@@ -4,6 +4,11 @@ A thread reads 8 or 16 bytes of a row at a time, so that a warp reads them from 
 takes the numbers out of its words in registers. Reading a weight of half or a quarter of the bytes
 leaves half or a quarter of the time for each number: what counts is instructions.
 
+All tensors are `[threads, words]`, several of them instead of one with more axes. Of a tensor with
+several axes of which only the last is contiguous in memory, Triton 3.6 lays a warp's threads along
+the first axes and Triton 3.9 along the last ones but one: with one of them a warp reads 8 bytes
+here and 8 there, and takes twice as long.
+
 **FP8.** One conversion makes two numbers of 16 bits, another one of 32; the third instruction
 multiplies and adds.
 
@@ -24,6 +29,7 @@ itself instead.
 from torch import Tensor
 
 from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels.packed_input import input_sums, scaled_inputs
 from nanovllm.kernels.packed_tile import first_column
 
 ONE = 0x3F800000  # the bits of the float32 1.0
@@ -176,13 +182,24 @@ def _e4m3(word):
 
 
 @triton.jit
-def multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T: tl.constexpr):
+def prepare_inputs(inputs, T: tl.constexpr):
+    """Return the inputs as the numbers are multiplied with them, and, for INT4, a thread's sums of
+    them: before, and after they were multiplied with `POWERS`.
+    """
+    if T.format == "int4":
+        scaled = scaled_inputs(inputs, T)
+        return scaled, input_sums(inputs, T), input_sums(scaled, T)
+    else:
+        return inputs, (), ()
+
+
+@triton.jit
+def multiply_words(words, scales, zeros, inputs, one, T: tl.constexpr):
     """Return what each thread has of the product, `[threads]` for each row and half.
 
-    words, scales, zeros: a tile's; scales and zeros are empty where a row has one scale, and
-        without zero points.
-    inputs: `scaled_inputs`. sums, scaled_sums: of the inputs, as they are and scaled; INT4 only.
+    words, scales, zeros: a tile's; zeros are empty without zero points. inputs: `prepare_inputs`.
     """
+    scaled, sums, scaled_sums = inputs
     COUNT: tl.constexpr = T.rows * T.halves
     SCALES: tl.constexpr = T.scale_rows * T.halves
     PIECES: tl.constexpr = T.pieces
@@ -199,7 +216,7 @@ def multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T: tl.c
                     partial = tl.zeros(words[0].shape, tl.float32)
                 for number in tl.static_range(NUMBERS):
                     if number % 4 * STEPS // 4 == step:
-                        x = inputs[piece * NUMBERS + number]
+                        x = scaled[piece * NUMBERS + number]
                         partial = tl.fma(numbers[number], x, partial)
                 if T.has_grains:
                     grain_sum = tl.sum(partial, axis=1)
