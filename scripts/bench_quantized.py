@@ -21,7 +21,6 @@ from torch import Tensor
 from attention_work import microseconds
 from nanovllm.kernels.fp8_config import (
     FP8GemmConfig,
-    FP8GemvConfig,
     fp8_gemm_config,
     fp8_gemv_config,
 )
@@ -30,13 +29,13 @@ from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
-    Int4GemvConfig,
     int4_gemm_config,
     int4_gemv_config,
 )
 from nanovllm.kernels.int4_gemm import int4_gemm
 from nanovllm.kernels.int4_gemv import int4_gemv
 from nanovllm.kernels.int4_layout import Int4Weight, packed_width
+from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.fp8_matmul import multiply_fp8
 from nanovllm.quantization.int4_matmul import multiply_int4
@@ -229,12 +228,13 @@ def compare(model: str, formats: list[str]) -> None:
 # --- other tiles ----------------------------------------------------------------------------------
 
 
-def gemv_sizes(columns: int, in_size: int) -> Iterable[tuple[int, int, int]]:
-    """Rows, chunks of so many columns, and warps to try for one token."""
-    for rows, chunks in combinations((1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
-        if chunks * columns < 2 * in_size:
-            for num_warps in {min(8, chunks), max(1, chunks // 2)}:
-                yield rows, chunks, num_warps
+def gemv_configs(
+    chosen: PackedGemvConfig, in_size: int, is_gated: bool
+) -> Iterable[PackedGemvConfig]:
+    """What to try for one token: from 16 to 100 columns a thread, and all programs that fit."""
+    for warps, rows, programs in combinations((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8)):
+        if 16 <= in_size // (32 * warps) <= 100 and rows * (1 + is_gated) <= 8:
+            yield PackedGemvConfig(rows, chosen.words, warps, programs * max(1, 4 // warps))
 
 
 def gemm_tiles(tokens: int, in_size: int) -> Iterable[tuple[int, int, int, int]]:
@@ -249,11 +249,9 @@ def gemm_tiles(tokens: int, in_size: int) -> Iterable[tuple[int, int, int, int]]
 def int4_runs(layer: Layer, num_tokens: int, activation: str | None) -> tuple[Any, Any, set[Any]]:
     """The kernel, its chosen configuration, and all that are tried."""
     if num_tokens == 1:
-        outputs = layer.out_size // (2 if activation else 1)
-        chosen = int4_gemv_config(outputs, layer.in_size, layer.is_gated)
-        sizes = gemv_sizes(1024, layer.in_size)
-        run = partial(int4_gemv, activation=activation)
-        return run, chosen, {chosen, *(Int4GemvConfig(*each) for each in sizes)}
+        chosen = int4_gemv_config(layer.in_size, layer.is_gated)
+        tried_gemvs = gemv_configs(chosen, layer.in_size, layer.is_gated)
+        return partial(int4_gemv, activation=activation), chosen, {chosen, *tried_gemvs}
     best = int4_gemm_config(num_tokens, layer.out_size, layer.in_size, num_multiprocessors())
     tiles = gemm_tiles(best.tokens, layer.in_size)
     tried = {
@@ -268,11 +266,9 @@ def fp8_runs(
 ) -> tuple[Any, Any, set[Any]]:
     """The kernel, its chosen configuration, and all that are tried."""
     if num_tokens == 1:
-        outputs = layer.out_size // (2 if activation else 1)
-        chosen = fp8_gemv_config(outputs, layer.in_size, layer.is_gated)
-        sizes = gemv_sizes(256, layer.in_size)
-        run = partial(fp8_gemv, activation=activation)
-        return run, chosen, {chosen, *(FP8GemvConfig(*each) for each in sizes)}
+        chosen = fp8_gemv_config(layer.in_size, column_grain, layer.is_gated)
+        tried_gemvs = gemv_configs(chosen, layer.in_size, layer.is_gated)
+        return partial(fp8_gemv, activation=activation), chosen, {chosen, *tried_gemvs}
     sizes_of_layer = (num_tokens, layer.out_size, layer.in_size, column_grain)
     best = fp8_gemm_config(*sizes_of_layer, num_multiprocessors())
     tried = {

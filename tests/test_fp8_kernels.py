@@ -17,7 +17,6 @@ from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
     FP8BlockGemmConfig,
     FP8GemmConfig,
-    FP8GemvConfig,
     fp8_block_gemm_config,
     fp8_gemm_config,
     fp8_gemv_config,
@@ -37,6 +36,7 @@ from nanovllm.kernels.fp8_weight import (
 )
 from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums, moe_torch
+from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import fp8_matmul
 from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
@@ -102,15 +102,15 @@ def test_gemv(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert_near(fp8_gemv(x, weight), x.double() @ exact(weight).t(), dtype)
 
 
-@pytest.mark.parametrize("config", [(1, 1, 1), (4, 2, 2), (16, 8, 4)], ids=str)
+@pytest.mark.parametrize("config", [(1, 2, 1, 5), (4, 4, 2, 1), (8, 2, 4, 2)], ids=str)
 @pytest.mark.parametrize("shape", [(18, 640, 1, WHOLE_ROW), (18, 640, 2, 128)], ids=str)
 def test_gemv_has_one_result_however_it_is_divided(
-    shape: tuple[int, int, int, int], config: tuple[int, int, int]
+    shape: tuple[int, int, int, int], config: tuple[int, int, int, int]
 ) -> None:
     weight = make_weight(*shape)
     x = randn(1, 640)
     expected = x.double() @ exact(weight).t()
-    assert_near(fp8_gemv(x, weight, config=FP8GemvConfig(*config)), expected, torch.float32)
+    assert_near(fp8_gemv(x, weight, config=PackedGemvConfig(*config)), expected, torch.float32)
 
 
 @both_dtypes
@@ -254,8 +254,6 @@ def test_experts_without_tma(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configurations_are_within_their_limits() -> None:
     for out_size in (256, 1024, 6144, 24576):
         for in_size in (96, 768, 1024, 2560, 4096, 12288):
-            gemv = fp8_gemv_config(out_size, in_size, is_gated=False)
-            assert gemv.num_warps <= gemv.chunks and gemv.chunks & (gemv.chunks - 1) == 0
             for grain in (in_size, 128, 96, 32):
                 for num_tokens in (2, 16, 17, 64, 200, 512):
                     gemm = fp8_gemm_config(num_tokens, out_size, in_size, grain, 132)
@@ -265,6 +263,12 @@ def test_configurations_are_within_their_limits() -> None:
                     assert 1 <= gemm.splits <= max(1, in_size // 512)
                     whole = fp8_gemm_config(num_tokens, out_size, in_size, grain, 132, False)
                     assert whole.splits == 1
+    for in_size in (24, 96, 768, 1024, 2560, 4096, 12288, 53248):
+        for grain, is_gated in ((in_size, False), (in_size, True), (8, False), (128, True)):
+            gemv = fp8_gemv_config(in_size, grain, is_gated)
+            assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
+            assert grain % (4 * gemv.words) == 0 or grain == in_size
+            assert gemv.warps * gemv.programs == 16
     assert fp8_block_gemm_config(65, 4096, 132).tokens == 64
     assert fp8_block_gemm_config(4096, 4096, 132).tokens == 128
 

@@ -15,7 +15,6 @@ from nanovllm.kernels.gate_mul import gate_mul_torch
 from nanovllm.kernels.hopper_config import hopper_gemm_config
 from nanovllm.kernels.int4_config import (
     Int4GemmConfig,
-    Int4GemvConfig,
     int4_gemm_config,
     int4_gemv_config,
 )
@@ -31,6 +30,7 @@ from nanovllm.kernels.int4_layout import (
 )
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums
 from nanovllm.kernels.moe_routing import route, route_torch
+from nanovllm.kernels.packed_config import PackedGemvConfig
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.quantization import int4_matmul
 from nanovllm.quantization.int4_matmul import Int4Kernel, choose_int4_kernel, multiply_int4
@@ -95,12 +95,12 @@ def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_near(int4_gemv(x, weight), expected, dtype)
 
 
-@pytest.mark.parametrize("config", [(2, 1, 1), (16, 4, 4)], ids=str)
-def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("config", [(2, 2, 1, 3), (8, 4, 4, 1)], ids=str)
+def test_gemv_has_one_result_however_it_is_divided(config: tuple[int, int, int, int]) -> None:
     weight = make_weight(9, 2176, 64)
     x = randn(1, 2176)
     expected = x.double() @ dequantize_int4(weight, torch.float64).t()
-    assert_near(int4_gemv(x, weight, config=Int4GemvConfig(*config)), expected, torch.float32)
+    assert_near(int4_gemv(x, weight, config=PackedGemvConfig(*config)), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -201,10 +201,13 @@ def test_positions_of_a_group() -> None:
 
 
 def test_configurations_are_within_their_limits() -> None:
+    for in_size in (128, 768, 1024, 2560, 4096, 12288, 53248):
+        for is_gated in (False, True):
+            gemv = int4_gemv_config(in_size, is_gated)
+            assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
+            assert gemv.words in (2, 4) and gemv.warps * gemv.programs == 16
     for out_size in (256, 1024, 6144, 24576):
         for in_size in (128, 768, 1024, 2560, 4096, 12288):
-            gemv = int4_gemv_config(out_size, in_size, is_gated=False)
-            assert gemv.num_warps <= gemv.chunks and gemv.chunks & (gemv.chunks - 1) == 0
             for num_tokens in (2, 16, 17, 64, 200, 256):
                 gemm = int4_gemm_config(num_tokens, out_size, in_size, 132)
                 assert 16 <= gemm.tokens <= 128 and gemm.rows in (64, 128)
@@ -320,13 +323,13 @@ def test_experts_of_one_token() -> None:
 
 
 def test_experts_of_one_token_in_several_pieces() -> None:
-    weights, exact = make_experts((2, 1088, 136))
-    x = randn(1, 1088)
+    weights, exact = make_experts((2, 520, 40))
+    x = randn(1, 520)
     assert isinstance(weights.gate_up, Int4Weight) and isinstance(weights.down, Int4Weight)
     routing = route(x, weights.router, weights.top_k, weights.is_normalized)
-    config = Int4GemvConfig(rows=64, chunks=1, num_warps=1)
+    config = PackedGemvConfig(rows=4, words=2, warps=1, programs=1)
     activation = int4_expert_gate_up_gemv(x, weights.gate_up, routing, config=config)
-    out = int4_expert_down_gemv(activation, weights.down, routing, rows=512)
+    out = int4_expert_down_gemv(activation, weights.down, routing, rows=8)
     assert_near(out, expected_moe(x, exact), torch.float32)
 
 

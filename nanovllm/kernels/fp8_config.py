@@ -1,13 +1,12 @@
-"""How the kernels of FP8 weights divide their work.
+"""How the kernels of FP8 weights divide their work, and up to where each is taken.
 
-Nothing here has been measured yet: the numbers follow from those of 16-bit weights (gemv.py,
-split_gemm.py), which were, and from the compiled code. `scripts/bench_quantized.py` is there to
-replace them.
+The numbers were measured on an H100, those of the GEMV in packed_config.py.
 """
 
 from dataclasses import dataclass
 
 from nanovllm.kernels._triton import next_power_of_2
+from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
 
 # Up to so many tokens the weight is converted in registers, and the input stays in 16 bits. Above,
 # the tensor cores' time counts, which FP8 halves; where the input may not be quantised, converting
@@ -22,25 +21,12 @@ MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
 MAX_FAST_COLUMNS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class FP8GemvConfig:
-    """How `fp8_gemv` divides the work; the result does not depend on it."""
-
-    rows: int  # of the weight, that a program takes; of the gate and of up as many each
-    chunks: int  # of 256 columns, that are multiplied at a time: a power of two
-    num_warps: int  # at most `chunks`: then each warp reads the part of x that it multiplies with
-
-
-def fp8_gemv_config(out_size: int, in_size: int, is_gated: bool) -> FP8GemvConfig:
-    """Choose the rows and columns of a program.
-
-    With 8 rows and 2 chunks a warp, a thread has 128 bytes on their way, as those of `gemv` have.
-    """
-    chunks = min(8, next_power_of_2(max(1, in_size // 256)))
-    rows = 8 if out_size >= 2048 else 4
-    if is_gated:
-        rows //= 2  # each output needs two rows of the weight
-    return FP8GemvConfig(rows=rows, chunks=chunks, num_warps=min(4, chunks))
+def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
+    """Choose tiles; what a thread reads at a time is of one grain."""
+    has_whole_rows = column_grain == in_size
+    thread_bytes = 16 if has_whole_rows or column_grain % 16 == 0 else 8
+    row_words = -(-in_size // 4)
+    return packed_gemv_config(in_size, row_words, is_gated, 32, thread_bytes)
 
 
 @dataclass(frozen=True, slots=True)

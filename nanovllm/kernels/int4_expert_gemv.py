@@ -1,5 +1,5 @@
 """The linear layers of a mixture's experts with INT4 weights, for one token: `expert_gemv` with the
-arithmetic of int4_gemv.py.
+arithmetic of packed_words.py.
 
 The matrices of all experts are one INT4 weight: they lie one below the other.
 """
@@ -15,10 +15,55 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.int4_config import Int4GemvConfig, int4_expert_rows, int4_gemv_config
-from nanovllm.kernels.int4_gemv import ONE, load_input, multiply
-from nanovllm.kernels.int4_layout import SYMMETRIC_ZERO, Int4Weight, positions_per_group
+from nanovllm.kernels.gate_mul import gated
+from nanovllm.kernels.int4_config import int4_expert_rows, int4_gemv_config
+from nanovllm.kernels.int4_gemv import int4_tile
+from nanovllm.kernels.int4_layout import Int4Weight
 from nanovllm.kernels.moe_routing import Routing
+from nanovllm.kernels.packed_config import PackedGemvConfig
+from nanovllm.kernels.packed_gemv import sum_threads
+from nanovllm.kernels.packed_input import (
+    input_sums,
+    load_input,
+    multiply_inputs,
+    scale_inputs,
+    scaled_inputs,
+    sum_of_squares,
+)
+from nanovllm.kernels.packed_words import ONE, load_scales, load_words, multiply_words
+
+
+@triton.jit
+def _expert_products(
+    inputs,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    first_matrix_row,
+    first_row,
+    out_size,
+    thread,
+    one,
+    T: tl.constexpr,
+):
+    """Return what each thread has of the products with rows of an expert's matrix.
+
+    first_matrix_row: the expert's; a number, or one for each thread.
+    """
+    is_tile = thread >= 0
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * T.row_words
+    if len(first_matrix_row.shape) > 0:
+        words_ptr = words_ptr[:, None]
+    words = load_words(words_ptr, first_row, out_size, thread, is_tile, T)
+    grains_before = first_matrix_row * T.grains
+    scales = load_scales(scales_ptr + grains_before, first_row, out_size, thread, is_tile, T)
+    zeros = ()
+    if zeros_ptr is not None:
+        zeros = load_scales(zeros_ptr + grains_before, first_row, out_size, thread, is_tile, T)
+    sums = input_sums(inputs, T)
+    inputs = scaled_inputs(inputs, T)
+    scaled_sums = input_sums(inputs, T)
+    return multiply_words(words, scales, zeros, inputs, sums, scaled_sums, one, T)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -32,95 +77,42 @@ def _int4_gate_up_kernel(
     norm_ptr,
     eps,
     out_ptr,
+    out_size,
     one,
-    IN_SIZE: tl.constexpr,
-    OUT_SIZE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    SYMMETRIC_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes ROWS outputs of one expert; its tiles are those of `_int4_gemv_kernel`."""
+    """A program computes a tile of outputs of one expert."""
+    ROWS: tl.constexpr = T.rows
     launch_next(PDL)
-    WIDTH: tl.constexpr = (IN_SIZE + 127) // 128 * 32  # numbers in a row of the weight
-    PIECES: tl.constexpr = (WIDTH + CHUNKS * 256 - 1) // (CHUNKS * 256)
-    GROUPS: tl.constexpr = (IN_SIZE + GROUP_SIZE - 1) // GROUP_SIZE
     slot = tl.program_id(1)
-    output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    thread = tl.arange(0, CHUNKS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    first_row = tl.program_id(0) * ROWS
+    thread = tl.arange(0, T.threads)
     wait_for_previous(PDL)
-    expert = tl.load(experts_ptr + slot).to(tl.int64)
-    row = expert * (2 * OUT_SIZE) + tl.minimum(output, OUT_SIZE - 1)[:, None, None]
-    row_ptr = packed_ptr + row[:, :, :, None] * WIDTH
-    gate = tl.zeros([ROWS, CHUNKS, 32], tl.float32)
-    up = tl.zeros([ROWS, CHUNKS, 32], tl.float32)
-    squares = tl.zeros([1, CHUNKS, 32, 8], tl.float32)
-    for piece in tl.static_range(PIECES):
-        first_number = piece * (CHUNKS * 256) + thread * 8
-        number = first_number[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-        in_row = number < WIDTH
-        numbers = tl.load(row_ptr + number, mask=in_row, other=0)
-        up_numbers = tl.load(row_ptr + OUT_SIZE * WIDTH + number, mask=in_row, other=0)
-        first_column = first_number // 32 * 128 + first_number % 32
-        column = first_column[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-        x0 = load_input(x_ptr, order_ptr, column, IN_SIZE)
-        x1 = load_input(x_ptr, order_ptr, column + 32, IN_SIZE)
-        x2 = load_input(x_ptr, order_ptr, column + 64, IN_SIZE)
-        x3 = load_input(x_ptr, order_ptr, column + 96, IN_SIZE)
-        if norm_ptr is not None:
-            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-            x0 *= load_input(norm_ptr, order_ptr, column, IN_SIZE)
-            x1 *= load_input(norm_ptr, order_ptr, column + 32, IN_SIZE)
-            x2 *= load_input(norm_ptr, order_ptr, column + 64, IN_SIZE)
-            x3 *= load_input(norm_ptr, order_ptr, column + 96, IN_SIZE)
-        x0 *= 65536.0
-        x1 *= 4096.0
-        x2 *= 256.0
-        x3 *= 16.0
-        gate += multiply(
-            numbers,
-            x0,
-            x1,
-            x2,
-            x3,
-            scales_ptr,
-            zeros_ptr,
-            row,
-            first_column,
-            one,
-            GROUPS,
-            GROUP_SIZE,
-            POSITIONS,
-            SYMMETRIC_ZERO,
-        )
-        up += multiply(
-            up_numbers,
-            x0,
-            x1,
-            x2,
-            x3,
-            scales_ptr,
-            zeros_ptr,
-            row + OUT_SIZE,
-            first_column,
-            one,
-            GROUPS,
-            GROUP_SIZE,
-            POSITIONS,
-            SYMMETRIC_ZERO,
-        )
-    scale = 1.0
+    first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * (2 * out_size)
+    inputs = load_input(x_ptr, order_ptr, thread, T)
+    factor = 1.0
     if norm_ptr is not None:
         # The norm divides all of x by the same number, so it is enough to scale the results.
-        total = tl.sum(tl.sum(tl.sum(squares, axis=3), axis=2), axis=1)
-        scale = tl.rsqrt(total / IN_SIZE + eps)
-    gate_sum = tl.sum(tl.sum(gate, axis=2), axis=1) * scale
-    up_sum = tl.sum(tl.sum(up, axis=2), axis=1) * scale
-    out = gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum  # silu(gate) * up
-    out_ptrs = out_ptr + slot * OUT_SIZE + output
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=output < OUT_SIZE)
+        factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
+        inputs = multiply_inputs(inputs, load_input(norm_ptr, order_ptr, thread, T), T)
+    products = _expert_products(
+        inputs,
+        packed_ptr,
+        scales_ptr,
+        zeros_ptr,
+        first_matrix_row,
+        first_row,
+        out_size,
+        thread,
+        one,
+        T,
+    )
+    both = sum_threads(products, 2 * ROWS) * factor
+    gate, up = tl.split(tl.reshape(both, [ROWS, 2]))
+    out = gated(gate, up, "silu").to(out_ptr.dtype.element_ty)
+    output = first_row + tl.arange(0, ROWS)
+    tl.store(out_ptr + slot * out_size + output, out, mask=output < out_size)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -134,71 +126,46 @@ def _int4_down_kernel(
     routing_weights_ptr,
     residual_ptr,
     out_ptr,
+    out_size,
     one,
-    IN_SIZE: tl.constexpr,
-    OUT_SIZE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    SYMMETRIC_ZERO: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes ROWS outputs: all experts' products, weighted and added up.
+    """A program computes a tile of outputs: all experts' products, weighted and added up.
 
-    Its tile of the weights is `[ROWS, SLOTS, 32, 8]`, for SLOTS experts instead of as many chunks;
-    SLOTS is TOP_K, rounded up to a power of two.
+    Each warp multiplies with another expert; SLOTS is TOP_K, rounded up to a power of two.
     """
+    ROWS: tl.constexpr = T.rows
     launch_next(PDL)
-    WIDTH: tl.constexpr = (IN_SIZE + 127) // 128 * 32  # numbers in a row of the weight
-    PIECES: tl.constexpr = (WIDTH + 255) // 256
-    GROUPS: tl.constexpr = (IN_SIZE + GROUP_SIZE - 1) // GROUP_SIZE
-    output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slot = tl.arange(0, SLOTS)[None, :, None]
+    first_row = tl.program_id(0) * ROWS
+    slot = tl.arange(0, SLOTS * 32) // 32
+    thread = tl.arange(0, SLOTS * 32) % 32
     is_slot = slot < TOP_K
-    slot_start = tl.minimum(slot, TOP_K - 1)[:, :, :, None] * IN_SIZE
-    out = tl.zeros([ROWS, SLOTS, 32], tl.float32)
+    slot = tl.minimum(slot, TOP_K - 1)
     wait_for_previous(PDL)
-    # One load for the experts of all slots, so that none of them waits for another.
-    expert = tl.load(experts_ptr + slot, mask=is_slot, other=0).to(tl.int64)
-    routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)[:, :, :, None]
-    row = expert * OUT_SIZE + tl.minimum(output, OUT_SIZE - 1)[:, None, None]
-    row_ptr = packed_ptr + row[:, :, :, None] * WIDTH
-    for piece in tl.static_range(PIECES):
-        first_number = piece * 256 + tl.arange(0, 32)[None, None, :] * 8
-        first_number = tl.broadcast_to(first_number, (1, SLOTS, 32))
-        number = first_number[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-        in_row = is_slot[:, :, :, None] & (number < WIDTH)
-        numbers = tl.load(row_ptr + number, mask=in_row, other=0)
-        first_column = first_number // 32 * 128 + first_number % 32
-        column = first_column[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-        x_ptrs = x_ptr + slot_start
-        x0 = load_input(x_ptrs, order_ptr, column, IN_SIZE) * (routing_weight * 65536.0)
-        x1 = load_input(x_ptrs, order_ptr, column + 32, IN_SIZE) * (routing_weight * 4096.0)
-        x2 = load_input(x_ptrs, order_ptr, column + 64, IN_SIZE) * (routing_weight * 256.0)
-        x3 = load_input(x_ptrs, order_ptr, column + 96, IN_SIZE) * (routing_weight * 16.0)
-        out += multiply(
-            numbers,
-            x0,
-            x1,
-            x2,
-            x3,
-            scales_ptr,
-            zeros_ptr,
-            row,
-            first_column,
-            one,
-            GROUPS,
-            GROUP_SIZE,
-            POSITIONS,
-            SYMMETRIC_ZERO,
-        )
-    result = tl.sum(tl.sum(out, axis=2), axis=1)
-    is_output = output < OUT_SIZE
+    first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * out_size
+    routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
+    inputs = load_input((x_ptr + slot * T.in_size)[:, None], order_ptr, thread, T)
+    products = _expert_products(
+        scale_inputs(inputs, routing_weight[:, None], T),
+        packed_ptr,
+        scales_ptr,
+        zeros_ptr,
+        first_matrix_row,
+        first_row,
+        out_size,
+        thread,
+        one,
+        T,
+    )
+    out = sum_threads(products, ROWS)
+    output = first_row + tl.arange(0, ROWS)
     if residual_ptr is not None:
-        result += tl.load(residual_ptr + output, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=is_output)
+        ptrs = residual_ptr + output
+        out += tl.load(ptrs, mask=output < out_size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=output < out_size)
 
 
 def int4_expert_gate_up_gemv(
@@ -207,16 +174,17 @@ def int4_expert_gate_up_gemv(
     routing: Routing,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
-    config: Int4GemvConfig | None = None,
+    config: PackedGemvConfig | None = None,
 ) -> Tensor:
-    """`expert_gate_up_gemv` with an INT4 weight `[num_experts * 2 * intermediate, hidden]`."""
-    num_experts = len(routing.counts)
-    out_size = weight.out_size // (2 * num_experts)
+    """`expert_gate_up_gemv` with an INT4 weight `[num_experts * 2 * intermediate, hidden]`.
+
+    config: overrides `int4_gemv_config`, for tests and tuning; there is a program for each tile.
+    """
+    out_size = weight.out_size // (2 * len(routing.counts))
     top_k = routing.experts.shape[1]
     assert x.shape == (1, weight.in_size) and x.is_contiguous()
     out = torch.empty(top_k, out_size, dtype=x.dtype, device=x.device)
-    if config is None:
-        config = int4_gemv_config(top_k * out_size, weight.in_size, is_gated=True)
+    config = config or int4_gemv_config(weight.in_size, is_gated=True)
     _int4_gate_up_kernel[(triton.cdiv(out_size, config.rows), top_k)](
         x,
         weight.column_order,
@@ -227,15 +195,10 @@ def int4_expert_gate_up_gemv(
         norm_weight,
         eps,
         out,
+        out_size,
         ONE,
-        IN_SIZE=weight.in_size,
-        OUT_SIZE=out_size,
-        GROUP_SIZE=weight.group_size,
-        POSITIONS=positions_per_group(weight.group_size, weight.in_size),
-        SYMMETRIC_ZERO=float(SYMMETRIC_ZERO),
-        ROWS=config.rows,
-        CHUNKS=config.chunks,
-        num_warps=config.num_warps,
+        T=int4_tile(x, weight, 2, config),
+        num_warps=config.warps,
         **pdl_options(),
     )
     return out
@@ -260,8 +223,8 @@ def int4_expert_down_gemv(
     if out is None:
         out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
     slots = next_power_of_2(top_k)
-    rows = rows or int4_expert_rows(slots)
-    _int4_down_kernel[(triton.cdiv(out_size, rows),)](
+    config = PackedGemvConfig(rows or int4_expert_rows(slots), words=4, warps=1, programs=1)
+    _int4_down_kernel[(triton.cdiv(out_size, config.rows),)](
         x,
         weight.column_order,
         weight.packed,
@@ -271,16 +234,12 @@ def int4_expert_down_gemv(
         routing.weights,
         residual,
         out,
+        out_size,
         ONE,
-        IN_SIZE=weight.in_size,
-        OUT_SIZE=out_size,
-        GROUP_SIZE=weight.group_size,
-        POSITIONS=positions_per_group(weight.group_size, weight.in_size),
-        SYMMETRIC_ZERO=float(SYMMETRIC_ZERO),
         TOP_K=top_k,
         SLOTS=slots,
-        ROWS=rows,
-        num_warps=min(4, slots),
+        T=int4_tile(x, weight, 1, config),
+        num_warps=slots,
         **pdl_options(),
     )
     return out
