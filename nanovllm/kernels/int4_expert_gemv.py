@@ -38,8 +38,7 @@ from nanovllm.kernels.packed_words import (
 
 
 @triton.jit
-def _expert_products(
-    inputs,
+def _load_expert_tile(
     packed_ptr,
     scales_ptr,
     zeros_ptr,
@@ -47,12 +46,11 @@ def _expert_products(
     first_row,
     out_size,
     thread,
-    one,
     T: tl.constexpr,
 ):
-    """Return what each thread has of the products with rows of an expert's matrix.
+    """Load words, scales and zero points of a tile of an expert's matrix.
 
-    first_matrix_row: the expert's; a number, or one for each thread.
+    first_matrix_row: of the expert's rows among all; a number, or one for each thread.
     """
     is_tile = thread >= 0
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * T.row_words
@@ -64,7 +62,7 @@ def _expert_products(
     zeros = ()
     if zeros_ptr is not None:
         zeros = load_scales(zeros_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    return multiply_words(words, scales, zeros, prepare_inputs(inputs, T), one, T)
+    return words, scales, zeros
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -91,24 +89,16 @@ def _int4_gate_up_kernel(
     thread = tl.arange(0, T.threads)
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * (2 * out_size)
+    words, scales, zeros = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, T
+    )
     inputs = load_input(x_ptr, order_ptr, thread, T)
     factor = 1.0
     if norm_ptr is not None:
         # The norm divides all of x by the same number, so it is enough to scale the results.
         factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
         inputs = multiply_inputs(inputs, load_input(norm_ptr, order_ptr, thread, T), T)
-    products = _expert_products(
-        inputs,
-        packed_ptr,
-        scales_ptr,
-        zeros_ptr,
-        first_matrix_row,
-        first_row,
-        out_size,
-        thread,
-        one,
-        T,
-    )
+    products = multiply_words(words, scales, zeros, prepare_inputs(inputs, T), one, T)
     both = sum_threads(products, 2 * ROWS) * factor
     gate, up = tl.split(tl.reshape(both, [ROWS, 2]))
     out = gated(gate, up, "silu").to(out_ptr.dtype.element_ty)
@@ -148,19 +138,12 @@ def _int4_down_kernel(
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * out_size
     routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
-    inputs = load_input((x_ptr + slot * T.in_size)[:, None], order_ptr, thread, T)
-    products = _expert_products(
-        scale_inputs(inputs, routing_weight[:, None], T),
-        packed_ptr,
-        scales_ptr,
-        zeros_ptr,
-        first_matrix_row,
-        first_row,
-        out_size,
-        thread,
-        one,
-        T,
+    words, scales, zeros = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, T
     )
+    inputs = load_input((x_ptr + slot * T.in_size)[:, None], order_ptr, thread, T)
+    inputs = prepare_inputs(scale_inputs(inputs, routing_weight[:, None], T), T)
+    products = multiply_words(words, scales, zeros, inputs, one, T)
     out = sum_threads(products, ROWS)
     output = first_row + tl.arange(0, ROWS)
     if residual_ptr is not None:
