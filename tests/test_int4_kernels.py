@@ -323,14 +323,23 @@ def test_experts_of_one_token() -> None:
 
 
 def test_experts_of_one_token_in_several_pieces() -> None:
-    weights, exact = make_experts((2, 520, 40))
+    """Of gate and up, and of down, with few outputs each: the interpreter takes long."""
+    weights, exact = make_experts((3, 520, 8))
     x = randn(1, 520)
-    assert isinstance(weights.gate_up, Int4Weight) and isinstance(weights.down, Int4Weight)
+    assert isinstance(weights.gate_up, Int4Weight) and isinstance(exact.gate_up, Tensor)
     routing = route(x, weights.router, weights.top_k, weights.is_normalized)
+    experts = routing.experts[0].long()
     config = PackedGemvConfig(rows=4, words=2, warps=1, programs=1)
     activation = int4_expert_gate_up_gemv(x, weights.gate_up, routing, config=config)
-    out = int4_expert_down_gemv(activation, weights.down, routing, rows=8)
-    assert_near(out, expected_moe(x, exact), torch.float32)
+    gate, up = (exact.gate_up[experts] @ x[0].double()).chunk(2, dim=1)
+    assert_near(activation, F.silu(gate) * up, torch.float32)
+    weights, exact = make_experts((3, 16, 1032))
+    inputs = randn(2, 1032)
+    assert isinstance(weights.down, Int4Weight) and isinstance(exact.down, Tensor)
+    out = int4_expert_down_gemv(inputs, weights.down, routing, rows=8)
+    products = exact.down[experts] @ inputs.double()[:, :, None]
+    expected = (routing.weights[0].double()[:, None] * products[:, :, 0]).sum(0, keepdim=True)
+    assert_near(out, expected, torch.float32)
 
 
 @pytest.mark.parametrize("sorted_", [False, True], ids=["order", "in order"])

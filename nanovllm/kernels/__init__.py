@@ -3,11 +3,13 @@
 - `norm_rope_store`: q-norm, k-norm, rotary embedding, and storing K and V in the paged KV cache
 - `rms_norm`, `gate_mul`: RMSNorm, after an addition if need be; the activation of the MLP
 - `gate_up_gemm`, `hopper_prefill`: the first half of an MLP, and attention, of large prefills on
-  Hopper; `_gluon`: what these two share
+  Hopper; `_gluon`: what the kernels for Hopper share
 - `projection_norm`: q-norm and k-norm over all heads together
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
   `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
+- `hopper_gemm`: a linear layer of INT4 or FP8 weights for up to hundreds of tokens on Hopper;
+  `hopper_convert`: how it makes 16-bit numbers of them; `hopper_config`: how it divides its work
 - `packed_gemv`: the kernel of `fp8_gemv` and `int4_gemv`; `packed_words`, `packed_input`: its
   arithmetic, which INT4 experts share; `packed_tile`, `packed_config`: how it divides its work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a

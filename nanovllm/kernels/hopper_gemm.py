@@ -55,8 +55,9 @@ def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
     WEIGHT_TILES: gl.constexpr = weight_ring.shape[0] // STAGES
     WEIGHT_COLUMNS: gl.constexpr = weight_ring.shape[2]
     X_BYTES: gl.constexpr = x_ring.shape[1] * BLOCK * 2
+    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
     WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * WEIGHT_COLUMNS * 2
-    if PDL:
+    if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
         )
@@ -122,7 +123,9 @@ def _consume(
         stage = count % STAGES
         mbarrier.wait(full.index(stage), count // STAGES & 1)
         weight = convert(rings, stage, scales, operand, CONSUMER, 0, HOW)
-        # What is read and converted between the start of a product and its end is of the next one.
+        # The tensor cores multiply half a block while the next half is read and converted. It would
+        # be faster still to start the next product before the last one has ended, but then the
+        # assembler, ptxas, lets all of them run one by one.
         for block in range(first_block, end):
             scales = read_scales(grains, row, block, like, 1, HOW)
             next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
@@ -134,7 +137,7 @@ def _consume(
             next_stage = count % STAGES
             if block + 1 < end:
                 mbarrier.wait(full.index(next_stage), count // STAGES & 1)
-            # Behind the last block this converts whatever is there, for nobody.
+            # Behind the last block this converts whatever is there, and nobody uses it.
             weight = convert(rings, next_stage, next_scales, operand, CONSUMER, 0, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(stage), count=1)
@@ -183,7 +186,7 @@ def _hopper_gemm_kernel(
     """A program computes a tile of the result over a split of the inner dimension, then another one
     as many further on as there are programs, and so on.
     """
-    if PDL:
+    if PDL:  # `launch_next` in Gluon
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
@@ -197,6 +200,7 @@ def _hopper_gemm_kernel(
     fence_async_shared()
     rings = (x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
+    # What tiles there are, and where the work ends.
     sizes = (num_tokens, token_tiles, row_tiles, x_ring.shape[1], weight_ring.shape[1])
     limits = (num_tiles, split_blocks, gl.cdiv(IN_SIZE, BLOCK), out_size)
     gl.warp_specialize(

@@ -1,7 +1,7 @@
 """How the kernels of INT4 weights divide their work, and which of them is taken.
 
-That of the GEMV has been measured (packed_config.py). The rest follows from the compiled code (see
-each); `scripts/bench_quantized.py` is there to replace it.
+The numbers were measured on an H100, those of the GEMV in packed_config.py. Those of experts follow
+from the compiled code; `scripts/bench_quantized.py` is there to replace them.
 """
 
 from dataclasses import dataclass

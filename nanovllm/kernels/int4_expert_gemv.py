@@ -32,8 +32,7 @@ from nanovllm.kernels.packed_words import ONE, load_tile, multiply_words, sum_th
 
 
 @triton.jit
-def _expert_products(
-    columns,
+def _load_expert_tile(
     packed_ptr,
     scales_ptr,
     zeros_ptr,
@@ -41,16 +40,13 @@ def _expert_products(
     first_row,
     out_size,
     thread,
-    one,
     TILE: tl.constexpr,
 ):
-    """Return what each thread has of the products with a tile of an expert's matrix: `[threads]`
-    for each row and half.
+    """Load the rows of a tile of an expert's matrix: `TileWeight`.
 
-    columns: of x, as `load_input` returns them. first_row: of the tile, in the expert's matrix.
     first_matrix_row: where that begins in the matrix of all experts; a number, or `[threads]`.
+    first_row: of the tile, in the expert's matrix.
     """
-    is_tile = thread >= 0
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * TILE.row_words
     if len(first_matrix_row.shape) > 0:
         words_ptr = words_ptr[:, None]
@@ -58,8 +54,8 @@ def _expert_products(
     scales_ptr += grains_before
     if zeros_ptr is not None:
         zeros_ptr += grains_before
-    weight = load_tile(words_ptr, scales_ptr, zeros_ptr, first_row, out_size, thread, is_tile, TILE)
-    return multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
+    is_tile = thread >= 0  # there is one
+    return load_tile(words_ptr, scales_ptr, zeros_ptr, first_row, out_size, thread, is_tile, TILE)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -86,6 +82,9 @@ def _int4_gate_up_kernel(
     thread = tl.arange(0, TILE.threads)
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * (2 * out_size)
+    weight = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, TILE
+    )
     columns = load_input(x_ptr, order_ptr, thread, TILE)
     factor = 1.0
     if norm_ptr is not None:
@@ -93,18 +92,7 @@ def _int4_gate_up_kernel(
         factor = tl.rsqrt(sum_of_squares(columns, TILE) / TILE.in_size + eps)
         norm = load_input(norm_ptr, order_ptr, thread, TILE)
         columns = multiply_inputs(columns, norm, TILE)
-    products = _expert_products(
-        columns,
-        packed_ptr,
-        scales_ptr,
-        zeros_ptr,
-        first_matrix_row,
-        first_row,
-        out_size,
-        thread,
-        one,
-        TILE,
-    )
+    products = multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
     both = sum_threads(products, 2 * ROWS) * factor
     gate, up = tl.split(tl.reshape(both, [ROWS, 2]))
     out = gated(gate, up, "silu").to(out_ptr.dtype.element_ty)
@@ -144,19 +132,12 @@ def _int4_down_kernel(
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * out_size
     routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
-    columns = load_input((x_ptr + slot * TILE.in_size)[:, None], order_ptr, thread, TILE)
-    products = _expert_products(
-        scale_inputs(columns, routing_weight[:, None], TILE),
-        packed_ptr,
-        scales_ptr,
-        zeros_ptr,
-        first_matrix_row,
-        first_row,
-        out_size,
-        thread,
-        one,
-        TILE,
+    weight = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, TILE
     )
+    columns = load_input((x_ptr + slot * TILE.in_size)[:, None], order_ptr, thread, TILE)
+    columns = scale_inputs(columns, routing_weight[:, None], TILE)
+    products = multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
     out = sum_threads(products, ROWS)
     output = first_row + tl.arange(0, ROWS)
     if residual_ptr is not None:

@@ -47,8 +47,8 @@ def load_input(ptr, order_ptr, thread, TILE: tl.constexpr):
             x3, x7 = _split_pairs(_load_columns(ptr, order_ptr, column + 96, TILE))
             columns += (x0, x1, x2, x3, x4, x5, x6, x7)
         else:
-            # Eight numbers of 16 bits are what a thread loads at once. If it were to have sixteen
-            # neighbours, Triton would give it eight here and eight elsewhere.
+            # Eight numbers of 16 bits are what a thread loads at once. Of sixteen in one load
+            # Triton would give it eight, and eight of another thread's.
             column = first + tl.arange(0, 8)[None, :]
             even, odd = _split_pairs(_load_columns(ptr, order_ptr, column, TILE))
             x0, x2 = _split_pairs(even)
@@ -121,10 +121,8 @@ def sum_of_squares(columns, TILE: tl.constexpr):
 def prepare_inputs(columns, TILE: tl.constexpr):
     """Compute once what `multiply_words` needs for every row: `Inputs`."""
     if TILE.format == "int4":
-        sums = _thread_sums(columns, TILE)
-        columns = _scale_by_powers(columns, TILE)
-        scaled_sums = _thread_sums(columns, TILE)
-        return Inputs(columns, sums, scaled_sums)
+        scaled = _scale_by_powers(columns, TILE)
+        return Inputs(scaled, _thread_sums(columns, TILE), _thread_sums(scaled, TILE))
     else:
         return Inputs(columns, (), ())
 
