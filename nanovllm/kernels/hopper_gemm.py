@@ -257,10 +257,10 @@ def hopper_gemm(
     zero_points = None
     if isinstance(weight, FP8Weight):
         matrix = weight.values
-        weight_tile = [TILE_ROWS, 64]
+        weight_tile = [TILE_ROWS, 64]  # half a block
     else:
         matrix = weight.packed
-        weight_tile = [TILE_ROWS, 32]
+        weight_tile = [TILE_ROWS, 32]  # a whole block: four columns a number of 16 bits
         zero_points = weight.zero_points
         if weight.column_order is not None:
             x = x[:, weight.column_order]
@@ -284,8 +284,8 @@ def hopper_gemm(
     row_tiles = triton.cdiv(out_size, TILE_ROWS)
     num_tiles = token_tiles * row_tiles * splits
     _hopper_gemm_kernel[(min(num_tiles, num_multiprocessors),)](
-        describe(x, readable_rows(x, config.tokens), [config.tokens, 64]),
-        describe(matrix, out_size, weight_tile),
+        describe_contiguous(x, readable_rows(x, config.tokens), [config.tokens, 64]),
+        describe_contiguous(matrix, out_size, weight_tile),
         weight.scales,
         zero_points,
         bias,
@@ -318,8 +318,12 @@ DTYPES = {
 }
 
 
-def describe(matrix: Tensor, num_rows: int, tile: list[int]) -> Any:
-    """Describe a contiguous matrix to TMA; num_rows: those that it may read."""
+def describe_contiguous(matrix: Tensor, num_rows: int, tile: list[int]) -> Any:
+    """Describe a contiguous matrix `[n, columns]` to TMA, in tiles of a shape.
+
+    num_rows: that TMA may read: n, or what `readable_rows` returns. The stride is computed, since
+        the one that PyTorch gives a single row may be anything.
+    """
     layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[matrix.dtype])
     columns = matrix.shape[1]
     return GluonDescriptor(matrix, [num_rows, columns], [columns, 1], tile, layout)
