@@ -52,7 +52,7 @@ E4M3_ASSEMBLY = tl.constexpr("""{
 
 def has_assembly(x: Tensor) -> bool:
     """Whether the kernel runs on a GPU, and not in the interpreter."""
-    return x.is_cuda
+    return x.device.type == "cuda"
 
 
 # --- the weight ---
