@@ -25,9 +25,9 @@ MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_block_gemm` multiplies with
 def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
     """Choose tiles; what a thread reads at a time is of one grain."""
     has_whole_rows = column_grain == in_size
-    thread_bytes = 16 if has_whole_rows or column_grain % 16 == 0 else 8
+    max_words = 4 if has_whole_rows or column_grain % 16 == 0 else 2  # of four columns each
     row_words = -(-in_size // 4)
-    return packed_gemv_config(in_size, row_words, is_gated, 32, thread_bytes)
+    return packed_gemv_config(in_size, row_words, is_gated, thread_columns=32, max_words=max_words)
 
 
 @dataclass(frozen=True, slots=True)

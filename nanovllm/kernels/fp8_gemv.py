@@ -1,10 +1,9 @@
 """A linear layer of FP8 weights for one token: `packed_gemv` of four numbers a word.
 
-Where a row has one scale, its finished sum is multiplied by it; where blocks have one, what a
-thread has summed of a block is.
+Where a row has a single scale, its finished sum is multiplied by that. Where blocks have one each,
+what a thread has summed up of a block is, before the threads are added.
 """
 
-import torch
 from torch import Tensor
 
 from nanovllm.kernels.fp8_config import fp8_gemv_config
@@ -14,7 +13,7 @@ from nanovllm.kernels.packed_gemv import packed_gemv
 from nanovllm.kernels.packed_tile import Tile
 from nanovllm.kernels.packed_words import has_assembly
 
-THREAD_COLUMNS = 8  # at least, that a thread reads at a time; they are of one grain
+THREAD_COLUMNS = 8  # that a thread reads at a time, or twice as many; they must be of one grain
 
 
 def fp8_gemv(
@@ -25,7 +24,6 @@ def fp8_gemv(
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
     config: PackedGemvConfig | None = None,
 ) -> Tensor:
     """`gemv` with an FP8 weight: `residual + rms_norm(x) W^T + bias`, `[1, out]`.
@@ -33,7 +31,7 @@ def fp8_gemv(
     The reference is that of `gemv`, with the weight of `dequantize_fp8`.
 
     weight: its column grain is a multiple of 8, or a whole row.
-    x, bias, norm_weight, eps, residual, activation, out_dtype: as for `gemv`.
+    x, bias, norm_weight, eps, residual, activation: as for `gemv`.
     config: overrides `fp8_gemv_config`, for tests and tuning.
     """
     halves = 1 if activation is None else 2
@@ -49,7 +47,6 @@ def fp8_gemv(
         words=config.words,
         warps=config.warps,
         has_assembly=has_assembly(x),
-        is_exact=x.dtype == torch.float32,
     )
     assert weight.has_whole_rows or weight.column_grain % (4 * config.words) == 0
     assert halves == 1 or weight.out_size // 2 % weight.row_grain == 0
@@ -64,5 +61,4 @@ def fp8_gemv(
         eps=eps,
         residual=residual,
         activation=activation,
-        out_dtype=out_dtype,
     )

@@ -1,6 +1,7 @@
 """How `hopper_gemm` makes numbers of x's dtype of an INT4 or FP8 weight, in registers."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +29,15 @@ BFLOAT16 = (
 FLOAT16 = (
     ASSEMBLY.replace("OFFSET", "0x64006400").replace("ONE", "0x3C003C00").replace("DTYPE", "f16x2")
 )
+
+
+class Rings(NamedTuple):
+    """A program's tiles in shared memory. A stage is a block of 128 columns; see _gluon.py."""
+
+    x: Any  # two tiles a stage: [2 * stages, tokens, 64] in 16 bits
+    weight: Any  # one tile a stage of INT4, [stages, 128, 32] int16; two of FP8, 64 columns each
+    full: Any  # [stages, 1]: barriers that complete when both have arrived
+    empty: Any  # [stages, 1]: and when both consumers have read them
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,12 @@ def _read_group(grains, row, column, like, HOW: gl.constexpr):
 
 @gluon.jit
 def read_scales(grains, row, block, like, SIDE: gl.constexpr, HOW: gl.constexpr):
-    """Read what the conversion of half a block needs: of INT4 for each of its two positions."""
+    """Read what the conversion of half a block needs: of INT4 for each of its two positions.
+
+    row: of the weight, for each row of the consumer. SIDE: 0 for the left half, 1 for the right.
+    like: any tensor of x's dtype. Its dtype is that of INT4 scales, and it stands for scales that
+        the conversion does not need.
+    """
     column = block * BLOCK + SIDE * HALF
     if HOW.assembly is not None:
         left = _read_group(grains, row, column, like, HOW)
@@ -119,19 +134,21 @@ def convert(
     SIDE: gl.constexpr,
     HOW: gl.constexpr,
 ):
-    """Return half a block of the consumer's rows in x's dtype, as the tensor cores read it."""
-    x_ring, weight_ring, full, empty = rings
-    ROWS: gl.constexpr = weight_ring.shape[1] // 2
+    """Return half a block of the consumer's rows in x's dtype, as the tensor cores read it.
+
+    scales: of `read_scales`. operand: the layout in which the tensor cores read registers.
+    """
+    ROWS: gl.constexpr = rings.weight.shape[1] // 2
     if HOW.assembly is None:
-        tile = weight_ring.index(2 * stage + SIDE).slice(CONSUMER * ROWS, ROWS, 0)
+        tile = rings.weight.index(2 * stage + SIDE).slice(CONSUMER * ROWS, ROWS, 0)
         # By float32, since the GPU's instruction from FP8 gives fp16, and the one from that to
         # bf16 is eight times slower than these.
         weight = tile.load(operand).to(gl.float32)
         if HOW.grains != 1:
             weight *= scales[0][:, None]
-        return weight.to(x_ring.dtype)
+        return weight.to(rings.x.dtype)
     else:
-        numbers = weight_ring.index(stage).slice(CONSUMER * ROWS, ROWS, 0).load(operand)
+        numbers = rings.weight.index(stage).slice(CONSUMER * ROWS, ROWS, 0).load(operand)
         left = _take_out(numbers, scales[0], 2 * SIDE, HOW)
         right = _take_out(numbers, scales[1], 2 * SIDE + 1, HOW)
         # Side by side, which moves nothing: each thread has the same columns of both.

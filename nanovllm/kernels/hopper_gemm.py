@@ -6,7 +6,7 @@ multiply those before. They read the weight from registers, and x from shared me
 of a program see _gluon.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,62 +29,80 @@ from nanovllm.kernels._gluon import (
 from nanovllm.kernels._triton import device_limits, pdl_options, readable_rows, triton
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
-from nanovllm.kernels.hopper_convert import BLOCK, HALF, conversion_of, convert, read_scales
+from nanovllm.kernels.hopper_convert import BLOCK, HALF, Rings, conversion_of, convert, read_scales
 from nanovllm.kernels.int4_layout import Int4Weight
 
 
+class Work(NamedTuple):
+    """What all programs together compute: it is known to every part of each program."""
+
+    num_tokens: Any  # of x
+    token_tiles: Any  # tiles of tokens; neighbouring programs have the same rows of the weight
+    row_tiles: Any  # tiles of rows of the weight
+    num_tiles: Any  # of both, in all splits of the inner dimension
+    split_blocks: Any  # blocks of 128 columns in a split; the last one may have fewer
+    num_blocks: Any  # in all splits
+    out_size: Any  # rows of the weight
+
+
+class Place(NamedTuple):
+    """Where a tile begins."""
+
+    token: Any
+    row: Any
+    split: Any
+
+
 @gluon.jit
-def _find_tile(index, sizes):
-    """The first token, the first row and the split of tile number `index`."""
-    num_tokens, token_tiles, row_tiles, TOKENS, ROWS = sizes
+def _find_tile(index, work, TOKENS: gl.constexpr, ROWS: gl.constexpr):
+    """The `Place` of tile number `index`."""
     # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
     # and both write the same numbers there.
-    first_token = index % token_tiles * TOKENS
-    first_token = gl.maximum(gl.minimum(first_token, num_tokens - TOKENS), 0)
-    first_row = index // token_tiles % row_tiles * ROWS
-    return first_token, first_row, index // (token_tiles * row_tiles)
+    first_token = index % work.token_tiles * TOKENS
+    first_token = gl.maximum(gl.minimum(first_token, work.num_tokens - TOKENS), 0)
+    first_row = index // work.token_tiles % work.row_tiles * ROWS
+    return Place(first_token, first_row, index // (work.token_tiles * work.row_tiles))
 
 
 @gluon.jit
-def _produce(x_desc, weight_desc, rings, sizes, limits, PDL: gl.constexpr):
+def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
     """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
-    x_ring, weight_ring, full, empty = rings
-    num_tiles, split_blocks, num_blocks, out_size = limits
-    STAGES: gl.constexpr = full.shape[0]
+    STAGES: gl.constexpr = rings.full.shape[0]
     # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
-    WEIGHT_TILES: gl.constexpr = weight_ring.shape[0] // STAGES
-    WEIGHT_COLUMNS: gl.constexpr = weight_ring.shape[2]
-    X_BYTES: gl.constexpr = x_ring.shape[1] * BLOCK * 2
+    TOKENS: gl.constexpr = rings.x.shape[1]
+    ROWS: gl.constexpr = rings.weight.shape[1]
+    WEIGHT_TILES: gl.constexpr = rings.weight.shape[0] // STAGES
+    WEIGHT_COLUMNS: gl.constexpr = rings.weight.shape[2]
+    X_BYTES: gl.constexpr = TOKENS * BLOCK * 2
     # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
-    WEIGHT_BYTES: gl.constexpr = weight_ring.shape[1] * WEIGHT_COLUMNS * 2
+    WEIGHT_BYTES: gl.constexpr = ROWS * WEIGHT_COLUMNS * 2
     if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
         )
     count = 0
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_token, first_row, split = _find_tile(index, sizes)
-        end = gl.minimum((split + 1) * split_blocks, num_blocks)
-        for block in range(split * split_blocks, end):
+    for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
+        first = _find_tile(index, work, TOKENS, ROWS)
+        end = gl.minimum((first.split + 1) * work.split_blocks, work.num_blocks)
+        for block in range(first.split * work.split_blocks, end):
             stage = count % STAGES
-            arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            arrived = rings.full.index(stage)
+            mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
             mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
             for i in gl.static_range(WEIGHT_TILES):
-                place = [first_row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
-                tile = weight_ring.index(WEIGHT_TILES * stage + i)
+                place = [first.row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
+                tile = rings.weight.index(WEIGHT_TILES * stage + i)
                 load_tile(weight_desc, place, arrived, tile)
             for i in gl.static_range(2):
-                place = [first_token, block * BLOCK + i * HALF]
-                load_tile(x_desc, place, arrived, x_ring.index(2 * stage + i))
+                place = [first.token, block * BLOCK + i * HALF]
+                load_tile(x_desc, place, arrived, rings.x.index(2 * stage + i))
             count += 1
 
 
 @gluon.jit
 def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
     """Start `acc += weight x^T` with half a block of x."""
-    x_ring, weight_ring, full, empty = rings
-    x = x_ring.index(2 * stage + SIDE).permute((1, 0))
+    x = rings.x.index(2 * stage + SIDE).permute((1, 0))
     return warpgroup_mma(weight, x, acc, is_async=True)
 
 
@@ -94,34 +112,31 @@ def _consume(
     bias_ptr,
     partial_sums_ptr,
     rings,
-    sizes,
-    limits,
+    work,
     HOW: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Compute the rows of one consumer in all tiles of the program."""
-    x_ring, weight_ring, full, empty = rings
-    num_tiles, split_blocks, num_blocks, out_size = limits
-    num_tokens = sizes[0]
-    STAGES: gl.constexpr = full.shape[0]
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    ROWS: gl.constexpr = weight_ring.shape[1] // 2
+    STAGES: gl.constexpr = rings.full.shape[0]
+    TOKENS: gl.constexpr = rings.x.shape[1]
+    ROWS: gl.constexpr = rings.weight.shape[1] // 2  # of a consumer
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    like = gl.zeros([1], x_ring.dtype, gl.SliceLayout(1, operand))
+    like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
     count = 0
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_token, first_row, split = _find_tile(index, sizes)
-        first_row += CONSUMER * ROWS
+    for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
+        first = _find_tile(index, work, TOKENS, 2 * ROWS)
+        split = first.split
+        first_row = first.row + CONSUMER * ROWS
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
-        row = gl.minimum(row, out_size - 1)
-        first_block = split * split_blocks
-        end = gl.minimum(first_block + split_blocks, num_blocks)
+        row = gl.minimum(row, work.out_size - 1)
+        first_block = split * work.split_blocks
+        end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
         scales = read_scales(grains, row, first_block, like, 0, HOW)
         stage = count % STAGES
-        mbarrier.wait(full.index(stage), count // STAGES & 1)
+        mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
         weight = convert(rings, stage, scales, operand, CONSUMER, 0, HOW)
         # The tensor cores multiply half a block while the next half is read and converted. It would
         # be faster still to start the next product before the last one has ended, but then the
@@ -136,15 +151,15 @@ def _consume(
             count += 1
             next_stage = count % STAGES
             if block + 1 < end:
-                mbarrier.wait(full.index(next_stage), count // STAGES & 1)
+                mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
             # Behind the last block this converts whatever is there, and nobody uses it.
             weight = convert(rings, next_stage, next_scales, operand, CONSUMER, 0, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(stage), count=1)
+            mbarrier.arrive(rings.empty.index(stage), count=1)
             stage = next_stage
 
         sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
-        is_row = sum_row < out_size
+        is_row = sum_row < work.out_size
         if HOW.assembly is None and HOW.grains == 1:
             scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
             acc *= scale[:, None]
@@ -153,11 +168,11 @@ def _consume(
                 bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
                 acc += bias.to(gl.float32)[:, None]
         # A thread is to store neighbouring rows, that is, outputs of one token.
-        out = gl.convert_layout(acc.to(x_ring.dtype).permute((1, 0)), store_layout)
-        token = first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
+        out = gl.convert_layout(acc.to(rings.x.dtype).permute((1, 0)), store_layout)
+        token = first.token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
         out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
-        mask = (token < num_tokens)[:, None] & (out_row < out_size)[None, :]
-        places = (split * num_tokens + token) * out_size
+        mask = (token < work.num_tokens)[:, None] & (out_row < work.out_size)[None, :]
+        places = (split * work.num_tokens + token) * work.out_size
         gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
 
 
@@ -198,16 +213,22 @@ def _hopper_gemm_kernel(
     shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
     weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
     fence_async_shared()
-    rings = (x_ring, weight_ring, full, empty)
+    rings = Rings(x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
-    # What tiles there are, and where the work ends.
-    sizes = (num_tokens, token_tiles, row_tiles, x_ring.shape[1], weight_ring.shape[1])
-    limits = (num_tiles, split_blocks, gl.cdiv(IN_SIZE, BLOCK), out_size)
+    work = Work(
+        num_tokens,
+        token_tiles,
+        row_tiles,
+        num_tiles,
+        split_blocks,
+        gl.cdiv(IN_SIZE, BLOCK),
+        out_size,
+    )
     gl.warp_specialize(
         [
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 0)),
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, sizes, limits, HOW, 1)),
-            (_produce, (x_desc, weight_desc, rings, sizes, limits, PDL)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 0)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 1)),
+            (_produce, (x_desc, weight_desc, rings, work, PDL)),
         ],
         WARPS,
         REGISTERS,

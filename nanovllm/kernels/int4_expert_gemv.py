@@ -21,20 +21,14 @@ from nanovllm.kernels.int4_gemv import int4_tile
 from nanovllm.kernels.int4_layout import Int4Weight
 from nanovllm.kernels.moe_routing import Routing
 from nanovllm.kernels.packed_config import PackedGemvConfig
-from nanovllm.kernels.packed_gemv import sum_threads
 from nanovllm.kernels.packed_input import (
     load_input,
     multiply_inputs,
+    prepare_inputs,
     scale_inputs,
     sum_of_squares,
 )
-from nanovllm.kernels.packed_words import (
-    ONE,
-    load_scales,
-    load_words,
-    multiply_words,
-    prepare_inputs,
-)
+from nanovllm.kernels.packed_words import ONE, load_tile, multiply_words, sum_threads
 
 
 @triton.jit
@@ -46,23 +40,22 @@ def _load_expert_tile(
     first_row,
     out_size,
     thread,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Load words, scales and zero points of a tile of an expert's matrix.
+    """Load the rows of a tile of an expert's matrix: `TileWeight`.
 
-    first_matrix_row: of the expert's rows among all; a number, or one for each thread.
+    first_matrix_row: where that begins in the matrix of all experts; a number, or `[threads]`.
+    first_row: of the tile, in the expert's matrix.
     """
-    is_tile = thread >= 0
-    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * T.row_words
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first_matrix_row * TILE.row_words
     if len(first_matrix_row.shape) > 0:
         words_ptr = words_ptr[:, None]
-    words = load_words(words_ptr, first_row, out_size, thread, is_tile, T)
-    grains_before = first_matrix_row * T.grains
-    scales = load_scales(scales_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    zeros = ()
+    grains_before = first_matrix_row * TILE.grains_per_row
+    scales_ptr += grains_before
     if zeros_ptr is not None:
-        zeros = load_scales(zeros_ptr + grains_before, first_row, out_size, thread, is_tile, T)
-    return words, scales, zeros
+        zeros_ptr += grains_before
+    is_tile = thread >= 0  # there is one
+    return load_tile(words_ptr, scales_ptr, zeros_ptr, first_row, out_size, thread, is_tile, TILE)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -78,27 +71,28 @@ def _int4_gate_up_kernel(
     out_ptr,
     out_size,
     one,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes a tile of outputs of one expert."""
-    ROWS: tl.constexpr = T.rows
+    ROWS: tl.constexpr = TILE.rows
     launch_next(PDL)
     slot = tl.program_id(1)
     first_row = tl.program_id(0) * ROWS
-    thread = tl.arange(0, T.threads)
+    thread = tl.arange(0, TILE.threads)
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * (2 * out_size)
-    words, scales, zeros = _load_expert_tile(
-        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, T
+    weight = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, TILE
     )
-    inputs = load_input(x_ptr, order_ptr, thread, T)
+    columns = load_input(x_ptr, order_ptr, thread, TILE)
     factor = 1.0
     if norm_ptr is not None:
         # The norm divides all of x by the same number, so it is enough to scale the results.
-        factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
-        inputs = multiply_inputs(inputs, load_input(norm_ptr, order_ptr, thread, T), T)
-    products = multiply_words(words, scales, zeros, prepare_inputs(inputs, T), one, T)
+        factor = tl.rsqrt(sum_of_squares(columns, TILE) / TILE.in_size + eps)
+        norm = load_input(norm_ptr, order_ptr, thread, TILE)
+        columns = multiply_inputs(columns, norm, TILE)
+    products = multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
     both = sum_threads(products, 2 * ROWS) * factor
     gate, up = tl.split(tl.reshape(both, [ROWS, 2]))
     out = gated(gate, up, "silu").to(out_ptr.dtype.element_ty)
@@ -121,14 +115,14 @@ def _int4_down_kernel(
     one,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes a tile of outputs: all experts' products, weighted and added up.
 
     Each warp multiplies with another expert; SLOTS is TOP_K, rounded up to a power of two.
     """
-    ROWS: tl.constexpr = T.rows
+    ROWS: tl.constexpr = TILE.rows
     launch_next(PDL)
     first_row = tl.program_id(0) * ROWS
     slot = tl.arange(0, SLOTS * 32) // 32
@@ -138,12 +132,12 @@ def _int4_down_kernel(
     wait_for_previous(PDL)
     first_matrix_row = tl.load(experts_ptr + slot).to(tl.int64) * out_size
     routing_weight = tl.load(routing_weights_ptr + slot, mask=is_slot, other=0.0)
-    words, scales, zeros = _load_expert_tile(
-        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, T
+    weight = _load_expert_tile(
+        packed_ptr, scales_ptr, zeros_ptr, first_matrix_row, first_row, out_size, thread, TILE
     )
-    inputs = load_input((x_ptr + slot * T.in_size)[:, None], order_ptr, thread, T)
-    inputs = prepare_inputs(scale_inputs(inputs, routing_weight[:, None], T), T)
-    products = multiply_words(words, scales, zeros, inputs, one, T)
+    columns = load_input((x_ptr + slot * TILE.in_size)[:, None], order_ptr, thread, TILE)
+    columns = scale_inputs(columns, routing_weight[:, None], TILE)
+    products = multiply_words(weight, prepare_inputs(columns, TILE), one, TILE)
     out = sum_threads(products, ROWS)
     output = first_row + tl.arange(0, ROWS)
     if residual_ptr is not None:
@@ -181,7 +175,7 @@ def int4_expert_gate_up_gemv(
         out,
         out_size,
         ONE,
-        T=int4_tile(x, weight, 2, config),
+        TILE=int4_tile(x, weight, 2, config),
         num_warps=config.warps,
         **pdl_options(),
     )
@@ -222,7 +216,7 @@ def int4_expert_down_gemv(
         ONE,
         TOP_K=top_k,
         SLOTS=slots,
-        T=int4_tile(x, weight, 1, config),
+        TILE=int4_tile(x, weight, 1, config),
         num_warps=slots,
         **pdl_options(),
     )

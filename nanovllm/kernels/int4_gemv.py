@@ -11,7 +11,10 @@ from nanovllm.kernels.packed_tile import Tile
 
 
 def int4_tile(x: Tensor, weight: Int4Weight, halves: int, config: PackedGemvConfig) -> Tile:
-    """Return what a kernel knows of the weight when it is compiled."""
+    """Return what a kernel knows of its work when it is compiled.
+
+    halves: 2 if the weight is a gate projection above an up projection, else 1.
+    """
     return Tile(
         format="int4",
         in_size=weight.in_size,
@@ -21,7 +24,6 @@ def int4_tile(x: Tensor, weight: Int4Weight, halves: int, config: PackedGemvConf
         rows=config.rows,
         words=config.words,
         warps=config.warps,
-        has_assembly=False,
         is_exact=x.dtype == torch.float32,
     )
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from nanovllm.kernels._triton import next_power_of_2
 
 WARPS_PER_MULTIPROCESSOR = 16
-MAX_TILE_WORDS = 32  # of a thread
-MAX_ROWS = 8
+MAX_TILE_WORDS = 32  # that a thread has in registers
+MAX_ROWS = 8  # as many products as `sum_threads` adds up at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,20 @@ class PackedGemvConfig:
 
 
 def packed_gemv_config(
-    in_size: int, row_words: int, is_gated: bool, thread_columns: int, thread_bytes: int = 16
+    in_size: int, row_words: int, is_gated: bool, thread_columns: int, max_words: int = 4
 ) -> PackedGemvConfig:
     """Choose a configuration.
 
     row_words: words of 4 bytes in a row of the weight.
     thread_columns: at most, whose x a thread has in its registers.
-    thread_bytes: at most, that a thread reads at a time; half of them, where whole rows of threads
-        then come out even.
+    max_words: 2 or 4, that a thread reads at a time at most. It is 2 anyway where 4 for each thread
+        would not come out even with a row, so that some loads would be masked.
     """
     warps = min(16, next_power_of_2(-(-in_size // (32 * thread_columns))))
     threads = 32 * warps
-    words = 4 if thread_bytes == 16 and row_words % (4 * threads) == 0 else 2
+    words = max_words
+    if row_words % (4 * threads) != 0:
+        words = 2
     pieces = -(-row_words // (words * threads))
     rows = MAX_ROWS
     while rows > 2 and rows * pieces * words > MAX_TILE_WORDS:

@@ -3,12 +3,15 @@ them: the kernel of `fp8_gemv` and `int4_gemv`.
 
 As in `gemv`, a program takes whole rows of the weight, and the RMSNorm before the product and the
 addition after it are a part of the kernel. But these weights are read in half or a quarter of the
-time, in which a program that ends after a few rows would start, wait for memory, multiply and add
-up, one after the other. So there are only as many programs as run at once. Each keeps its columns
-of x in registers, normed, and goes from tile to tile. The registers of a tile are loaded with the
-next one as soon as they have been multiplied, while the sums of all threads are still to be added
-up; and there are enough programs that some of them wait for memory at any time. The first tile is
-on its way before a program waits for the kernel ahead.
+time, too short for programs that each start, wait for memory, multiply a few rows and end:
+
+- Programs are *persistent*: there are as many as run at once. Each loads and norms x once, into
+  registers, and goes through its tiles, a few rows each.
+- Memory never waits for arithmetic. As soon as a tile has been multiplied, its registers are loaded
+  with the next one, and only then are the sums of all threads added up. The first tile is on its
+  way before a program waits for the kernel ahead.
+
+The arithmetic is in packed_words.py, which columns a thread has in packed_tile.py.
 """
 
 import torch
@@ -23,38 +26,14 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.gate_mul import gated
-from nanovllm.kernels.packed_input import load_input, multiply_inputs, sum_of_squares
-from nanovllm.kernels.packed_tile import Tile
-from nanovllm.kernels.packed_words import (
-    ONE,
-    load_scales,
-    load_words,
-    multiply_words,
+from nanovllm.kernels.packed_input import (
+    load_input,
+    multiply_inputs,
     prepare_inputs,
+    sum_of_squares,
 )
-
-
-@triton.jit
-def _join_four(a, b, c, d):
-    """`[threads]` each -> `[threads, 4]`"""
-    pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(pairs, [a.shape[0], 4])
-
-
-@triton.jit
-def sum_threads(products, COUNT: tl.constexpr):
-    """Sum up 1, 2, 4 or 8 products `[threads]` by one reduction: `[COUNT]`."""
-    if COUNT == 1:
-        return tl.sum(products[0][:, None], axis=0)
-    elif COUNT == 2:
-        return tl.sum(tl.join(products[0], products[1]), axis=0)
-    elif COUNT == 4:
-        four = _join_four(products[0], products[1], products[2], products[3])
-        return tl.sum(four, axis=0)
-    else:
-        even = _join_four(products[0], products[2], products[4], products[6])
-        odd = _join_four(products[1], products[3], products[5], products[7])
-        return tl.sum(tl.reshape(tl.join(even, odd), [even.shape[0], 8]), axis=0)
+from nanovllm.kernels.packed_tile import Tile
+from nanovllm.kernels.packed_words import ONE, load_tile, multiply_words, sum_threads
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -71,31 +50,32 @@ def _packed_gemv_kernel(
     out_ptr,
     out_size,
     one,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program computes every num_programs-th tile of outputs."""
-    ROWS: tl.constexpr = T.rows
-    COUNT: tl.constexpr = T.rows * T.halves
+    """Program p of P computes the tiles of outputs p, p + P, p + 2 P and so on."""
+    ROWS: tl.constexpr = TILE.rows
+    COUNT: tl.constexpr = TILE.rows * TILE.halves
     num_tiles = tl.cdiv(out_size, ROWS)
     num_programs = tl.num_programs(0)
-    thread = tl.arange(0, T.threads)
+    thread = tl.arange(0, TILE.threads)
     tile = tl.program_id(0)
-    words, scales, zeros = _load_tile(
-        tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
+    is_tile = tl.zeros(thread.shape, tl.int32) + tile < num_tiles
+    weight = load_tile(
+        weight_ptr, scales_ptr, zeros_ptr, tile * ROWS, out_size, thread, is_tile, TILE
     )
     if norm_ptr is not None:
-        norm = load_input(norm_ptr, order_ptr, thread, T)
+        norm = load_input(norm_ptr, order_ptr, thread, TILE)
     launch_next(PDL)
     wait_for_previous(PDL)  # no earlier kernel writes the weights above, but one writes x
-    inputs = load_input(x_ptr, order_ptr, thread, T)
+    columns = load_input(x_ptr, order_ptr, thread, TILE)
     factor = 1.0
     if norm_ptr is not None:
         # The norm divides all of x by the same number, so it is enough to scale the results.
-        factor = tl.rsqrt(sum_of_squares(inputs, T) / T.in_size + eps)
-        inputs = multiply_inputs(inputs, norm, T)
-    inputs = prepare_inputs(inputs, T)
+        factor = tl.rsqrt(sum_of_squares(columns, TILE) / TILE.in_size + eps)
+        columns = multiply_inputs(columns, norm, TILE)
+    inputs = prepare_inputs(columns, TILE)
     while tile < num_tiles:
         output = tile * ROWS + tl.arange(0, ROWS)
         addend = tl.zeros([ROWS], tl.float32)
@@ -104,11 +84,12 @@ def _packed_gemv_kernel(
         if residual_ptr is not None:
             ptrs = residual_ptr + output
             addend += tl.load(ptrs, mask=output < out_size, other=0.0).to(tl.float32)
-        products = multiply_words(words, scales, zeros, inputs, one, T)
-        # What comes next is loaded before this tile's sums are finished, which takes a while.
+        products = multiply_words(weight, inputs, one, TILE)
+        # The next tile is loaded before this one's sums are finished, which takes a while.
         tile += num_programs
-        words, scales, zeros = _load_tile(
-            tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T
+        is_tile = tl.zeros(thread.shape, tl.int32) + tile < num_tiles
+        weight = load_tile(
+            weight_ptr, scales_ptr, zeros_ptr, tile * ROWS, out_size, thread, is_tile, TILE
         )
         out = sum_threads(products, COUNT) * factor
         if ACTIVATION is not None:
@@ -116,21 +97,6 @@ def _packed_gemv_kernel(
             out = gated(gate, up, ACTIVATION)
         out += addend
         tl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=output < out_size)
-
-
-@triton.jit
-def _load_tile(
-    tile, weight_ptr, scales_ptr, zeros_ptr, out_size, thread, num_tiles, T: tl.constexpr
-):
-    """Load words, scales and zero points of a tile; nothing, if there is no such tile."""
-    is_tile = tl.zeros(thread.shape, tl.int32) + tile < num_tiles
-    first_row = tile * T.rows
-    words = load_words(weight_ptr, first_row, out_size, thread, is_tile, T)
-    zeros = ()
-    scales = load_scales(scales_ptr, first_row, out_size, thread, is_tile, T)
-    if zeros_ptr is not None:
-        zeros = load_scales(zeros_ptr, first_row, out_size, thread, is_tile, T)
-    return words, scales, zeros
 
 
 def packed_gemv(
@@ -146,20 +112,22 @@ def packed_gemv(
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Launch the kernel: see `fp8_gemv` and `int4_gemv`.
+    """Return `residual + rms_norm(x) W^T + bias`, `[1, out]`: see `fp8_gemv` and `int4_gemv`.
 
-    weight: `[out, ...]`, as `tile.format` has it. programs: on a multiprocessor.
+    x: `[1, in]`. weight, scales, zero_points, column_order: those of `FP8Weight` or `Int4Weight`.
+    programs: on a multiprocessor, as many as it runs at once.
+    bias, norm_weight, eps, residual, activation: as for `gemv`.
     """
     out_size = len(weight) // tile.halves
     assert x.shape == (1, tile.in_size) and not (activation is not None and bias is not None)
     assert all(t is None or t.is_contiguous() for t in (x, weight, scales, residual))
     out = residual
     if out is None:
-        out = torch.empty(1, out_size, dtype=out_dtype or x.dtype, device=x.device)
+        out = torch.empty(1, out_size, dtype=x.dtype, device=x.device)
     num_multiprocessors, _ = device_limits(x.device)
     num_tiles = triton.cdiv(out_size, tile.rows)
+    # As many programs as share the tiles evenly: none has a round more than another needs.
     rounds = triton.cdiv(num_tiles, num_multiprocessors * programs)
     _packed_gemv_kernel[(triton.cdiv(num_tiles, rounds),)](
         x,
@@ -174,7 +142,7 @@ def packed_gemv(
         out,
         out_size,
         ONE,
-        T=tile,
+        TILE=tile,
         ACTIVATION=activation,
         num_warps=tile.warps,
         **pdl_options(),
