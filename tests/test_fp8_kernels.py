@@ -267,8 +267,14 @@ def test_configurations_are_within_their_limits() -> None:
             assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
             assert grain % (4 * gemv.words) == 0 or grain == in_size
             assert gemv.warps * gemv.programs == 16
-    assert fp8_block_gemm_config(65, 4096, 132).tokens == 64
-    assert fp8_block_gemm_config(4096, 4096, 132).tokens == 128
+    hopper = 227 << 10
+    assert fp8_block_gemm_config(65, 4096, 132, hopper).tokens == 64
+    assert fp8_block_gemm_config(4096, 4096, 132, hopper).tokens == 128
+    assert fp8_block_gemm_config(65, 1024, 132, hopper).num_stages == 6
+    for shared_memory in (99 << 10, 227 << 10):
+        for num_tokens, out_size in ((65, 1024), (100, 24576), (1000, 1024), (4096, 24576)):
+            block = fp8_block_gemm_config(num_tokens, out_size, 170, shared_memory)
+            assert 2 <= block.num_stages <= shared_memory // (128 * (block.tokens + block.rows))
 
 
 # --- which kernel, and what becomes of its product ------------------------------------------------

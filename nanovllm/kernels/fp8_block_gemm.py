@@ -95,8 +95,8 @@ def fp8_block_gemm(
     grain = weight.column_grain
     assert out.is_contiguous() and x.scales.shape == (in_size // grain, num_tokens)
     if config is None:
-        num_multiprocessors, _ = device_limits(out.device)
-        config = fp8_block_gemm_config(num_tokens, weight.out_size, num_multiprocessors)
+        limits = device_limits(out.device)
+        config = fp8_block_gemm_config(num_tokens, weight.out_size, *limits)
     row_tiles = triton.cdiv(weight.out_size, config.rows)
     _block_gemm_kernel[(triton.cdiv(num_tokens, config.tokens) * row_tiles,)](
         TensorDescriptor.from_tensor(x.values, [config.tokens, grain]),

@@ -3,7 +3,7 @@
 The numbers were measured on an H100, those of the GEMV in packed_config.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanovllm.kernels._triton import next_power_of_2
 from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
@@ -19,6 +19,7 @@ MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
 # the result (rounding x: 2.6%). But where all have the same, as if x were a row of the weight, the
 # sum came out 5% too small with 4,096 columns, and 15% with 12,288. Beyond so many they do stop.
 MAX_FAST_COLUMNS = 4096
+MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_block_gemm` multiplies with
 
 
 def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
@@ -78,12 +79,19 @@ class FP8BlockGemmConfig:
 
 
 def fp8_block_gemm_config(
-    num_tokens: int, out_size: int, num_multiprocessors: int
+    num_tokens: int, out_size: int, num_multiprocessors: int, shared_memory: int
 ) -> FP8BlockGemmConfig:
-    """Choose small tiles where there would be few large ones, and then more stages."""
+    """Choose small tiles where there would be few large ones, and then more stages.
+
+    shared_memory: bytes that a program may use. Blackwell's cards for desktops have 99 KB of them,
+        less than half of what an H100 has; a kernel that asks for more cannot be launched.
+    """
     small_tiles = -(-num_tokens // 64) * -(-out_size // 128)
     if small_tiles <= num_multiprocessors:
-        return FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=6)
-    if num_tokens <= 128:
-        return FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
-    return FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)
+        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=6)
+    elif num_tokens <= 128:
+        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
+    else:
+        config = FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)
+    stage_bytes = (config.tokens + config.rows) * MAX_BLOCK_COLUMNS
+    return replace(config, num_stages=min(config.num_stages, shared_memory // stage_bytes))

@@ -112,6 +112,9 @@ QUANTIZED = {
     "int4, zeros": lambda rows, columns: int4_weight(rows, columns, 64, has_zero_points=True),
     "int4, small groups": lambda rows, columns: int4_weight(rows, columns, 32, True),
     "int4, rows": lambda rows, columns: int4_weight(rows, columns, columns, False),
+    "int4, order": lambda rows, columns: int4_weight(rows, columns, 64, True)._replace(
+        column_order=torch.randperm(columns, device="cuda").int()
+    ),
     "fp8": lambda rows, columns: fp8_weight(rows, columns, 1, columns),
     "fp8, blocks": lambda rows, columns: fp8_weight(rows, columns, 16, 64),
 }
