@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm import LLM
-from nanovllm.quantization.read_scheme import read_scheme
+from nanovllm.quantization.read_scheme import check_device, read_scheme
 from nanovllm.quantization.scheme import ModuleNames, Scheme, as_names
 from nanovllm.quantization.unquantized import UNQUANTIZED
 
@@ -157,6 +157,16 @@ def test_what_is_not_supported(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_scheme(SimpleNamespace(quantization_config=config), option)
+
+
+def test_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = "nanovllm.quantization.read_scheme.triton_version"
+    monkeypatch.setattr(version, lambda: (3, 10))
+    check_device("cuda")
+    monkeypatch.setattr(version, lambda: (3, 4))
+    check_device("cpu")
+    with pytest.raises(ValueError, match=r"Triton 3\.5, .* and this is 3\.4"):
+        check_device("cuda")
 
 
 def test_wrong_regular_expressions_and_types() -> None:

@@ -22,7 +22,7 @@ from unittest.mock import Mock
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import HAS_TRITON, is_hopper, triton
+from nanovllm.kernels._triton import HAS_TRITON, is_hopper, triton_version
 
 try:
     from triton.experimental import gluon
@@ -37,7 +37,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     # Before 3.6 `warp_specialize` took other arguments.
-    HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    HAS_GLUON = triton_version() >= (3, 6)
     # Newer versions of Triton call these two otherwise.
     load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global

@@ -35,6 +35,13 @@ HAS_TRITON = hasattr(triton, "__version__")
 MAX_GEMM_TILE_ROWS = 128
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of Triton; `(0, 0)` where there is none."""
+    if not HAS_TRITON:
+        return 0, 0
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 # --- overlapping launches ---
 
 

@@ -19,7 +19,7 @@ from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
 from nanovllm.models.smollm3 import SmolLM3ForCausalLM
 from nanovllm.models.weight_formats import choose_formats, fill_quantized, finish_loading
 from nanovllm.quantization.construction import formats_postponed
-from nanovllm.quantization.read_scheme import read_scheme
+from nanovllm.quantization.read_scheme import check_device, read_scheme
 from nanovllm.utils.loader import fill_dummy, load_model
 
 __all__ = ["MODELS", "build_model", "check_model", "head_size", "model_class"]
@@ -56,6 +56,8 @@ def check_model(config: Config) -> None:
     """
     model_class(config.hf_config).check_config(config.hf_config, config.tensor_parallel_size)
     scheme = read_scheme(config.hf_config, config.quantization)
+    if scheme is not None:
+        check_device(config.device)
     config.quantization = None if scheme is None else scheme.name
 
 

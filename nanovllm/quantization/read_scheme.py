@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nanovllm.kernels._triton import triton_version
 from nanovllm.quantization.config_options import ALL_LAYERS, Options, check, refusal
 from nanovllm.quantization.fp8 import FP8Online, FP8Rows
 from nanovllm.quantization.fp8_blocks import FP8Blocks
@@ -23,6 +24,18 @@ SUPPORTED = (
 # vLLM's names of kernels for a format.
 ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 NOT_QUANTISED = (None, "auto")  # of the option: what the checkpoint says
+OLDEST_TRITON = (3, 5)  # it compiles tuples with named fields, which `packed_gemv` is written with
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError if the kernels of quantised weights cannot be compiled for "cuda"."""
+    version = triton_version()
+    if device == "cuda" and version < OLDEST_TRITON:
+        raise ValueError(
+            f"quantised weights on a GPU need Triton {'.'.join(map(str, OLDEST_TRITON))}, which "
+            f"PyTorch 2.9 brings, or a later one, and this is {'.'.join(map(str, version))}; "
+            "upgrade PyTorch, or pass device='cpu'"
+        )
 
 
 def read_scheme(hf_config: Any, option: str | None) -> Scheme | None:
