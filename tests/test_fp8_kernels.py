@@ -121,7 +121,11 @@ def test_gemv_with_norm_and_addition(shape: tuple[int, int, int, int], dtype: to
     bias, residual = randn(10, dtype=dtype), randn(1, 10, dtype=dtype)
     normed = rms_norm_torch(x.double(), norm.double(), 1e-6)
     product = F.linear(normed, exact(weight), bias.double())
-    assert_near(fp8_gemv(x, weight, bias, norm, 1e-6), product, dtype)
+    out = fp8_gemv(x, weight, bias, norm, 1e-6)
+    # As exact as float32, but for the one rounding at the end.
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    bound = product.abs() * rounding + TOLERANCE[torch.float32] * product.abs().max()
+    assert ((out.double() - product).abs() <= bound).all()
     expected = residual.double() + product
     out = fp8_gemv(x, weight, bias, norm, 1e-6, residual)
     assert out is residual

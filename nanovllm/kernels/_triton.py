@@ -35,11 +35,14 @@ HAS_TRITON = hasattr(triton, "__version__")
 MAX_GEMM_TILE_ROWS = 128
 
 
+def major_and_minor(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, as in "2.11.0+cu130"."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def triton_version() -> tuple[int, ...]:
     """Major and minor version of Triton; `(0, 0)` where there is none."""
-    if not HAS_TRITON:
-        return 0, 0
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return major_and_minor(triton.__version__) if HAS_TRITON else (0, 0)
 
 
 # --- overlapping launches ---

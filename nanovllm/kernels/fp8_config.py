@@ -13,7 +13,6 @@ from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
 # in registers takes less than writing the weight in 16 bits and reading it again.
 MAX_GEMM_TOKENS = 64
 MAX_GEMM_TOKENS_ALONE = 512
-MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
 # Hopper's tensor cores keep some 14 bits of a sum in FP8, unless they stop to add each 128 columns
 # outside, which takes a tenth longer. Where products have either sign that changes 0.1% to 0.3% of
 # the result (rounding x: 2.6%). But where all have the same, as if x were a row of the weight, the

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-TILE_ROWS = 128
+from nanovllm.kernels._gluon import TILE_ROWS
+
+MAX_HOPPER_TOKENS = 2047  # above, dequantising the weight for cuBLAS costs less than it saves
 BLOCK = 128  # columns of a stage
 MAX_STAGES = 8
 SCRATCH_BYTES = 6 << 10  # of shared memory, for what is not a stage

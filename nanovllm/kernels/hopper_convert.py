@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanovllm.kernels import hopper_config
 from nanovllm.kernels._gluon import gl, gluon
 from nanovllm.kernels._triton import triton
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.int4_layout import Int4Weight, positions_per_group
 
-BLOCK = gl.constexpr(128)  # columns of a stage of the rings
-HALF = gl.constexpr(64)  # columns that are multiplied at a time
+BLOCK = gl.constexpr(hopper_config.BLOCK)  # columns of a stage of the rings
+HALF = gl.constexpr(hopper_config.BLOCK // 2)  # columns that are multiplied at a time
 
 # What makes `scale * (n - zero point)` of two numbers, which share a register, at a position. It is
 # that of int4_gemm.py, and then multiplies with the scale, $3, in x's dtype.

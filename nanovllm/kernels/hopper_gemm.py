@@ -1,7 +1,7 @@
-"""`x W^T` of an INT4 or FP8 weight for tens to hundreds of tokens, on Hopper, as partial sums.
+"""`x W^T` of an INT4 or FP8 weight for 2 to some 2,000 tokens, on Hopper, as partial sums.
 
-With so many tokens the tensor cores' time counts. So each number of the weight is converted to x's
-dtype once for up to 256 tokens, and a consumer converts the next ones while the tensor cores
+From tens of tokens on the tensor cores' time counts. So each number of the weight is converted to
+x's dtype once for up to 256 tokens, and a consumer converts the next ones while the tensor cores
 multiply those before. They read the weight from registers, and x from shared memory. For the parts
 of a program see _gluon.py.
 """
@@ -276,7 +276,7 @@ def hopper_gemm(
             shared_memory=shared_memory,
             reader_sums=reader_sums,
         )
-    blocks = triton.cdiv(in_size, 128)
+    blocks = triton.cdiv(in_size, BLOCK.value)
     split_blocks = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, split_blocks)
     partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)

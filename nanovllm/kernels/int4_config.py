@@ -30,7 +30,6 @@ class Int4GemmConfig:
 
 
 MAX_GEMM_TOKENS = 256  # above, dequantising the weight for cuBLAS costs less than it saves
-MAX_HOPPER_TOKENS = 2047  # the same for `hopper_gemm`
 MIN_BLOCKS_PER_SPLIT = 4  # fewer than the stages of the pipeline would leave it empty
 
 

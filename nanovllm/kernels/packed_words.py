@@ -8,7 +8,7 @@ number, so instructions are what counts.
 All tensors are `[threads, words]`, several of them instead of one with more axes. Of a tensor with
 several axes of which only the last is contiguous in memory, Triton 3.6 lays a warp's threads along
 the first axes and Triton 3.9 along the last ones but one: with one of them a warp reads 8 bytes
-here and 8 there, and takes twice as long.
+here and 8 there, which is slow.
 
 **FP8.** One instruction converts two numbers to fp16, another one each of them to float32, and a
 third one multiplies and adds.

@@ -7,31 +7,31 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from nanovllm.kernels._triton import device_limits, has_e4m3, has_tma, is_hopper
+from nanovllm.kernels._triton import (
+    device_limits,
+    has_e4m3,
+    has_tma,
+    is_hopper,
+    major_and_minor,
+)
 from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
     MAX_FAST_COLUMNS,
     MAX_GEMM_TOKENS,
     MAX_GEMM_TOKENS_ALONE,
-    MAX_HOPPER_TOKENS,
 )
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
+from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
 from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, uses_gemv
 
-
-def version(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-TORCH_VERSION = version(torch.__version__)
-CUDA_VERSION = version(torch.version.cuda or "0.0")
+TORCH_VERSION = major_and_minor(torch.__version__)
+CUDA_VERSION = major_and_minor(torch.version.cuda or "0.0")
 # Before, `torch._scaled_mm` has one scale for a tensor only.
 HAS_SCALED_MM = TORCH_VERSION >= (2, 5)
 # Scales of blocks, which cuBLAS has from CUDA 12.9 on.

@@ -7,8 +7,9 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
 from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
-from nanovllm.kernels.int4_config import MAX_GEMM_TOKENS, MAX_HOPPER_TOKENS
+from nanovllm.kernels.int4_config import MAX_GEMM_TOKENS
 from nanovllm.kernels.int4_dequantize import int4_dequantize
 from nanovllm.kernels.int4_gemm import int4_gemm
 from nanovllm.kernels.int4_gemv import int4_gemv
