@@ -66,7 +66,8 @@ if [[ $what == all || $what == tests ]]; then
         "test_requests_gpu.py test_trace_gpu.py test_trainer_gpu.py -k 'not ($alone)'" '../test_kernels.py ../test_sampling.py' \
         "test_families_gpu.py -k gemma" "test_families_gpu.py -k 'not gemma'" \
         'test_prefill_graphs_gpu.py test_moe_gpu.py test_rope_gpu.py ../test_gate_and_norm.py' test_attention_options_gpu.py \
-        test_shared_prefix_gpu.py test_fp8_cache_gpu.py 'test_fp8_gpu.py test_int4_gpu.py' '../test_fp8_cache.py test_copy_on_write_gpu.py test_hopper_gpu.py' 'test_pooling_gpu.py test_structured_gpu.py'; do
+        test_shared_prefix_gpu.py test_fp8_cache_gpu.py test_fp8_gpu.py test_int4_gpu.py ../test_fp8_cache.py \
+        'test_copy_on_write_gpu.py test_hopper_gpu.py' 'test_pooling_gpu.py test_structured_gpu.py'; do
         eval "(cd tests/gpu && OMP_NUM_THREADS=2 ${pytest[*]} -c ../../pyproject.toml $selection)" > "$out/tests$i.log" 2>&1 &
         i=$((i + 1))
     done

@@ -2,6 +2,7 @@
 
     python scripts/profile_steps.py [--batch 1 16 256] [--shape qwen3-30b-a3b]
     python scripts/profile_steps.py --batch 256 --shared-prefix 2048     # behind a common prefix
+    python scripts/profile_steps.py --shape qwen3-8b --quantization fp8 --kv-cache-dtype fp8
 
 A real model's shape (Qwen3-0.6B's) with random weights, 512 tokens of context. Prints, for each
 batch size, the wall time of a decode step through `LLM.step`, the sum of its kernels' times, and
@@ -18,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanovllm import LLM, SamplingParams
+from bench_options import INT4
 from workloads import SHAPES, write_shape
 
 STEPS = 50  # decode steps that are timed, and as many that are profiled
@@ -68,10 +70,17 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--shared-prefix", type=int, default=0, help="tokens in front of these")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--quantization", choices=["fp8", INT4], help="of the weights")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--top", type=int, default=14, help="kernels to list")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        llm = LLM(write_shape(args.shape, scratch), load_format="dummy")
+        llm = LLM(
+            write_shape(args.shape, scratch, in_int4=args.quantization == INT4),
+            load_format="dummy",
+            quantization="fp8" if args.quantization == "fp8" else None,
+            kv_cache_dtype=args.kv_cache_dtype,
+        )
     for batch in args.batch:
         start_decoding(llm, batch, args.context, args.shared_prefix)
         what = f"decode, batch {batch}, context {args.context}"

@@ -368,8 +368,8 @@ def test_shared_prefixes(
         cache.keys[seq][:prefix] = cache.keys[0][:prefix]
         cache.values[seq][:prefix] = cache.values[0][:prefix]
     groups = Groups(np.arange(4), np.array([4]), np.array([2]))
-    tiles = PrefixConfig(16, 8, 4, 2)
-    limits = TileLimits(16 // 3, 8, 8, 4, 3)
+    tiles = PrefixConfig(16, 16, 4, 2)  # a GPU's tensor cores take no fewer keys
+    limits = TileLimits(16 // 3, 16, 8, 4, 3)
     made, num_parts = make_prefix_tiles(groups, block_size, limits)
     prefixes = SharedPrefixes(
         tiles=torch.from_numpy(made).to(DEVICE),
@@ -400,5 +400,6 @@ def test_copies_of_blocks_are_exact() -> None:
     cache = torch.randint(0, 256, (2, 3, 4, 4, 2, 8), dtype=torch.uint8).to(DEVICE)  # NaN, too
     expected = cache.clone()
     expected[:, :, 3, :3] = cache[:, :, 1, :3]
-    copy_blocks(cache.view(FP8), [BlockCopy(1, 3, 3)], lambda array: torch.from_numpy(array))
+    copies = [BlockCopy(1, 3, 3)]
+    copy_blocks(cache.view(FP8), copies, lambda array: torch.from_numpy(array).to(DEVICE))
     assert torch.equal(cache, expected)
