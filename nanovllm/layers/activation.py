@@ -6,8 +6,8 @@ from torch import Tensor
 
 from nanovllm.kernels.gate_mul import gate_mul, gate_mul_in_place, gate_mul_rounded
 from nanovllm.layers.linear import MergedColumnParallelLinear
-from nanovllm.layers.residual import Normed, Reader
-from nanovllm.quantization.weight_format import PLAIN, Epilogue, uses_gemv
+from nanovllm.layers.residual import Normed
+from nanovllm.quantization.weight_format import PLAIN, Epilogue, Reader, uses_gemv
 
 
 class GateUpLinear(MergedColumnParallelLinear):

@@ -48,6 +48,7 @@ from nanovllm.quantization.weight_format import (
     Epilogue,
     Norm,
     PartialSums,
+    Reader,
     uses_gemv,
 )
 from nanovllm.utils.tensor_parallel import TensorParallel
@@ -64,13 +65,6 @@ class Projection(Protocol):
 
     def __call__(self, x: Tensor) -> Any:
         """Compute the same as a tensor `[n, out]`."""
-
-
-class Reader(Protocol):
-    """A linear layer that may want its input in FP8."""
-
-    def rounding(self, x: Tensor) -> Rounding | None:
-        """How to round its input; see `WeightFormat.rounding`."""
 
 
 class Attended(NamedTuple):

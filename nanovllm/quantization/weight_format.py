@@ -33,6 +33,13 @@ class Norm(Protocol):
         """Normalise x `[n, in]`."""
 
 
+class Reader(Protocol):
+    """A linear layer, as far as whoever computes its input has to know it."""
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """How to round the input; see `WeightFormat.rounding`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Which part of a checkpoint's matrix `[rows, columns]` goes where in this rank's weight.
