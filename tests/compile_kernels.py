@@ -70,6 +70,7 @@ target = SimpleNamespace(
     get_current_stream=lambda device: 0,
 )
 run = JITFunction.run
+compiled: set[str] = set()  # the hashes of all kernels
 
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -78,6 +79,7 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     if "NATIVE" in options:
         options["NATIVE"] = True  # likewise
     kernel = run(self, *args, grid=grid, warmup=True, **options)
+    compiled.add(kernel.hash)
     assert kernel.metadata.shared <= 227 << 10, (self.__name__, kernel.metadata.shared)
     if "READ_AHEAD" in options:
         # If Triton did not pipeline the loop, nothing would be read ahead. If it does, it keeps all
@@ -277,12 +279,10 @@ def compile_fp8() -> None:
         for num_tokens in (128, 512):
             rounding = Rounding(column_grain, num_tokens)
             quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), rounding)
-            residual, sums = numbers(num_tokens, HIDDEN), numbers(1, num_tokens, HIDDEN)
-            rms_norm.add_rms_norm(residual, sums, norm, EPS, rounding=rounding)
-            gate_mul.gate_mul_rounded(numbers(num_tokens, 2 * HIDDEN), "silu", rounding)
             if column_grain < HIDDEN:
                 out = numbers(num_tokens, 256)
                 fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+        compile_rounding(column_grain)
     for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
         matrices = []
         for rows, columns in ((2 * 768, 2048), (2048, 768)):
@@ -294,6 +294,21 @@ def compile_fp8() -> None:
         moe.moe_gemv(numbers(1, 2048), experts, numbers(1, 2048), numbers(2048), EPS)
         for num_tokens in (2, 600):
             moe.moe_partial_sums(numbers(num_tokens, 2048), experts)
+
+
+def compile_rounding(group_size: int) -> None:
+    """Whatever computes an input in FP8: one kernel for all numbers of tokens. Otherwise a prompt
+    would wait for the compiler, as Triton makes a variant for numbers that 16 divides.
+    """
+    num_kernels = []
+    for num_tokens in (16, 77):
+        rounding = Rounding(group_size, num_tokens)
+        residual, sums = numbers(num_tokens, HIDDEN), numbers(1, num_tokens, HIDDEN)
+        fp8_quantize.quantize_input(residual, rounding)
+        rms_norm.add_rms_norm(residual, sums, numbers(HIDDEN), EPS, rounding=rounding)
+        gate_mul.gate_mul_rounded(numbers(num_tokens, 2 * HIDDEN), "silu", rounding)
+        num_kernels.append(len(compiled))
+    assert num_kernels[0] == num_kernels[1], "a kernel is compiled for some numbers of tokens"
 
 
 def compile_attention() -> None:

@@ -20,6 +20,7 @@ from conftest import (
 )
 
 from nanovllm import SamplingParams
+from nanovllm.layers.residual import Normed, ResidualStream
 from nanovllm.models.mistral import MistralForCausalLM
 
 NUM_TOKENS = 24
@@ -226,6 +227,45 @@ def test_same_tokens_however_the_work_is_cut(
         assert generate_ids(llm, prompts[::-1], params[::-1]) == expected[::-1]
     finally:
         llm.exit()
+
+
+def test_a_norm_for_one_reader_has_no_other(
+    reference: tuple[Checkpoint, list[list[int]], list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may come in FP8, rounded as that layer wants it, which no other could read."""
+    told: list[tuple[Normed, Any]] = []
+    readers: list[tuple[Normed, Any]] = []
+    reads: list[Normed] = []
+    normed, project, values = ResidualStream.normed, Normed.project, Normed.values
+
+    def telling(stream: ResidualStream, norm: Any, reader: Any = None) -> Normed:
+        result = normed(stream, norm, reader)
+        if reader is not None:
+            told.append((result, reader))
+        return result
+
+    def projecting(x: Normed, layer: Any, epilogue: Any) -> Any:
+        readers.append((x, layer))
+        return project(x, layer, epilogue)
+
+    def reading(x: Normed) -> Any:
+        reads.append(x)
+        return values(x)
+
+    monkeypatch.setattr(ResidualStream, "normed", telling)
+    monkeypatch.setattr(Normed, "project", projecting)
+    monkeypatch.setattr(Normed, "values", reading)
+    checkpoint, prompts, expected = reference
+    llm = make_llm(checkpoint.path)
+    try:
+        assert generate_ids(llm, prompts[:5], greedy(2)) == [ids[:2] for ids in expected[:5]]
+    finally:
+        llm.exit()
+    assert bool(told) == (not llm.config.hf_config.model_type.startswith("olmo"))  # has no pre-norm
+    for x, reader in told:
+        assert [layer for other, layer in readers if other is x] == [reader]
+        assert sum(other is x for other in reads) == 1
 
 
 def test_longrope_beyond_the_original_length(tmp_path: Path) -> None:

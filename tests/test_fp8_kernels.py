@@ -227,6 +227,26 @@ def test_inputs_that_are_rounded_as_they_are_computed(
         assert_rounded(gate_mul_rounded(gate_up, activation, rounding), product, rounding)
 
 
+@pytest.mark.parametrize("group_size", [320, 64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_token(bad: float, group_size: int) -> None:
+    """320 columns are computed as 512: what stands in the others must not come in, either."""
+    rounding = Rounding(group_size, num_rows=3)
+    x, sums, weight = randn(3, 320), randn(1, 3, 320), randn(320)
+    sums[0, 1, 70] = bad
+    gate_up = randn(3, 640)
+    gate_up[1, 70] = bad
+    normed = add_rms_norm(x.clone(), sums, weight, 1e-6)
+    rounded_norm = add_rms_norm(x.clone(), sums, weight, 1e-6, rounding=rounding)
+    assert isinstance(normed, Tensor) and isinstance(rounded_norm, FP8Input)
+    rounded_product = gate_mul_rounded(gate_up, "silu", rounding)
+    for computed, rounded in ((normed, rounded_norm), (gate_mul(gate_up), rounded_product)):
+        values = dequantize_input(rounded)
+        expected = dequantize_input(quantize_input(computed, rounding))
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+        assert values[[0, 2]].isfinite().all() and not values[1, 70].isfinite()
+
+
 @pytest.mark.parametrize("shape", [(48, 256, 16, 128), (40, 192, 4, 64), (9, 96, 3, 32)], ids=str)
 @pytest.mark.parametrize("num_tokens", [3, 40])
 def test_block_gemm(shape: tuple[int, int, int, int], num_tokens: int) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Checkpoint, make_checkpoint, random_prompts
+from e4m3 import convert_e4m3_by_torch
 from torch import Tensor, nn
 
 from nanovllm.kernels._triton import HAS_TRITON
 from nanovllm.kernels.attention_backend import PrefillPlan
+from nanovllm.kernels.fp8_weight import FP8Input, Rounding, quantize_input_torch
 from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -169,6 +171,40 @@ def test_partial_sums_are_normalised_and_scaled_before_they_are_added(
     layer = random_layer(RowParallelLinear(8, HIDDEN))
     stream.add(layer, torch.randn(5, 8), post_norm=post_norm, scale=0.5)
     check_sum(stream, expected, norm if has_norm else None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_partial_sums_are_rounded_for_their_one_reader(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as if the norm was written, read and rounded."""
+    partial, hidden, norm = torch.randn(2, 5, HIDDEN), torch.randn(5, HIDDEN), make_norm()
+    layer, x = random_layer(RowParallelLinear(8, HIDDEN)), torch.randn(5, 8)
+    convert_e4m3_by_torch(monkeypatch)
+    replace_split_k(monkeypatch, partial)
+
+    def values(reader: Any) -> Any:
+        stream = ResidualStream(hidden.clone())
+        stream.add(layer, x, scale=scale)
+        return stream.normed(norm, reader).values()
+
+    rounded = values(SimpleNamespace(rounding=lambda x: Rounding(HIDDEN // 4, len(x))))
+    expected = quantize_input_torch(values(None), HIDDEN // 4)
+    assert isinstance(rounded, FP8Input)
+    assert torch.equal(rounded.scales, expected.scales)
+    assert torch.equal(rounded.values.float(), expected.values.float())
+
+
+def test_a_reader_is_asked_only_where_the_norm_comes_with_the_sum() -> None:
+    """What it wants costs the host time, in each layer of each step."""
+    asked: list[Tensor] = []
+    reader: Any = SimpleNamespace(rounding=asked.append)
+    layer, norm = random_layer(RowParallelLinear(8, HIDDEN)), make_norm()
+    stream = ResidualStream(torch.randn(3, HIDDEN))
+    stream.add(layer, torch.randn(3, 8))  # on a CPU the product is added where it is computed
+    assert isinstance(stream.normed(norm, reader).values(), Tensor)
+    assert not asked
 
 
 def replace_split_k(monkeypatch: pytest.MonkeyPatch, partial: Tensor) -> None:

@@ -93,7 +93,8 @@ def fp8_block_gemm(
     """
     num_tokens, in_size = x.values.shape
     grain = weight.column_grain
-    assert out.is_contiguous() and x.scales.shape == (in_size // grain, num_tokens)
+    assert out.is_contiguous() and out.shape == (num_tokens, weight.out_size)
+    assert x.scales.shape == (in_size // grain, num_tokens)
     if config is None:
         limits = device_limits(out.device)
         config = fp8_block_gemm_config(num_tokens, weight.out_size, *limits)

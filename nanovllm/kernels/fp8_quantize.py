@@ -51,7 +51,9 @@ def store_rounded(
     tl.store(scales_ptr + group * num_rows + token, scale, mask=group * COLUMNS < SIZE)
 
 
-@triton.jit
+# Triton would compile one variant for numbers of rows that 16 divides, and another for all others:
+# at start-up the first, which has the largest steps, and then a prompt would wait for the second.
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_kernel(
     x_ptr,
     values_ptr,

@@ -28,7 +28,7 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
     return gate / (1.0 + tl.exp(-exponent)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_out_rows"])
 def _gate_mul_kernel(
     x_ptr,
     out_ptr,

@@ -23,7 +23,7 @@ from nanovllm.kernels.fp8_quantize import empty_input, store_rounded
 from nanovllm.kernels.fp8_weight import FP8Input, Rounding
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_out_rows"])
 def _rms_norm_kernel(
     x_ptr,
     addends_ptr,
@@ -145,8 +145,9 @@ def add_rms_norm(
     assert x.is_contiguous() and partial_sums.is_contiguous()
     out: Tensor | FP8Input | None = None
     if weight is not None:
-        out = padded_empty(num_rows, size, x)
-        if rounding is not None:
+        if rounding is None:
+            out = padded_empty(num_rows, size, x)
+        else:
             out = empty_input(num_rows, size, x, rounding)
     launch_add_rms_norm(
         residual=x,
@@ -192,22 +193,29 @@ def launch_add_rms_norm(
     pdl: `pdl_options()`, or `{"PDL": False}` to launch a plain kernel.
     """
     num_addends, num_rows, size = addends.shape
-    rounded = out if isinstance(out, FP8Input) else None
+    out_scales = None
+    num_out_rows = 0  # not read
+    group_size = size
+    if isinstance(out, FP8Input):
+        out_scales = out.scales
+        num_groups, num_out_rows = out_scales.shape
+        group_size = size // num_groups
+        out = out.values
     _rms_norm_kernel[(num_rows,)](
         residual,
         addends,
         own,
         weight,
         post_weight,
-        out if rounded is None else rounded.values,
-        None if rounded is None else rounded.scales,
+        out,
+        out_scales,
         eps,
         post_eps,
         scale,
         addends.stride(0),
-        0 if rounded is None else len(rounded.values),
+        num_out_rows,
         SIZE=size,
-        GROUP_SIZE=size if rounded is None else size // len(rounded.scales),
+        GROUP_SIZE=group_size,
         ADDENDS=num_addends,
         OWN=own_index,
         CHANGED=post_weight is not None or scale != 1.0,

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.fp8_weight import FP8Input, Rounding
+from nanovllm.kernels.fp8_weight import FP8Input
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.weight_format import (
@@ -79,7 +79,7 @@ class Addition(NamedTuple):
 
     layer: Projection
     x: Tensor | Normed
-    before: Callable[..., Any] | None  # of x and of its reader; row by row; None: the identity
+    before: Callable[..., Any] | None  # what x goes through first; None: nothing
     post_norm: RMSNorm | None  # of the layer's output, before it is added
     scale: float  # of the layer's output
 
@@ -89,7 +89,7 @@ class Addition(NamedTuple):
         if isinstance(x, Normed):
             x.keeps_values = False  # this is the last reader
         if self.before is not None:
-            x = self.before(x, self.layer)
+            x = self.before(x, self.layer)  # whose input it is: it may want it in FP8
         if isinstance(x, Normed) and uses_gemv(x.hidden):
             return x.project(self.layer, epilogue)  # the layer computes the norm, too
         return self.layer.matmul(x.values() if isinstance(x, Normed) else x, epilogue)
@@ -141,7 +141,9 @@ class Normed:
         return self._stream.hidden
 
     def values(self) -> Any:
-        """`[n, hidden]`, in FP8 if their reader wants that; computed once, however many read."""
+        """`[n, hidden]`, computed once, however many layers read them; or an `FP8Input`, for the
+        one reader that `ResidualStream.normed` was told of.
+        """
         if self._in_pieces:
             self._check_version()
             self._stream.tp.wait_for_pieces()
@@ -159,7 +161,7 @@ class Normed:
         """Some rows of the values, which `TensorParallel.add_in_pieces` has waited for."""
         self._check_version()
         values = self.norm(self.hidden) if self._values is None else self._values
-        assert isinstance(values, Tensor), "an input in FP8 is one product's"
+        assert isinstance(values, Tensor), "rows that are rounded to FP8 cannot be read in pieces"
         self._values = values
         return values[rows]
 
@@ -207,8 +209,9 @@ class ResidualStream:
     ) -> None:
         """Add `scale * post_norm(layer(before(x)))`. Computed when the norm that follows is known.
 
-        before: a layer that x goes through first, called with x and maybe with `layer`, which
-            reads its result. It works row by row, so that large prefills can be computed in pieces.
+        before: a layer that x goes through first, as `before(x, layer)`: its result is for `layer`
+            alone, so it may be rounded as that wants. It works row by row, so that large prefills
+            can be computed in pieces, for which it is called as `before(x)`.
         post_norm, scale: as families with a norm on the output (Gemma, OLMo) or a residual
             multiplier (Granite) need them. The ranks do not sum such outputs in pieces.
         """
@@ -224,13 +227,12 @@ class ResidualStream:
     def normed(self, norm: RMSNorm, reader: Reader | None = None) -> Normed:
         """Finish the open addition, if there is one, and return the norm of the result.
 
-        reader: the only layer that reads it, if there is only one.
+        reader: the layer that reads it, if no other does. Then it may be rounded as that wants.
         """
         if self._open is None:
             self._complete_rows()
             return Normed(self, norm)
-        rounding = None if reader is None else reader.rounding(self.hidden)
-        values = self._make_addition(norm, rounding)
+        values = self._make_addition(norm, reader)
         in_pieces = values is not None and self._has_own_rows_only
         return Normed(self, norm, values, in_pieces)
 
@@ -256,29 +258,31 @@ class ResidualStream:
         self.version += 1
 
     def _make_addition(
-        self, norm: RMSNorm | None, rounding: Rounding | None = None
+        self, norm: RMSNorm | None, reader: Reader | None = None
     ) -> Tensor | FP8Input | None:
-        """Make the open addition. Returns the norm of the sum, if it was computed on the way."""
+        """Make the open addition. Returns the norm of the sum, if it was computed on the way: as a
+        tensor, or rounded for its one reader.
+        """
         addition = self._open
         assert addition is not None
         if addition.post_norm is not None or addition.scale != 1.0:
-            values = self._add_changed(addition, norm, rounding)
+            values = self._add_changed(addition, norm, reader)
         elif norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
             values = self._add_in_pieces(addition, norm)
         elif self.tp.size > 1:
             values = self._add_over_ranks(addition, norm)
         else:
-            values = self._add_on_one_rank(addition, norm, rounding)
+            values = self._add_on_one_rank(addition, norm, reader)
         self._open = None
         self.version += 1
         return values
 
     def _add_on_one_rank(
-        self, addition: Addition, norm: RMSNorm | None, rounding: Rounding | None
+        self, addition: Addition, norm: RMSNorm | None, reader: Reader | None
     ) -> Tensor | FP8Input | None:
         product = addition.product(Epilogue(add_to=self.hidden))
         if isinstance(product, PartialSums):
-            return self._add_sums(product.values, norm, rounding)
+            return self._add_sums(product.values, norm, reader)
         return None  # the kernel that multiplied has added, too
 
     def _add_over_ranks(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
@@ -300,7 +304,7 @@ class ResidualStream:
         return self.tp.add_in_pieces(addition.piece, self.hidden, norm)
 
     def _add_changed(
-        self, addition: Addition, norm: RMSNorm | None, rounding: Rounding | None
+        self, addition: Addition, norm: RMSNorm | None, reader: Reader | None
     ) -> Tensor | FP8Input | None:
         """Add an output that is normalised or scaled first, which takes the complete sum.
 
@@ -320,17 +324,20 @@ class ResidualStream:
         sums = product[None] if isinstance(product, Tensor) else product.values
         if uses_gemv(self.hidden):
             norm = None  # the GEMV that reads the norm computes it
-        return self._add_sums(sums, norm, rounding, post_norm, addition.scale)
+        return self._add_sums(sums, norm, reader, post_norm, addition.scale)
 
     def _add_sums(
         self,
         partial_sums: Tensor,
         norm: RMSNorm | None,
-        rounding: Rounding | None,
+        reader: Reader | None,
         post_norm: RMSNorm | None = None,
         scale: float = 1.0,
     ) -> Tensor | FP8Input | None:
         """Add partial sums `[splits, n, hidden]` in one kernel, which computes `norm` as well."""
+        rounding = None
+        if norm is not None and reader is not None:
+            rounding = reader.rounding(self.hidden)
         return add_rms_norm(
             self.hidden,
             partial_sums,

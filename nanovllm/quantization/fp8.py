@@ -103,7 +103,7 @@ class FP8(QuantizedFormat):
 
     def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
         """See `choose_rounding`; a CPU multiplies in 16 or 32 bits."""
-        if not x.is_cuda:
+        if not (self.quantizes_input and x.is_cuda):
             return None
         return choose_rounding(self.weight_of(layer), x, self.quantizes_input)
 

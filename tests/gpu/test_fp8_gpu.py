@@ -198,10 +198,14 @@ def test_rounding(columns: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 130, 301])
 @pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("is_changed", [False, True])
 def test_norms_and_activations_round(
-    num_tokens: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, in_blocks: bool, is_changed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder layer's second half, with the same bits as if each product rounded its input."""
+    """A decoder layer's second half, with the same bits as if each product rounded its input.
+
+    is_changed: what is added is normalised, by factors in float32 as Gemma has them, and scaled.
+    """
     torch.manual_seed(0)
     weight_format: FP8
     weight_format = FP8Rows(has_row_scales=True, quantizes_input=True)
@@ -221,11 +225,14 @@ def test_norms_and_activations_round(
             o_proj = with_weight(RowParallelLinear(1024, 2048), 0)
             gate_up = with_weight(GateUpLinear(2048, 3072), 0, 1)
             down = with_weight(RowParallelLinear(3072, 2048), 0)
-            norms = [RMSNorm(2048, 1e-6) for _ in range(2)]
+            norms = [RMSNorm(2048, 1e-6) for _ in range(3)]
     finally:
         torch.set_default_dtype(torch.float32)
     for norm in norms:
+        if is_changed:
+            norm.float()
         norm.weight.copy_(randn(2048))
+    changes: dict[str, Any] = dict(post_norm=norms[2], scale=0.5) if is_changed else {}
     hidden, x = randn(num_tokens, 2048), randn(num_tokens, 1024)
     calls: list[Rounding] = []
     quantize = fp8_matmul.quantize_input
@@ -239,10 +246,10 @@ def test_norms_and_activations_round(
     def run(rounds: bool) -> Tensor:
         calls.clear()
         stream = ResidualStream(hidden.clone())
-        stream.add(o_proj, x)
+        stream.add(o_proj, x, **changes)
         normed = stream.normed(norms[0], gate_up if rounds else None)
         before = gate_up if rounds else lambda x, reader: gate_up(x)
-        stream.add(down, normed, before=before)
+        stream.add(down, normed, before=before, **changes)
         return stream.normed(norms[1]).values()
 
     expected = run(rounds=False)
