@@ -198,18 +198,20 @@ def bench(num_tokens: int, weights: MoEWeights, sweep: bool) -> None:
             print(work.report(f"    {config_name}", us, share))
 
 
-def compare(names: Sequence[str]) -> None:
+def compare(names: Sequence[str], sizes: Sequence[int]) -> None:
     """Print the layer's time in 16 bits, and how many times as fast each format is."""
     times: dict[tuple[str, int], float] = {}
     for name in ("bf16", *names):
         weights = make_weights(name)
-        for num_tokens in reversed(SIZES):  # large ones heat the GPU, which makes it slower
+        # The largest heat the GPU, which slows it down. So they come first, and the smallest last,
+        # not behind the largest of the format before.
+        for num_tokens in sorted(sizes, reverse=True):
             work = Work(num_tokens, weights)
             times[name, num_tokens] = work.time(work.run_layer, work.inputs)
         del weights, work
         torch.cuda.empty_cache()
     print(f"{'tokens':>6}{'us of bf16':>12}" + "".join(f"{name:>20}" for name in names))
-    for num_tokens in SIZES:
+    for num_tokens in sizes:
         plain = times["bf16", num_tokens]
         cells = ""
         for name in names:
@@ -230,7 +232,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
     if arguments.formats:
-        compare(arguments.formats)
+        compare(arguments.formats, arguments.tokens)
         return
     weights = make_weights()
     for num_tokens in arguments.tokens:

@@ -26,7 +26,10 @@ class GateUpLinear(MergedColumnParallelLinear):
         self.gated = Epilogue(activation=activation)
 
     def forward(self, x: Tensor | Normed, reader: Reader | None = None) -> Any:
-        """Multiply, and apply the activation; round the result as `reader` wants its input."""
+        """Multiply, and apply the activation.
+
+        reader: the one layer that reads the result; it may get an `FP8Input`.
+        """
         hidden = x.hidden if isinstance(x, Normed) else x
         is_fused = uses_gemv(hidden)
         if self.tp.size == 1:  # several ranks may multiply some rows before others have arrived

@@ -91,7 +91,7 @@ class LinearBase(nn.Module):
         param[shard.target_rows].copy_(loaded[shard.source_rows])
 
     def rounding(self, x: Tensor) -> Rounding | None:
-        """How its input should come; see `WeightFormat.rounding`."""
+        """How its input is to be rounded, if at all; see `WeightFormat.rounding`."""
         return self.weight_format.rounding(self, x)
 
     def matmul(self, x: Any, epilogue: Epilogue, norm: Norm | None = None) -> Tensor | PartialSums:

@@ -20,7 +20,8 @@ its neighbours, and which combination is best depends on the step. On a GPU:
 A model should not have to know this. So the stream is lazy by exactly one addition: `add` only
 records it, and `normed`, which comes next and knows the norm, finishes both in the best way. What
 `normed` hands out is a `Normed`, which may in turn leave the norm to the layer that reads it. A
-layer with weights in FP8 may want its input in FP8, too: the kernel that computes the norm rounds.
+layer with weights in FP8 may round its input to FP8, too. If `normed` is told that this layer is
+the norm's only reader, the kernel that adds and norms rounds on the way.
 
     x = stream.normed(self.input_layernorm, self.self_attn.qkv_proj)
     stream.add(self.self_attn.o_proj, self.self_attn(positions, x))

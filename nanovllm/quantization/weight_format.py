@@ -130,10 +130,12 @@ class WeightFormat(ABC):
         return uses_gemv(x)
 
     def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
-        """How `matmul` would round its input before it multiplies, for whoever computes the input
-        to do it on the way; None: it does not.
+        """How `matmul` rounds its input to FP8 before it multiplies; None: it does not.
 
-        x: `[n, ...]`, of the input's rows, dtype and device.
+        Whoever computes the input can then hand it over rounded, as an `FP8Input`, which saves a
+        kernel that reads it again only to round it.
+
+        x: `[n, ...]`, with as many rows as the input, and of its dtype and device.
         """
         return None
 
