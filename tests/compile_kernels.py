@@ -24,11 +24,11 @@ from nanovllm.kernels import (
     _gluon,
     all_reduce,
     copy_blocks,
-    fp8_block_gemm,
     fp8_dequantize,
     fp8_gemm,
     fp8_gemv,
     fp8_quantize,
+    fp8_scaled_gemm,
     gate_mul,
     gate_up_gemm,
     gemv,
@@ -276,9 +276,10 @@ def compile_fp8() -> None:
         fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
         for num_tokens in (128, 512):
             quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), column_grain)
-            if column_grain < HIDDEN:
-                out = numbers(num_tokens, 256)
-                fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+            for reader_sums in (False, True):
+                fp8_scaled_gemm.fp8_scaled_gemm(
+                    quantized, weight, bias, torch.bfloat16, reader_sums
+                )
     for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
         matrices = []
         for rows, columns in ((2 * 768, 2048), (2048, 768)):

@@ -18,7 +18,7 @@ MAX_GEMM_TOKENS_ALONE = 512
 # the result (rounding x: 2.6%). But where all have the same, as if x were a row of the weight, the
 # sum came out 5% too small with 4,096 columns, and 15% with 12,288. Beyond so many they do stop.
 MAX_FAST_COLUMNS = 4096
-MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_block_gemm` multiplies with
+MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_scaled_gemm` multiplies with
 
 
 def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
@@ -68,18 +68,26 @@ def fp8_gemm_config(
 
 
 @dataclass(frozen=True, slots=True)
-class FP8BlockGemmConfig:
-    """The tiles of `fp8_block_gemm`; the result does not depend on them."""
+class FP8ScaledGemmConfig:
+    """The tiles of `fp8_scaled_gemm`; the result does not depend on them but for rounding."""
 
     tokens: int  # in a tile
     rows: int  # of the weight in a tile
+    splits: int  # of the inner dimension
     num_warps: int
     num_stages: int
+    prefetch: int = 0  # chunks of the weight that a program asks for before it may read x
 
 
-def fp8_block_gemm_config(
-    num_tokens: int, out_size: int, num_multiprocessors: int, shared_memory: int
-) -> FP8BlockGemmConfig:
+def fp8_scaled_gemm_config(
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    column_grain: int,
+    num_multiprocessors: int,
+    shared_memory: int,
+    reader_sums: bool,
+) -> FP8ScaledGemmConfig:
     """Choose small tiles where there would be few large ones, and then more stages.
 
     shared_memory: bytes that a program may use. Blackwell's cards for desktops have 99 KB of them,
@@ -87,10 +95,10 @@ def fp8_block_gemm_config(
     """
     small_tiles = -(-num_tokens // 64) * -(-out_size // 128)
     if small_tiles <= num_multiprocessors:
-        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=6)
+        config = FP8ScaledGemmConfig(tokens=64, rows=128, splits=1, num_warps=4, num_stages=6)
     elif num_tokens <= 128:
-        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
+        config = FP8ScaledGemmConfig(tokens=64, rows=128, splits=1, num_warps=4, num_stages=4)
     else:
-        config = FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)
+        config = FP8ScaledGemmConfig(tokens=128, rows=128, splits=1, num_warps=8, num_stages=4)
     stage_bytes = (config.tokens + config.rows) * MAX_BLOCK_COLUMNS
     return replace(config, num_stages=min(config.num_stages, shared_memory // stage_bytes))

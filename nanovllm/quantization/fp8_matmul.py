@@ -14,7 +14,6 @@ from nanovllm.kernels._triton import (
     is_hopper,
     major_and_minor,
 )
-from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
     MAX_FAST_COLUMNS,
     MAX_GEMM_TOKENS,
@@ -24,6 +23,7 @@ from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
+from nanovllm.kernels.fp8_scaled_gemm import fp8_scaled_gemm
 from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
 from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
 from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
@@ -105,7 +105,7 @@ def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
 
 
 def has_blocks(weight: FP8Weight) -> bool:
-    """Whether `fp8_block_gemm` multiplies with the weight: a block's columns are a tile's."""
+    """Whether `fp8_scaled_gemm` multiplies with the weight: a block's columns are a tile's."""
     return weight.column_grain in (32, 64, 128)
 
 
@@ -190,7 +190,8 @@ def multiply_scaled(
         out = torch.empty(len(x), weight.out_size, dtype=x.dtype, device=x.device)
     quantized = quantize_input(x, weight.column_grain)
     if not has_row_scales(weight, x):
-        return fp8_block_gemm(quantized, weight, bias, out)
+        fp8_scaled_gemm(quantized, weight, bias, x.dtype, out=out)
+        return out
     return torch._scaled_mm(
         quantized.values,
         weight.values.t(),
