@@ -57,7 +57,7 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
-from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.fp8_weight import FP8Weight, Rounding
 from nanovllm.kernels.int4_config import Int4GemmConfig
 from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.sharing.copy_on_write import BlockCopy
@@ -275,11 +275,13 @@ def compile_fp8() -> None:
         fp8_gemm.fp8_gemm(numbers(2, HIDDEN), weight, bias, reader_sums=False)
         fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
         for num_tokens in (128, 512):
-            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), column_grain)
+            rounding = Rounding(column_grain, num_tokens)
+            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), rounding)
+            residual, sums = numbers(num_tokens, HIDDEN), numbers(1, num_tokens, HIDDEN)
+            rms_norm.add_rms_norm(residual, sums, norm, EPS, rounding=rounding)
+            gate_mul.gate_mul_rounded(numbers(num_tokens, 2 * HIDDEN), "silu", rounding)
             for reader_sums in (False, True):
-                fp8_scaled_gemm.fp8_scaled_gemm(
-                    quantized, weight, bias, torch.bfloat16, reader_sums
-                )
+                fp8_scaled_gemm.fp8_scaled_gemm(quantized, weight, bias, reader_sums)
     for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
         matrices = []
         for rows, columns in ((2 * 768, 2048), (2048, 768)):

@@ -3,7 +3,8 @@
 The numbers were measured on an H100, those of the GEMV in packed_config.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.kernels._triton import next_power_of_2
 from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
@@ -76,7 +77,20 @@ class FP8ScaledGemmConfig:
     splits: int  # of the inner dimension
     num_warps: int
     num_stages: int
-    prefetch: int = 0  # chunks of the weight that a program asks for before it may read x
+
+
+class ScaledTile(NamedTuple):
+    """A tile of `fp8_scaled_gemm` to choose, of 128 rows, and what it takes."""
+
+    tokens: int
+    num_stages: int
+    block_time: float  # microseconds for 128 columns
+    tile_blocks: float  # of so many columns more, for all that is done once
+
+
+# With a scale for each row, and for each block. A larger tile reads less, but there are fewer.
+ROW_TILES = (ScaledTile(64, 6, 0.34, 1.0), ScaledTile(128, 6, 0.46, 15.0))
+BLOCK_TILES = (ScaledTile(64, 6, 0.50, 0.0), ScaledTile(128, 4, 0.67, 1.0))
 
 
 def fp8_scaled_gemm_config(
@@ -88,17 +102,23 @@ def fp8_scaled_gemm_config(
     shared_memory: int,
     reader_sums: bool,
 ) -> FP8ScaledGemmConfig:
-    """Choose small tiles where there would be few large ones, and then more stages.
+    """Choose tiles, and as many splits as give each multiprocessor one of them.
 
     shared_memory: bytes that a program may use. Blackwell's cards for desktops have 99 KB of them,
         less than half of what an H100 has; a kernel that asks for more cannot be launched.
+    reader_sums: whether the kernel that reads the product adds up partial sums.
     """
-    small_tiles = -(-num_tokens // 64) * -(-out_size // 128)
-    if small_tiles <= num_multiprocessors:
-        config = FP8ScaledGemmConfig(tokens=64, rows=128, splits=1, num_warps=4, num_stages=6)
-    elif num_tokens <= 128:
-        config = FP8ScaledGemmConfig(tokens=64, rows=128, splits=1, num_warps=4, num_stages=4)
-    else:
-        config = FP8ScaledGemmConfig(tokens=128, rows=128, splits=1, num_warps=8, num_stages=4)
-    stage_bytes = (config.tokens + config.rows) * MAX_BLOCK_COLUMNS
-    return replace(config, num_stages=min(config.num_stages, shared_memory // stage_bytes))
+    blocks = -(-in_size // 128)
+    best_time = float("inf")
+    for tile in ROW_TILES if column_grain == in_size else BLOCK_TILES:
+        tiles = -(-num_tokens // tile.tokens) * -(-out_size // 128)
+        splits = 1
+        if reader_sums:
+            splits = max(1, min(num_multiprocessors // tiles, in_size // 512, 4))
+        rounds = -(-tiles * splits // num_multiprocessors)
+        time = rounds * (-(-blocks // splits) + tile.tile_blocks) * tile.block_time
+        if time < best_time:
+            best_time = time
+            num_stages = min(tile.num_stages, shared_memory // (128 * (tile.tokens + 128)))
+            best = FP8ScaledGemmConfig(tile.tokens, 128, splits, tile.tokens // 16, num_stages)
+    return best

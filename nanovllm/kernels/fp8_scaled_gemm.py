@@ -18,18 +18,18 @@ from nanovllm.kernels._triton import (
     device_limits,
     launch_next,
     pdl_options,
-    readable_rows,
     tl,
     triton,
     wait_for_previous,
 )
 from nanovllm.kernels.fp8_config import (
-    MAX_FAST_COLUMNS,
+    MAX_BLOCK_COLUMNS,
     FP8ScaledGemmConfig,
     fp8_scaled_gemm_config,
 )
 from nanovllm.kernels.fp8_weight import FP8Input, FP8Weight
 
+PREFETCH = 2  # chunks of its rows of the weight that a program asks for while it waits
 GROUP = 8  # tiles of tokens that are computed together, so that the L2 cache holds what they read
 
 
@@ -65,7 +65,6 @@ def _scaled_gemm_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_FAST: tl.constexpr,
     PREFETCH: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
@@ -93,39 +92,35 @@ def _scaled_gemm_kernel(
     if GRAINS > 1 and ROW_GRAIN % ROWS == 0:  # one scale for the whole tile of the weight
         grain_row = tl.full([1], first_row // ROW_GRAIN, tl.int32)
     x_scale_ptrs = x_scales_ptr + tl.minimum(token, num_tokens - 1)
-    scale_ptrs = scales_ptr + grain_row * GRAINS
-    if PDL and PREFETCH > 0:  # no earlier kernel writes the weight
+    x_scale_ptrs += first_column // COLUMN_GRAIN * num_x_scales
+    scale_ptrs = scales_ptr + grain_row * GRAINS + first_column // COLUMN_GRAIN
+    # No earlier kernel writes the weight.
+    scale = tl.load(scale_ptrs)
+    if PDL:
         column = first_column + tl.arange(0, PREFETCH) * 128
         starts = weight_ptr + tl.minimum(row, out_size - 1).to(tl.int64)[:, None] * IN_SIZE
         _prefetch(starts + tl.minimum(column, end - 1)[None, :])
     wait_for_previous(PDL)
+    x_scale = tl.load(x_scale_ptrs)
     acc = tl.zeros([TOKENS, ROWS], tl.float32)
-    if GRAINS == 1:
-        for column in range(first_column, end, CHUNK):
-            x = x_desc.load([first_token, column])
-            weight = weight_desc.load([first_row, column])
-            if IS_FAST:
-                acc = tl.dot(x, tl.trans(weight), acc)
-            else:
-                acc += tl.dot(x, tl.trans(weight))
-        acc *= tl.load(x_scale_ptrs)[:, None] * tl.load(scale_ptrs)[None, :]
-    else:
-        x_scale_ptrs += first_column // COLUMN_GRAIN * num_x_scales
-        scale_ptrs += first_column // COLUMN_GRAIN
-        x_scale = tl.load(x_scale_ptrs)
-        scale = tl.load(scale_ptrs)
-        for column in range(first_column, end, CHUNK):
-            x = x_desc.load([first_token, column])
-            weight = weight_desc.load([first_row, column])
-            # Those of the next block are on their way while the tensor cores multiply this one.
+    for column in range(first_column, end, CHUNK):
+        x = x_desc.load([first_token, column])
+        weight = weight_desc.load([first_row, column])
+        product = tl.dot(x, tl.trans(weight))
+        if GRAINS == 1:
+            acc += product
+        else:
+            # The scales of the next block are on their way while this one is multiplied.
             is_last = column + CHUNK >= end
             x_scale_ptrs += tl.where(is_last, 0, num_x_scales)
             scale_ptrs += tl.where(is_last, 0, 1)
             next_x_scale = tl.load(x_scale_ptrs)
             next_scale = tl.load(scale_ptrs)
-            acc += tl.dot(x, tl.trans(weight)) * (x_scale[:, None] * scale[None, :])
+            acc += product * (x_scale[:, None] * scale[None, :])
             x_scale = next_x_scale
             scale = next_scale
+    if GRAINS == 1:
+        acc *= x_scale[:, None] * scale[None, :]
     row = row[None, :]
     if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
         if split == 0:  # the bias is added once
@@ -142,26 +137,25 @@ def fp8_scaled_gemm(
     x: FP8Input,
     weight: FP8Weight,
     bias: Tensor | None,
-    dtype: torch.dtype,
     reader_sums: bool = False,
     out: Tensor | None = None,
     config: FP8ScaledGemmConfig | None = None,
 ) -> Tensor:
-    """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to dtype.
+    """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
 
     The reference is `F.linear` of `dequantize_input` and `dequantize_fp8` in float32.
 
-    x: in groups as large as the column grain; fastest in memory from `padded_empty`. In is a
-        multiple of 16. Its scales may be of more than n tokens.
+    x: in groups as large as the column grain; in is a multiple of 16. bias: `[out]`, or None.
     weight: its column grain is a whole row, or a power of two from 32 to 128.
     reader_sums: whether there may be more than one.
-    out: `[n, out]` of dtype, contiguous: where the product is written, in one part.
+    out: `[n, out]`, contiguous: the memory of the product, which is one part then.
     config: overrides `fp8_scaled_gemm_config`, for tests and tuning.
     """
-    num_tokens, in_size = x.values.shape
+    num_tokens = x.num_tokens
+    num_x_rows, in_size = x.values.shape
     out_size = weight.out_size
     grain = weight.column_grain
-    assert x.scales.is_contiguous() and len(x.scales) == in_size // grain
+    assert x.values.is_contiguous() and x.scales.shape == (in_size // grain, num_x_rows)
     if config is None:
         config = fp8_scaled_gemm_config(
             num_tokens,
@@ -172,17 +166,16 @@ def fp8_scaled_gemm(
             reader_sums=reader_sums and out is None,
         )
     tokens, rows = config.tokens, config.rows
-    chunk = 128 if weight.has_whole_rows else grain
+    chunk = MAX_BLOCK_COLUMNS if weight.has_whole_rows else grain
     split_size = triton.cdiv(triton.cdiv(in_size, chunk), config.splits) * chunk
     splits = triton.cdiv(in_size, split_size)
     if out is None:
         shape = (splits, num_tokens, out_size)
-        out = torch.empty(shape, dtype=dtype, device=x.values.device)
-    assert out.is_contiguous() and (splits == 1 or out.dim() == 3)
+        out = torch.empty(shape, dtype=x.dtype, device=x.values.device)
+    assert out.is_contiguous() and out.numel() == splits * num_tokens * out_size
     tiles = triton.cdiv(num_tokens, tokens) * triton.cdiv(out_size, rows)
-    x_shape = [readable_rows(x.values, tokens), in_size]
     _scaled_gemm_kernel[(tiles, splits)](
-        TensorDescriptor(x.values, x_shape, [in_size, 1], [tokens, chunk]),
+        TensorDescriptor.from_tensor(x.values, [tokens, chunk]),
         x.scales,
         TensorDescriptor.from_tensor(weight.values, [rows, chunk]),
         weight.values,
@@ -192,15 +185,14 @@ def fp8_scaled_gemm(
         num_tokens,
         out_size,
         split_size,
-        x.scales.shape[1],
+        num_x_rows,
         IN_SIZE=in_size,
         ROW_GRAIN=weight.row_grain,
         COLUMN_GRAIN=grain,
         TOKENS=tokens,
         ROWS=rows,
         CHUNK=chunk,
-        IS_FAST=split_size <= MAX_FAST_COLUMNS,
-        PREFETCH=config.prefetch,
+        PREFETCH=PREFETCH,
         GROUP=GROUP,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
