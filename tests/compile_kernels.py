@@ -24,11 +24,11 @@ from nanovllm.kernels import (
     _gluon,
     all_reduce,
     copy_blocks,
-    fp8_block_gemm,
     fp8_dequantize,
     fp8_gemm,
     fp8_gemv,
     fp8_quantize,
+    fp8_scaled_gemm,
     gate_mul,
     gate_up_gemm,
     gemv,
@@ -279,9 +279,8 @@ def compile_fp8() -> None:
         for num_tokens in (128, 512):
             rounding = Rounding(column_grain, num_tokens)
             quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), rounding)
-            if column_grain < HIDDEN:
-                out = numbers(num_tokens, 256)
-                fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+            for reader_sums in (False, True):
+                fp8_scaled_gemm.fp8_scaled_gemm(quantized, weight, bias, reader_sums)
         compile_rounding(column_grain)
     for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
         matrices = []
