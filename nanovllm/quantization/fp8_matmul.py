@@ -63,10 +63,10 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
     # TMA needs rows of a multiple of 16 bytes. Exact products of float32 are not for tensor cores.
     if not (has_tma() and weight.in_size % 16 == 0 and x.dtype.itemsize == 2):
         return FP8Kernel.DEQUANTIZE
-    is_wide = len(x) > max_gemm_tokens(x, weight)
     can_scale = quantizes_input and (has_row_scales(weight, x.dtype) or has_blocks(weight))
     if can_scale and len(x) > MAX_GEMM_TOKENS:
         return FP8Kernel.SCALED
+    is_wide = len(x) > max_gemm_tokens(x, weight)
     return FP8Kernel.DEQUANTIZE if is_wide else FP8Kernel.GEMM
 
 
