@@ -139,7 +139,7 @@ def convert(
 
     scales: of `read_scales`. operand: the layout in which the tensor cores read registers.
     """
-    ROWS: gl.constexpr = rings.weight.shape[1] // 2
+    ROWS: gl.constexpr = 64
     if HOW.assembly is None:
         tile = rings.weight.index(2 * stage + SIDE).slice(CONSUMER * ROWS, ROWS, 0)
         # By float32, since the GPU's instruction from FP8 gives fp16, and the one from that to

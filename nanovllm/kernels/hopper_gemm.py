@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
-    REGISTERS,
     TILE_ROWS,
     WARPS,
     GluonDescriptor,
@@ -45,6 +44,15 @@ class Work(NamedTuple):
     out_size: Any  # rows of the weight
 
 
+class Exchange(NamedTuple):
+    """What the consumers tell each other."""
+
+    turns: Any
+    sums: Any
+    given: Any
+    taken: Any
+
+
 class Place(NamedTuple):
     """Where a tile begins."""
 
@@ -65,17 +73,36 @@ def _find_tile(index, work, TOKENS: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
+def _load_weight(weight_desc, rings, row, block, stage):
+    """Start to copy a block of the weight. The stage becomes full when x has arrived, too."""
+    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
+    TILES: gl.constexpr = rings.weight.shape[0] // rings.full.shape[0]
+    ROWS: gl.constexpr = rings.weight.shape[1]
+    COLUMNS: gl.constexpr = rings.weight.shape[2]
+    X_BYTES: gl.constexpr = rings.x.shape[1] * BLOCK * 2
+    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
+    WEIGHT_BYTES: gl.constexpr = ROWS * COLUMNS * 2
+    arrived = rings.full.index(stage)
+    mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
+    for i in gl.static_range(TILES):
+        place = [row, (block * TILES + i) * COLUMNS]
+        load_tile(weight_desc, place, arrived, rings.weight.index(TILES * stage + i))
+
+
+@gluon.jit
+def _produce(x_desc, weight_desc, rings, work, EARLY: gl.constexpr, PDL: gl.constexpr):
     """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
     STAGES: gl.constexpr = rings.full.shape[0]
-    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
     TOKENS: gl.constexpr = rings.x.shape[1]
     ROWS: gl.constexpr = rings.weight.shape[1]
-    WEIGHT_TILES: gl.constexpr = rings.weight.shape[0] // STAGES
-    WEIGHT_COLUMNS: gl.constexpr = rings.weight.shape[2]
-    X_BYTES: gl.constexpr = TOKENS * BLOCK * 2
-    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
-    WEIGHT_BYTES: gl.constexpr = ROWS * WEIGHT_COLUMNS * 2
+    num_early = 0
+    if EARLY:
+        # No kernel writes the weight, so the ring is filled with it while the last one still runs.
+        first = _find_tile(gl.program_id(0), work, TOKENS, ROWS)
+        first_block = first.split * work.split_blocks
+        num_early = gl.minimum(gl.minimum(work.split_blocks, work.num_blocks - first_block), STAGES)
+        for stage in range(num_early):
+            _load_weight(weight_desc, rings, first.row, first_block + stage, stage)
     if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
@@ -86,13 +113,10 @@ def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
         end = gl.minimum((first.split + 1) * work.split_blocks, work.num_blocks)
         for block in range(first.split * work.split_blocks, end):
             stage = count % STAGES
+            if count >= num_early:
+                mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
+                _load_weight(weight_desc, rings, first.row, block, stage)
             arrived = rings.full.index(stage)
-            mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
-            for i in gl.static_range(WEIGHT_TILES):
-                place = [first.row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
-                tile = rings.weight.index(WEIGHT_TILES * stage + i)
-                load_tile(weight_desc, place, arrived, tile)
             for i in gl.static_range(2):
                 place = [first.token, block * BLOCK + i * HALF]
                 load_tile(x_desc, place, arrived, rings.x.index(2 * stage + i))
@@ -100,10 +124,18 @@ def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
 
 
 @gluon.jit
-def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
-    """Start `acc += weight x^T` with half a block of x."""
+def _start_product(
+    weight, rings, stage, acc, turns, turn, SIDE: gl.constexpr, CONSUMER: gl.constexpr
+):
+    """Start `acc += weight x^T` with half a block of x, when it is our turn."""
     x = rings.x.index(2 * stage + SIDE).permute((1, 0))
-    return warpgroup_mma(weight, x, acc, is_async=True)
+    if turns is not None:
+        # Consumer 0 begins. Afterwards each waits until the other has started a product.
+        mbarrier.wait(turns.index(CONSUMER), turn ^ (1 - CONSUMER))
+    acc = warpgroup_mma(weight, x, acc, is_async=True)
+    if turns is not None:
+        mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+    return acc
 
 
 @gluon.jit
@@ -112,6 +144,7 @@ def _consume(
     bias_ptr,
     partial_sums_ptr,
     rings,
+    exchange,
     work,
     HOW: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -119,61 +152,104 @@ def _consume(
     """Compute the rows of one consumer in all tiles of the program."""
     STAGES: gl.constexpr = rings.full.shape[0]
     TOKENS: gl.constexpr = rings.x.shape[1]
-    ROWS: gl.constexpr = rings.weight.shape[1] // 2  # of a consumer
+    TILE: gl.constexpr = rings.weight.shape[1]
+    ROWS: gl.constexpr = 64  # of a consumer
+    IS_WIDE: gl.constexpr = TILE == 2 * ROWS  # a consumer has half of the rows; or of the columns
+    OWN_ROWS: gl.constexpr = CONSUMER if IS_WIDE else 0
+    FIRST_SIDE: gl.constexpr = 0 if IS_WIDE else CONSUMER
+    LAST_SIDE: gl.constexpr = 1 if IS_WIDE else CONSUMER
+    turns = exchange.turns
+    turn = 0
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
     count = 0
+    tile_count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        first = _find_tile(index, work, TOKENS, 2 * ROWS)
+        first = _find_tile(index, work, TOKENS, TILE)
         split = first.split
-        first_row = first.row + CONSUMER * ROWS
+        first_row = first.row + OWN_ROWS * ROWS
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
         row = gl.minimum(row, work.out_size - 1)
         first_block = split * work.split_blocks
         end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
-        scales = read_scales(grains, row, first_block, like, 0, HOW)
+        scales = read_scales(grains, row, first_block, like, FIRST_SIDE, HOW)
         stage = count % STAGES
         mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
-        weight = convert(rings, stage, scales, operand, CONSUMER, 0, HOW)
+        weight = convert(rings, stage, scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
         # The tensor cores multiply half a block while the next half is read and converted. It would
         # be faster still to start the next product before the last one has ended, but then the
         # assembler, ptxas, lets all of them run one by one.
         for block in range(first_block, end):
-            scales = read_scales(grains, row, block, like, 1, HOW)
-            next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
-            acc = _start_product(weight, rings, stage, acc, 0)
-            weight = convert(rings, stage, scales, operand, CONSUMER, 1, HOW)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _start_product(weight, rings, stage, acc, 1)
+            if IS_WIDE:
+                scales = read_scales(grains, row, block, like, 1, HOW)
+            next_scales = read_scales(grains, row, block + 1, like, FIRST_SIDE, HOW)
+            if IS_WIDE:
+                acc = _start_product(weight, rings, stage, acc, turns, turn, 0, CONSUMER)
+                turn ^= 1
+                weight = convert(rings, stage, scales, operand, OWN_ROWS, 1, HOW)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc = _start_product(weight, rings, stage, acc, turns, turn, LAST_SIDE, CONSUMER)
+            turn ^= 1
             count += 1
             next_stage = count % STAGES
             if block + 1 < end:
                 mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
             # Behind the last block this converts whatever is there, and nobody uses it.
-            weight = convert(rings, next_stage, next_scales, operand, CONSUMER, 0, HOW)
+            weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.empty.index(stage), count=1)
             stage = next_stage
 
-        sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
-        is_row = sum_row < work.out_size
-        if HOW.assembly is None and HOW.grains == 1:
-            scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
-            acc *= scale[:, None]
-        if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
-            if split == 0:  # the bias is added once
-                bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
-                acc += bias.to(gl.float32)[:, None]
-        # A thread is to store neighbouring rows, that is, outputs of one token.
-        out = gl.convert_layout(acc.to(rings.x.dtype).permute((1, 0)), store_layout)
-        token = first.token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
-        out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
-        mask = (token < work.num_tokens)[:, None] & (out_row < work.out_size)[None, :]
-        places = (split * work.num_tokens + token) * work.out_size
-        gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
+        if not IS_WIDE:
+            phase = tile_count & 1
+            tile_count += 1
+            if CONSUMER == 1:
+                mbarrier.wait(exchange.taken, phase ^ 1)
+                exchange.sums.store(acc)
+                mbarrier.arrive(exchange.given, count=1)
+            else:
+                mbarrier.wait(exchange.given, phase)
+                acc += exchange.sums.load(registers)
+                mbarrier.arrive(exchange.taken, count=1)
+        if IS_WIDE or CONSUMER == 0:
+            _store(acc, grains, bias_ptr, partial_sums_ptr, first_row, first.token, split, work, HOW)
+
+
+@gluon.jit
+def _store(
+    acc,
+    grains,
+    bias_ptr,
+    partial_sums_ptr,
+    first_row,
+    first_token,
+    split,
+    work,
+    HOW: gl.constexpr,
+):
+    """Write the sums of a consumer."""
+    ROWS: gl.constexpr = acc.shape[0]
+    TOKENS: gl.constexpr = acc.shape[1]
+    registers: gl.constexpr = acc.type.layout
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
+    is_row = sum_row < work.out_size
+    if HOW.assembly is None and HOW.grains == 1:
+        scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
+        acc *= scale[:, None]
+    if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+        if split == 0:  # the bias is added once
+            bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
+            acc += bias.to(gl.float32)[:, None]
+    # A thread is to store neighbouring rows, that is, outputs of one token.
+    out = gl.convert_layout(acc.to(partial_sums_ptr.dtype.element_ty).permute((1, 0)), store_layout)
+    token = first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
+    out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
+    mask = (token < work.num_tokens)[:, None] & (out_row < work.out_size)[None, :]
+    places = (split * work.num_tokens + token) * work.out_size
+    gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
 
 
 @gluon.jit(
@@ -195,6 +271,9 @@ def _hopper_gemm_kernel(
     IN_SIZE: gl.constexpr,
     HOW: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
+    TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -212,6 +291,22 @@ def _hopper_gemm_kernel(
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
     shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
     weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
+    turns = None
+    if TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(turns.index(0), count=1)
+        mbarrier.init(turns.index(1), count=1)
+    sums = None
+    given = None
+    taken = None
+    if weight_desc.block_shape[0] == 64:
+        sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, [64, x_desc.block_shape[0]], sums_layout)
+        given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(given, count=1)
+        mbarrier.init(taken, count=1)
+    exchange = Exchange(turns, sums, given, taken)
     fence_async_shared()
     rings = Rings(x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
@@ -226,9 +321,9 @@ def _hopper_gemm_kernel(
     )
     gl.warp_specialize(
         [
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 0)),
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 1)),
-            (_produce, (x_desc, weight_desc, rings, work, PDL)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, 0)),
+            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, 1)),
+            (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
         ],
         WARPS,
         REGISTERS,
@@ -257,10 +352,10 @@ def hopper_gemm(
     zero_points = None
     if isinstance(weight, FP8Weight):
         matrix = weight.values
-        weight_tile = [TILE_ROWS, 64]  # half a block
+        weight_tile = 64  # half a block
     else:
         matrix = weight.packed
-        weight_tile = [TILE_ROWS, 32]  # a whole block: four columns a number of 16 bits
+        weight_tile = 32  # a whole block: four columns a number of 16 bits
         zero_points = weight.zero_points
         if weight.column_order is not None:
             x = x[:, weight.column_order]
@@ -281,11 +376,11 @@ def hopper_gemm(
     splits = triton.cdiv(blocks, split_blocks)
     partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
     token_tiles = triton.cdiv(num_tokens, config.tokens)
-    row_tiles = triton.cdiv(out_size, TILE_ROWS)
+    row_tiles = triton.cdiv(out_size, config.rows)
     num_tiles = token_tiles * row_tiles * splits
-    _hopper_gemm_kernel[(min(num_tiles, num_multiprocessors),)](
+    _hopper_gemm_kernel[(min(num_tiles, config.programs * num_multiprocessors),)](
         describe_contiguous(x, readable_rows(x, config.tokens), [config.tokens, 64]),
-        describe_contiguous(matrix, out_size, weight_tile),
+        describe_contiguous(matrix, out_size, [config.rows, weight_tile]),
         weight.scales,
         zero_points,
         bias,
@@ -299,6 +394,10 @@ def hopper_gemm(
         IN_SIZE=in_size,
         HOW=conversion_of(weight, x.dtype),
         STAGES=config.num_stages,
+        EARLY=config.early,
+        TURNS=config.turns,
+        REGISTERS=REGISTERS[config.registers],
+        maxnreg=config.registers,
         num_warps=4,
         **pdl_options(),
     )
@@ -309,6 +408,9 @@ def can_use_hopper_gemm(x: Tensor) -> bool:
     """Whether `hopper_gemm` multiplies x `[n, in]`."""
     return can_run_gluon() and x.dtype.itemsize == 2 and x.shape[1] % 16 == 0
 
+
+# Of the consumer and the producer, by those of a thread on average.
+REGISTERS = {64: (80, 24), 80: (104, 24), 104: (144, 24), 128: (176, 24), 168: (240, 24)}
 
 DTYPES = {
     torch.bfloat16: gl.bfloat16,
