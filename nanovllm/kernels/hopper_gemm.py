@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
-    TILE_ROWS,
     WARPS,
     GluonDescriptor,
     can_run_gluon,
@@ -27,6 +26,7 @@ from nanovllm.kernels._gluon import (
 )
 from nanovllm.kernels._triton import device_limits, pdl_options, readable_rows, triton
 from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.gate_mul import gated
 from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
 from nanovllm.kernels.hopper_convert import BLOCK, HALF, Rings, conversion_of, convert, read_scales
 from nanovllm.kernels.int4_layout import Int4Weight
@@ -85,8 +85,13 @@ def _load_weight(weight_desc, rings, row, block, stage):
     arrived = rings.full.index(stage)
     mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
     for i in gl.static_range(TILES):
-        place = [row, (block * TILES + i) * COLUMNS]
-        load_tile(weight_desc, place, arrived, rings.weight.index(TILES * stage + i))
+        column = (block * TILES + i) * COLUMNS
+        tile = rings.weight.index(TILES * stage + i)
+        if len(weight_desc.block_shape) == 4:
+            place = [row // 16, 0, 0, column]
+            load_tile(weight_desc, place, arrived, tile.reshape(weight_desc.block_shape))
+        else:
+            load_tile(weight_desc, [row, column], arrived, tile)
 
 
 @gluon.jit
@@ -147,6 +152,7 @@ def _consume(
     exchange,
     work,
     HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Compute the rows of one consumer in all tiles of the program."""
@@ -170,6 +176,8 @@ def _consume(
         split = first.split
         first_row = first.row + OWN_ROWS * ROWS
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
+        if ACTIVATION is not None:
+            row = _gated_row(row, work)
         row = gl.minimum(row, work.out_size - 1)
         first_block = split * work.split_blocks
         end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
@@ -214,7 +222,24 @@ def _consume(
                 acc += exchange.sums.load(registers)
                 mbarrier.arrive(exchange.taken, count=1)
         if IS_WIDE or CONSUMER == 0:
-            _store(acc, grains, bias_ptr, partial_sums_ptr, first_row, first.token, split, work, HOW)
+            _store(
+                acc,
+                grains,
+                bias_ptr,
+                partial_sums_ptr,
+                first_row,
+                first.token,
+                split,
+                work,
+                HOW,
+                ACTIVATION,
+            )
+
+
+@gluon.jit
+def _gated_row(row, work):
+    """The row of the weight in place of a row of a tile: eight of the gate, eight of up."""
+    return row // 16 * 8 + row % 8 + row // 8 % 2 * (work.out_size // 2)
 
 
 @gluon.jit
@@ -228,6 +253,7 @@ def _store(
     split,
     work,
     HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):
     """Write the sums of a consumer."""
     ROWS: gl.constexpr = acc.shape[0]
@@ -235,6 +261,8 @@ def _store(
     registers: gl.constexpr = acc.type.layout
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
+    if ACTIVATION is not None:
+        sum_row = _gated_row(sum_row, work)
     is_row = sum_row < work.out_size
     if HOW.assembly is None and HOW.grains == 1:
         scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
@@ -243,12 +271,20 @@ def _store(
         if split == 0:  # the bias is added once
             bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
             acc += bias.to(gl.float32)[:, None]
+    out_size = work.out_size
+    if ACTIVATION is not None:
+        pairs = acc.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1))
+        gate, up = gl.split(pairs)
+        acc = gated(gate, up, ACTIVATION).reshape([ROWS // 2, TOKENS])
+        out_size = out_size // 2
+        first_row = first_row // 2
     # A thread is to store neighbouring rows, that is, outputs of one token.
-    out = gl.convert_layout(acc.to(partial_sums_ptr.dtype.element_ty).permute((1, 0)), store_layout)
+    out = acc.to(partial_sums_ptr.dtype.element_ty).permute((1, 0))
+    out = gl.convert_layout(out, store_layout)
     token = first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
-    out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
-    mask = (token < work.num_tokens)[:, None] & (out_row < work.out_size)[None, :]
-    places = (split * work.num_tokens + token) * work.out_size
+    out_row = first_row + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, store_layout))
+    mask = (token < work.num_tokens)[:, None] & (out_row < out_size)[None, :]
+    places = (split * work.num_tokens + token) * out_size
     gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
 
 
@@ -270,7 +306,9 @@ def _hopper_gemm_kernel(
     out_size,
     IN_SIZE: gl.constexpr,
     HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
     EARLY: gl.constexpr,
     TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -289,8 +327,12 @@ def _hopper_gemm_kernel(
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
-    shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
-    weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
+    COLUMNS: gl.constexpr = weight_desc.block_shape[-1]
+    shape: gl.constexpr = [WEIGHT_TILES * STAGES, ROWS, COLUMNS]
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [ROWS, COLUMNS], weight_desc.dtype
+    )
+    weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, tile_layout)
     turns = None
     if TURNS:
         turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -299,7 +341,7 @@ def _hopper_gemm_kernel(
     sums = None
     given = None
     taken = None
-    if weight_desc.block_shape[0] == 64:
+    if ROWS == 64:
         sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         sums = gl.allocate_shared_memory(gl.float32, [64, x_desc.block_shape[0]], sums_layout)
         given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -321,8 +363,14 @@ def _hopper_gemm_kernel(
     )
     gl.warp_specialize(
         [
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, 0)),
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, 1)),
+            (
+                _consume,
+                (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, ACTIVATION, 0),
+            ),
+            (
+                _consume,
+                (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, ACTIVATION, 1),
+            ),
             (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
         ],
         WARPS,
@@ -335,6 +383,7 @@ def hopper_gemm(
     weight: Int4Weight | FP8Weight,
     bias: Tensor | None = None,
     reader_sums: bool = True,
+    activation: str | None = None,
     config: HopperGemmConfig | None = None,
 ) -> Tensor:
     """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
@@ -374,13 +423,19 @@ def hopper_gemm(
     blocks = triton.cdiv(in_size, BLOCK.value)
     split_blocks = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, split_blocks)
-    partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+    width = out_size
+    matrix_desc = describe_contiguous(matrix, out_size, [config.rows, weight_tile])
+    if activation is not None:
+        assert splits == 1
+        width = out_size // 2
+        matrix_desc = describe_gated(matrix, [config.rows, weight_tile])
+    partial_sums = torch.empty(splits, num_tokens, width, dtype=x.dtype, device=x.device)
     token_tiles = triton.cdiv(num_tokens, config.tokens)
     row_tiles = triton.cdiv(out_size, config.rows)
     num_tiles = token_tiles * row_tiles * splits
     _hopper_gemm_kernel[(min(num_tiles, config.programs * num_multiprocessors),)](
         describe_contiguous(x, readable_rows(x, config.tokens), [config.tokens, 64]),
-        describe_contiguous(matrix, out_size, [config.rows, weight_tile]),
+        matrix_desc,
         weight.scales,
         zero_points,
         bias,
@@ -393,7 +448,9 @@ def hopper_gemm(
         out_size,
         IN_SIZE=in_size,
         HOW=conversion_of(weight, x.dtype),
+        ACTIVATION=activation,
         STAGES=config.num_stages,
+        ROWS=config.rows,
         EARLY=config.early,
         TURNS=config.turns,
         REGISTERS=REGISTERS[config.registers],
@@ -429,3 +486,17 @@ def describe_contiguous(matrix: Tensor, num_rows: int, tile: list[int]) -> Any:
     layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[matrix.dtype])
     columns = matrix.shape[1]
     return GluonDescriptor(matrix, [num_rows, columns], [columns, 1], tile, layout)
+
+
+def describe_gated(matrix: Tensor, tile: list[int]) -> Any:
+    """Describe a gate above an up projection, so that a tile has eight rows of the one, eight rows
+    of the other, and so on.
+    """
+    num_rows, columns = matrix.shape
+    size = num_rows // 2
+    assert size % 8 == 0
+    shape = [size // 8, 2, 8, columns]
+    strides = [8 * columns, size * columns, columns, 1]
+    block = [tile[0] // 16, 2, 8, tile[1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
+    return GluonDescriptor(matrix, shape, strides, block, layout)
