@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
-    WARPS,
     GluonDescriptor,
     can_run_gluon,
     fence_async_shared,
@@ -145,25 +144,23 @@ def _start_product(
 
 @gluon.jit
 def _consume(
-    grains,
-    bias_ptr,
-    partial_sums_ptr,
-    rings,
-    exchange,
-    work,
+    common,
     HOW: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Compute the rows of one consumer in all tiles of the program."""
+    grains, bias_ptr, partial_sums_ptr, rings, exchange, work = common
     STAGES: gl.constexpr = rings.full.shape[0]
     TOKENS: gl.constexpr = rings.x.shape[1]
     TILE: gl.constexpr = rings.weight.shape[1]
     ROWS: gl.constexpr = 64  # of a consumer
-    IS_WIDE: gl.constexpr = TILE == 2 * ROWS  # a consumer has half of the rows; or of the columns
-    OWN_ROWS: gl.constexpr = CONSUMER if IS_WIDE else 0
-    FIRST_SIDE: gl.constexpr = 0 if IS_WIDE else CONSUMER
-    LAST_SIDE: gl.constexpr = 1 if IS_WIDE else CONSUMER
+    ROW_GROUPS: gl.constexpr = TILE // ROWS
+    IS_WIDE: gl.constexpr = CONSUMERS == ROW_GROUPS  # a consumer has all columns, or half of them
+    OWN_ROWS: gl.constexpr = CONSUMER % ROW_GROUPS
+    FIRST_SIDE: gl.constexpr = CONSUMER // ROW_GROUPS
+    LAST_SIDE: gl.constexpr = 1 if IS_WIDE else FIRST_SIDE
     turns = exchange.turns
     turn = 0
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
@@ -213,15 +210,17 @@ def _consume(
         if not IS_WIDE:
             phase = tile_count & 1
             tile_count += 1
-            if CONSUMER == 1:
-                mbarrier.wait(exchange.taken, phase ^ 1)
-                exchange.sums.store(acc)
-                mbarrier.arrive(exchange.given, count=1)
+            given = exchange.given.index(OWN_ROWS)
+            taken = exchange.taken.index(OWN_ROWS)
+            if FIRST_SIDE == 1:
+                mbarrier.wait(taken, phase ^ 1)
+                exchange.sums.index(OWN_ROWS).store(acc)
+                mbarrier.arrive(given, count=1)
             else:
-                mbarrier.wait(exchange.given, phase)
-                acc += exchange.sums.load(registers)
-                mbarrier.arrive(exchange.taken, count=1)
-        if IS_WIDE or CONSUMER == 0:
+                mbarrier.wait(given, phase)
+                acc += exchange.sums.index(OWN_ROWS).load(registers)
+                mbarrier.arrive(taken, count=1)
+        if IS_WIDE or FIRST_SIDE == 0:
             _store(
                 acc,
                 grains,
@@ -312,6 +311,7 @@ def _hopper_gemm_kernel(
     EARLY: gl.constexpr,
     TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -323,7 +323,7 @@ def _hopper_gemm_kernel(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
     # The tiles of a stage are copied and read together: one pair of barriers serves them all.
-    full, empty = make_barriers(STAGES, 2)
+    full, empty = make_barriers(STAGES, CONSUMERS)
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
@@ -341,13 +341,16 @@ def _hopper_gemm_kernel(
     sums = None
     given = None
     taken = None
-    if ROWS == 64:
+    if ROWS // 64 != CONSUMERS:
+        GROUPS: gl.constexpr = ROWS // 64
         sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        sums = gl.allocate_shared_memory(gl.float32, [64, x_desc.block_shape[0]], sums_layout)
-        given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(given, count=1)
-        mbarrier.init(taken, count=1)
+        sums_shape: gl.constexpr = [GROUPS, 64, x_desc.block_shape[0]]
+        sums = gl.allocate_shared_memory(gl.float32, sums_shape, sums_layout)
+        given = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(given.index(i), count=1)
+            mbarrier.init(taken.index(i), count=1)
     exchange = Exchange(turns, sums, given, taken)
     fence_async_shared()
     rings = Rings(x_ring, weight_ring, full, empty)
@@ -361,21 +364,29 @@ def _hopper_gemm_kernel(
         gl.cdiv(IN_SIZE, BLOCK),
         out_size,
     )
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, ACTIVATION, 0),
-            ),
-            (
-                _consume,
-                (grains, bias_ptr, partial_sums_ptr, rings, exchange, work, HOW, ACTIVATION, 1),
-            ),
-            (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
-        ],
-        WARPS,
-        REGISTERS,
-    )
+    common = (grains, bias_ptr, partial_sums_ptr, rings, exchange, work)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (common, HOW, ACTIVATION, 2, 0)),
+                (_consume, (common, HOW, ACTIVATION, 2, 1)),
+                (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
+            ],
+            [4, 4],
+            REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (common, HOW, ACTIVATION, 4, 0)),
+                (_consume, (common, HOW, ACTIVATION, 4, 1)),
+                (_consume, (common, HOW, ACTIVATION, 4, 2)),
+                (_consume, (common, HOW, ACTIVATION, 4, 3)),
+                (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
+            ],
+            [4, 4, 4, 4],
+            REGISTERS,
+        )
 
 
 def hopper_gemm(
@@ -454,6 +465,7 @@ def hopper_gemm(
         EARLY=config.early,
         TURNS=config.turns,
         REGISTERS=REGISTERS[config.registers],
+        CONSUMERS=4 if config.registers == 96 else 2,
         maxnreg=config.registers,
         num_warps=4,
         **pdl_options(),
@@ -467,7 +479,14 @@ def can_use_hopper_gemm(x: Tensor) -> bool:
 
 
 # Of the consumer and the producer, by those of a thread on average.
-REGISTERS = {64: (80, 24), 80: (104, 24), 104: (144, 24), 128: (176, 24), 168: (240, 24)}
+REGISTERS = {
+    96: (112, 112, 112, 24),
+    64: (80, 24),
+    80: (104, 24),
+    104: (144, 24),
+    128: (176, 24),
+    168: (240, 24),
+}
 
 DTYPES = {
     torch.bfloat16: gl.bfloat16,
