@@ -23,8 +23,7 @@ class HopperGemmConfig:
     tokens: int  # in a tile: a power of two from 16 to 256
     splits: int  # of the inner dimension
     num_stages: int  # blocks of 128 columns that are on their way
-    early: bool = False
-    turns: bool = False
+    early: bool = True
     registers: int = 168
     programs: int = 1
     rows: int = 128

@@ -46,7 +46,6 @@ class Work(NamedTuple):
 class Exchange(NamedTuple):
     """What the consumers tell each other."""
 
-    turns: Any
     sums: Any
     given: Any
     taken: Any
@@ -128,18 +127,10 @@ def _produce(x_desc, weight_desc, rings, work, EARLY: gl.constexpr, PDL: gl.cons
 
 
 @gluon.jit
-def _start_product(
-    weight, rings, stage, acc, turns, turn, SIDE: gl.constexpr, CONSUMER: gl.constexpr
-):
-    """Start `acc += weight x^T` with half a block of x, when it is our turn."""
+def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
+    """Start `acc += weight x^T` with half a block of x."""
     x = rings.x.index(2 * stage + SIDE).permute((1, 0))
-    if turns is not None:
-        # Consumer 0 begins. Afterwards each waits until the other has started a product.
-        mbarrier.wait(turns.index(CONSUMER), turn ^ (1 - CONSUMER))
-    acc = warpgroup_mma(weight, x, acc, is_async=True)
-    if turns is not None:
-        mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
-    return acc
+    return warpgroup_mma(weight, x, acc, is_async=True)
 
 
 @gluon.jit
@@ -157,12 +148,10 @@ def _consume(
     TILE: gl.constexpr = rings.weight.shape[1]
     ROWS: gl.constexpr = 64  # of a consumer
     ROW_GROUPS: gl.constexpr = TILE // ROWS
-    IS_WIDE: gl.constexpr = CONSUMERS == ROW_GROUPS  # a consumer has all columns, or half of them
     OWN_ROWS: gl.constexpr = CONSUMER % ROW_GROUPS
-    FIRST_SIDE: gl.constexpr = CONSUMER // ROW_GROUPS
-    LAST_SIDE: gl.constexpr = 1 if IS_WIDE else FIRST_SIDE
-    turns = exchange.turns
-    turn = 0
+    # If there are two consumers for the same rows, each takes every other block.
+    STEP: gl.constexpr = CONSUMERS // ROW_GROUPS
+    OWN: gl.constexpr = CONSUMER // ROW_GROUPS
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
     like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
@@ -179,40 +168,45 @@ def _consume(
         first_block = split * work.split_blocks
         end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
-        scales = read_scales(grains, row, first_block, like, FIRST_SIDE, HOW)
-        stage = count % STAGES
-        mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
-        weight = convert(rings, stage, scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
+        scales = read_scales(grains, row, first_block + OWN, like, 0, HOW)
+        next_scales = read_scales(grains, row, first_block + OWN + STEP, like, 0, HOW)
+        num_blocks = end - first_block
+        stage = (count + OWN) % STAGES
+        if OWN < num_blocks:
+            mbarrier.wait(rings.full.index(stage), (count + OWN) // STAGES & 1)
+        weight = convert(rings, stage, scales, operand, OWN_ROWS, 0, HOW)
         # The tensor cores multiply half a block while the next half is read and converted. It would
         # be faster still to start the next product before the last one has ended, but then the
         # assembler, ptxas, lets all of them run one by one.
-        for block in range(first_block, end):
-            if IS_WIDE:
+        for i in range(OWN, num_blocks, STEP):
+            block = first_block + i
+            # They come from the L2 cache, which takes longer than a block.
+            later_scales = read_scales(grains, row, block + 2 * STEP, like, 0, HOW)
+            if not HOW.is_uniform:
                 scales = read_scales(grains, row, block, like, 1, HOW)
-            next_scales = read_scales(grains, row, block + 1, like, FIRST_SIDE, HOW)
-            if IS_WIDE:
-                acc = _start_product(weight, rings, stage, acc, turns, turn, 0, CONSUMER)
-                turn ^= 1
-                weight = convert(rings, stage, scales, operand, OWN_ROWS, 1, HOW)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _start_product(weight, rings, stage, acc, turns, turn, LAST_SIDE, CONSUMER)
-            turn ^= 1
-            count += 1
-            next_stage = count % STAGES
-            if block + 1 < end:
-                mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
+            acc = _start_product(weight, rings, stage, acc, 0)
+            weight = convert(rings, stage, scales, operand, OWN_ROWS, 1, HOW)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc = _start_product(weight, rings, stage, acc, 1)
+            following = count + i + STEP
+            next_stage = following % STAGES
+            if i + STEP < num_blocks:
+                mbarrier.wait(rings.full.index(next_stage), following // STAGES & 1)
             # Behind the last block this converts whatever is there, and nobody uses it.
-            weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
+            weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, 0, HOW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.empty.index(stage), count=1)
             stage = next_stage
+            scales = next_scales
+            next_scales = later_scales
+        count += num_blocks
 
-        if not IS_WIDE:
+        if STEP == 2:
             phase = tile_count & 1
             tile_count += 1
             given = exchange.given.index(OWN_ROWS)
             taken = exchange.taken.index(OWN_ROWS)
-            if FIRST_SIDE == 1:
+            if OWN == 1:
                 mbarrier.wait(taken, phase ^ 1)
                 exchange.sums.index(OWN_ROWS).store(acc)
                 mbarrier.arrive(given, count=1)
@@ -220,7 +214,7 @@ def _consume(
                 mbarrier.wait(given, phase)
                 acc += exchange.sums.index(OWN_ROWS).load(registers)
                 mbarrier.arrive(taken, count=1)
-        if IS_WIDE or FIRST_SIDE == 0:
+        if OWN == 0:
             _store(
                 acc,
                 grains,
@@ -309,7 +303,6 @@ def _hopper_gemm_kernel(
     STAGES: gl.constexpr,
     ROWS: gl.constexpr,
     EARLY: gl.constexpr,
-    TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     PDL: gl.constexpr,
@@ -323,7 +316,7 @@ def _hopper_gemm_kernel(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
     # The tiles of a stage are copied and read together: one pair of barriers serves them all.
-    full, empty = make_barriers(STAGES, CONSUMERS)
+    full, empty = make_barriers(STAGES, ROWS // 64)
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
@@ -333,11 +326,6 @@ def _hopper_gemm_kernel(
         [ROWS, COLUMNS], weight_desc.dtype
     )
     weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, tile_layout)
-    turns = None
-    if TURNS:
-        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        mbarrier.init(turns.index(0), count=1)
-        mbarrier.init(turns.index(1), count=1)
     sums = None
     given = None
     taken = None
@@ -351,7 +339,7 @@ def _hopper_gemm_kernel(
         for i in gl.static_range(GROUPS):
             mbarrier.init(given.index(i), count=1)
             mbarrier.init(taken.index(i), count=1)
-    exchange = Exchange(turns, sums, given, taken)
+    exchange = Exchange(sums, given, taken)
     fence_async_shared()
     rings = Rings(x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
@@ -372,7 +360,7 @@ def _hopper_gemm_kernel(
                 (_consume, (common, HOW, ACTIVATION, 2, 1)),
                 (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
             ],
-            [4, 4],
+            [4, 1],
             REGISTERS,
         )
     else:
@@ -384,7 +372,7 @@ def _hopper_gemm_kernel(
                 (_consume, (common, HOW, ACTIVATION, 4, 3)),
                 (_produce, (x_desc, weight_desc, rings, work, EARLY, PDL)),
             ],
-            [4, 4, 4, 4],
+            [4, 4, 4, 1],
             REGISTERS,
         )
 
@@ -463,7 +451,6 @@ def hopper_gemm(
         STAGES=config.num_stages,
         ROWS=config.rows,
         EARLY=config.early,
-        TURNS=config.turns,
         REGISTERS=REGISTERS[config.registers],
         CONSUMERS=4 if config.registers == 96 else 2,
         maxnreg=config.registers,
