@@ -1,6 +1,7 @@
 """Time a mixture-of-experts layer of Qwen3-30B-A3B's size on a GPU, alone.
 
     python scripts/bench_moe.py [--sweep]      # --sweep tries other tiles too
+    python scripts/bench_moe.py --formats fp8 fp8-blocks int4      # against experts in 16 bits
 
 All runs inside a CUDA graph, over inputs that are routed at random. Steps of a decode are limited
 by reading the weights of the experts that are chosen: GB/s, against the 3.0 TB/s that an H100
@@ -10,16 +11,19 @@ reads. Large prefills are limited by arithmetic: TFLOP/s of the chosen experts.
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from attention_work import microseconds
+from bench_quantized import FORMS, Layer
 from nanovllm.kernels.expert_gemv import (
     ExpertGemvConfig,
     expert_down_gemv,
     expert_gate_up_gemv,
     expert_gemv_config,
 )
+from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.grouped_gemm import (
     GroupedConfig,
     expert_down,
@@ -57,13 +61,22 @@ LARGE_CONFIGS = [  # tokens, rows, chunk, num_warps, num_stages
 ]
 
 
-def make_weights() -> MoEWeights:
-    """Random weights, so large that the router's choice is random and clear."""
+def make_matrices(name: str, out_size: int, in_size: int) -> Any:
+    """A random matrix `[out_size, in_size]` for each expert, in the format of this name."""
+    matrices = FORMS[name].make(Layer("experts", NUM_EXPERTS * out_size, in_size))
+    if isinstance(matrices, FP8Weight):
+        return matrices._replace(values=matrices.values.unflatten(0, (NUM_EXPERTS, -1)))
+    if isinstance(matrices, torch.Tensor):
+        return matrices.unflatten(0, (NUM_EXPERTS, -1))
+    return matrices
+
+
+def make_weights(name: str = "bf16") -> MoEWeights:
+    """Random weights; the router's are so large that its choice is random and clear."""
     return MoEWeights(
         router=torch.randn(NUM_EXPERTS, HIDDEN, dtype=DTYPE, device="cuda"),
-        gate_up=torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=DTYPE, device="cuda")
-        * 0.02,
-        down=torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, dtype=DTYPE, device="cuda") * 0.02,
+        gate_up=make_matrices(name, 2 * INTERMEDIATE, HIDDEN),
+        down=make_matrices(name, HIDDEN, INTERMEDIATE),
         top_k=TOP_K,
         is_normalized=True,
     )
@@ -185,16 +198,40 @@ def bench(num_tokens: int, weights: MoEWeights, sweep: bool) -> None:
             print(work.report(f"    {config_name}", us, share))
 
 
+def compare(names: Sequence[str]) -> None:
+    """Print the layer's time in 16 bits, and how many times as fast each format is."""
+    times: dict[tuple[str, int], float] = {}
+    for name in ("bf16", *names):
+        weights = make_weights(name)
+        for num_tokens in reversed(SIZES):  # large ones heat the GPU, which makes it slower
+            work = Work(num_tokens, weights)
+            times[name, num_tokens] = work.time(work.run_layer, work.inputs)
+        del weights, work
+        torch.cuda.empty_cache()
+    print(f"{'tokens':>6}{'us of bf16':>12}" + "".join(f"{name:>20}" for name in names))
+    for num_tokens in SIZES:
+        plain = times["bf16", num_tokens]
+        cells = ""
+        for name in names:
+            us = times[name, num_tokens]
+            cells += f"{us:>13.1f} {plain / us:>5.2f}x"
+        print(f"{num_tokens:>6}{plain:>12.1f}{cells}", flush=True)
+
+
 def main() -> None:
     """Time the layer for several numbers of tokens."""
     parser = argparse.ArgumentParser(description="Time a mixture-of-experts layer on a GPU.")
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes too")
     parser.add_argument("--tokens", type=int, nargs="*", default=SIZES, help="of a step")
+    parser.add_argument("--formats", nargs="+", choices=sorted(FORMS), help="of weights, compared")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_moe.py needs a CUDA GPU")
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
+    if arguments.formats:
+        compare(arguments.formats)
+        return
     weights = make_weights()
     for num_tokens in arguments.tokens:
         bench(num_tokens, weights, arguments.sweep)

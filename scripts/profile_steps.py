@@ -18,8 +18,8 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanovllm import LLM, SamplingParams
 from bench_options import INT4
+from nanovllm import LLM, SamplingParams
 from workloads import SHAPES, write_shape
 
 STEPS = 50  # decode steps that are timed, and as many that are profiled

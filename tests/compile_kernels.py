@@ -57,7 +57,7 @@ from nanovllm.kernels import (
     token_ranks,
     varlen_prefill,
 )
-from nanovllm.kernels.fp8_weight import FP8Weight
+from nanovllm.kernels.fp8_weight import FP8Weight, Rounding
 from nanovllm.kernels.int4_config import Int4GemmConfig
 from nanovllm.kernels.int4_layout import Int4Weight, packed_width
 from nanovllm.sharing.copy_on_write import BlockCopy
@@ -275,7 +275,11 @@ def compile_fp8() -> None:
         fp8_gemm.fp8_gemm(numbers(2, HIDDEN), weight, bias, reader_sums=False)
         fp8_dequantize.fp8_dequantize(weight, torch.bfloat16)
         for num_tokens in (128, 512):
-            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), column_grain)
+            rounding = Rounding(column_grain, num_tokens)
+            quantized = fp8_quantize.quantize_input(numbers(num_tokens, HIDDEN), rounding)
+            residual, sums = numbers(num_tokens, HIDDEN), numbers(1, num_tokens, HIDDEN)
+            rms_norm.add_rms_norm(residual, sums, norm, EPS, rounding=rounding)
+            gate_mul.gate_mul_rounded(numbers(num_tokens, 2 * HIDDEN), "silu", rounding)
             if column_grain < HIDDEN:
                 out = numbers(num_tokens, 256)
                 fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)

@@ -28,16 +28,18 @@ from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_weight import (
     E4M3,
     LARGEST,
+    FP8Input,
     FP8Weight,
+    Rounding,
     dequantize_fp8,
     dequantize_input,
     quantize_input_torch,
     to_e4m3,
 )
-from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.gate_mul import gate_mul, gate_mul_rounded, gate_mul_torch
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums, moe_torch
 from nanovllm.kernels.packed_config import PackedGemvConfig
-from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm_torch
 from nanovllm.quantization import fp8_matmul
 from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
 from nanovllm.quantization.weight_format import Epilogue, PartialSums
@@ -179,11 +181,12 @@ def test_dequantize(shape: tuple[int, int, int, int]) -> None:
 def test_quantized_input(group_size: int, dtype: torch.dtype) -> None:
     x = randn(5, 320, dtype=dtype) * torch.exp2(randn(5, 1) * 4).to(dtype)
     x[3] = 0.0
-    out = quantize_input(x, group_size)
+    out = quantize_input(x, Rounding(group_size, num_rows=5))
     expected = quantize_input_torch(x, group_size)
     assert torch.equal(out.scales, expected.scales)
     assert torch.equal(out.values.float(), expected.values.float())
-    padded = quantize_input(x, group_size, num_rows=8)
+    padded = quantize_input(x, Rounding(group_size, num_rows=8))
+    assert (padded.num_tokens, padded.dtype) == (5, dtype)
     assert len(padded.values) == 8 and torch.equal(padded.scales[:, :5], expected.scales)
     assert torch.equal(padded.values[:5].float(), expected.values.float())
     # Three bits of mantissa; 2^-10 of the largest is half of the smallest step.
@@ -192,6 +195,36 @@ def test_quantized_input(group_size: int, dtype: torch.dtype) -> None:
     assert ((dequantize_input(out) - x.float()).abs() <= bound * 1.001).all()
     assert (out.values[:3].float().abs().amax(1) == LARGEST).all()
     assert (out.values[3].float() == 0).all()
+
+
+def assert_rounded(out: FP8Input, computed: Tensor, rounding: Rounding) -> None:
+    """The same bits as of the tensor in 16 or 32 bits, if that was rounded by itself."""
+    expected = quantize_input_torch(computed, rounding.group_size)
+    assert len(out.values) == rounding.num_rows and out.num_tokens == len(computed)
+    assert torch.equal(out.scales[:, : len(computed)], expected.scales)
+    assert torch.equal(out.values[: len(computed)].float(), expected.values.float())
+
+
+@both_dtypes
+@pytest.mark.parametrize("group_size, num_rows", [(320, 5), (64, 8), (32, 5)])
+def test_inputs_that_are_rounded_as_they_are_computed(
+    group_size: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    rounding = Rounding(group_size, num_rows)
+    x, weight, sums = randn(5, 320, dtype=dtype), randn(320, dtype=dtype), randn(3, 5, 320)
+    sums[:, 2] *= 100.0
+    for post_weight, scale in ((None, 1.0), (randn(320, dtype=dtype), 0.5)):
+        arguments = (sums.to(dtype), weight, 1e-3, post_weight, 1e-2, scale)
+        plain, rounded = x.clone(), x.clone()
+        normed = add_rms_norm(plain, *arguments)
+        out = add_rms_norm(rounded, *arguments, rounding=rounding)
+        assert isinstance(normed, Tensor) and isinstance(out, FP8Input)
+        assert_rounded(out, normed, rounding)
+        assert torch.equal(plain, rounded)
+    gate_up = randn(5, 640, dtype=dtype)
+    for activation in ("silu", "gelu_tanh"):
+        product = gate_mul(gate_up, activation)
+        assert_rounded(gate_mul_rounded(gate_up, activation, rounding), product, rounding)
 
 
 @pytest.mark.parametrize("shape", [(48, 256, 16, 128), (40, 192, 4, 64), (9, 96, 3, 32)], ids=str)
@@ -317,7 +350,8 @@ def test_every_epilogue(
     weight = make_weight(*shape)
     num_tokens = 1 if kernel is FP8Kernel.GEMV else 5
     x, bias = randn(num_tokens, 256, dtype=dtype), randn(32, dtype=dtype)
-    seen = dequantize_input(quantize_input_torch(x, shape[3] or 256)) if is_scaled else x
+    rounded = quantize_input_torch(x, shape[3] or 256)
+    seen = dequantize_input(rounded) if is_scaled else x
     product = F.linear(seen.double(), exact(weight), bias.double())
 
     def multiply(epilogue: Epilogue) -> Tensor | PartialSums:
@@ -326,6 +360,9 @@ def test_every_epilogue(
     plain = multiply(Epilogue())
     assert isinstance(plain, Tensor)
     assert_near(plain, product, dtype)
+    if is_scaled:  # whoever computed the input has rounded it
+        again = multiply_fp8(weight, rounded, bias, Epilogue(), None, is_scaled)
+        assert isinstance(again, Tensor) and torch.equal(again, plain)
 
     residual = randn(num_tokens, 32, dtype=dtype)
     total = product + residual.double()

@@ -1,7 +1,9 @@
 """The input of a linear layer, rounded to FP8 for a step of many tokens.
 
 Each token has a scale of its own, or one for each group of its columns, so what one token is
-multiplied with does not depend on the others of the step.
+multiplied with does not depend on the others of the step. The kernels that compute such an input, a
+norm or the activation of an MLP, round it before they write it; the kernel here is for what other
+kernels have written, the output of attention above all.
 """
 
 import torch
@@ -15,7 +17,38 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.fp8_weight import E4M3, LARGEST, SMALLEST_SCALE, FP8Input
+from nanovllm.kernels.fp8_weight import E4M3, FP8Input, Rounding
+
+
+@triton.jit
+def store_rounded(
+    x,
+    values_ptr,
+    scales_ptr,
+    num_rows,
+    token,
+    SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round a token's input x `[BLOCK]`, float32 and 0 from SIZE on, and store it: see `FP8Input`.
+
+    The numbers are those of fp8_weight.py: 448 is FP8's largest, and 2^-100 the smallest scale.
+    """
+    COLUMNS: tl.constexpr = BLOCK if GROUP_SIZE == SIZE else GROUP_SIZE
+    GROUPS: tl.constexpr = BLOCK // COLUMNS
+    x = tl.reshape(x, [GROUPS, COLUMNS])
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), 448.0 * 2.0**-100)
+    scale = tl.div_rn(largest, 448.0)
+    # What lies beyond the largest number by an error of rounding would be NaN in the interpreter.
+    # What is NaN stays so: a clamp of the GPU may otherwise make a number of it.
+    scaled = x * tl.div_rn(1.0, scale)[:, None]
+    values = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = values.to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + token * SIZE + column, values, mask=column < SIZE)
+    tl.store(scales_ptr + group * num_rows + token, scale, mask=group * COLUMNS < SIZE)
 
 
 @triton.jit
@@ -24,63 +57,52 @@ def _quantize_kernel(
     values_ptr,
     scales_ptr,
     num_rows,
-    IN_SIZE: tl.constexpr,
+    SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST_SCALE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program takes one token, in a tile `[GROUPS, COLUMNS]`, both powers of two."""
+    """A program takes one token."""
     launch_next(PDL)
-    NUM_GROUPS: tl.constexpr = IN_SIZE // GROUP_SIZE
     token = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    is_group = group < NUM_GROUPS
-    mask = is_group[:, None] & (column < GROUP_SIZE)
-    offsets = token * IN_SIZE + group[:, None] * GROUP_SIZE + column
+    column = tl.arange(0, BLOCK)
     wait_for_previous(PDL)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_SCALE * LARGEST)
-    scale = tl.div_rn(largest, LARGEST)
-    # What lies beyond the largest number by an error of rounding would be NaN in the interpreter.
-    # What is NaN stays so: a clamp of the GPU may otherwise make a number of it.
-    scaled = x * tl.div_rn(1.0, scale)[:, None]
-    values = tl.clamp(scaled, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(values_ptr + offsets, values.to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scales_ptr + group * num_rows + token, scale, mask=is_group)
+    x = tl.load(x_ptr + token * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    store_rounded(x, values_ptr, scales_ptr, num_rows, token, SIZE, GROUP_SIZE, BLOCK)
 
 
-def quantize_input(x: Tensor, group_size: int, num_rows: int | None = None) -> FP8Input:
+def quantize_input(x: Tensor, rounding: Rounding) -> FP8Input:
     """Round each group of a token to FP8, with the scale that its largest absolute value asks for.
 
     The reference is `quantize_input_torch`.
 
-    x: `[n, in]`, contiguous. group_size: divides in; in itself is one scale a token.
-    num_rows: at least n, for a kernel that wants more; what is in rows from n on is not defined.
+    x: `[n, in]`, contiguous.
     """
     num_tokens, in_size = x.shape
-    assert x.is_contiguous() and in_size % group_size == 0
-    num_groups = in_size // group_size
-    num_rows = num_rows or num_tokens
-    values = torch.empty(num_rows, in_size, dtype=E4M3, device=x.device)
-    scales = torch.empty(num_groups, num_rows, dtype=torch.float32, device=x.device)
-    groups = next_power_of_2(num_groups)
-    columns = next_power_of_2(group_size)
+    assert x.is_contiguous()
+    rounded = empty_input(num_tokens, in_size, x, rounding)
+    block = next_power_of_2(in_size)
     _quantize_kernel[(num_tokens,)](
         x,
-        values,
-        scales,
-        num_rows,
-        IN_SIZE=in_size,
-        GROUP_SIZE=group_size,
-        LARGEST=LARGEST,
-        SMALLEST_SCALE=SMALLEST_SCALE,
-        GROUPS=groups,
-        COLUMNS=columns,
-        num_warps=min(8, max(1, groups * columns // 1024)),
+        rounded.values,
+        rounded.scales,
+        rounding.num_rows,
+        SIZE=in_size,
+        GROUP_SIZE=rounding.group_size,
+        BLOCK=block,
+        num_warps=min(8, max(1, block // 1024)),
         **pdl_options(),
     )
-    return FP8Input(values, scales)
+    return rounded
+
+
+def empty_input(num_tokens: int, in_size: int, like: Tensor, rounding: Rounding) -> FP8Input:
+    """An input for a kernel to fill; its dtype and device are those of `like`."""
+    assert in_size % rounding.group_size == 0 and rounding.num_rows >= num_tokens
+    shape = (in_size // rounding.group_size, rounding.num_rows)
+    return FP8Input(
+        values=torch.empty(rounding.num_rows, in_size, dtype=E4M3, device=like.device),
+        scales=torch.empty(shape, dtype=torch.float32, device=like.device),
+        num_tokens=num_tokens,
+        dtype=like.dtype,
+    )

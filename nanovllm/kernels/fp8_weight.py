@@ -40,11 +40,20 @@ class FP8Weight(NamedTuple):
         return self.column_grain == self.in_size
 
 
+class Rounding(NamedTuple):
+    """How the input of a linear layer is to be rounded to FP8: see `FP8Input`."""
+
+    group_size: int  # columns that share a scale: a power of two, or all of them
+    num_rows: int  # at least the tokens, for a kernel that wants more
+
+
 class FP8Input(NamedTuple):
     """Some tokens' input of a linear layer, in groups of columns that have a scale each."""
 
-    values: Tensor  # [n, in] e4m3, contiguous
-    scales: Tensor  # [groups, n] float32: a kernel reads those of neighbouring tokens together
+    values: Tensor  # [num_rows, in] e4m3, contiguous; rows from the last token on are not defined
+    scales: Tensor  # [groups, num_rows] float32: neighbouring tokens' are read together
+    num_tokens: int
+    dtype: torch.dtype  # of the numbers that were rounded, and of the product
 
 
 def values_of(weight: Tensor | FP8Weight) -> Tensor:
@@ -91,7 +100,7 @@ def quantize_input_torch(x: Tensor, group_size: int) -> FP8Input:
     grouped = x.float().unflatten(1, (-1, group_size))
     scales = scale_of(grouped.abs().amax(2))
     values = to_e4m3(grouped * (1.0 / scales)[:, :, None])
-    return FP8Input(values.flatten(1), scales.t().contiguous())
+    return FP8Input(values.flatten(1), scales.t().contiguous(), len(x), x.dtype)
 
 
 def dequantize_input(x: FP8Input) -> Tensor:

@@ -19,6 +19,8 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
+from nanovllm.kernels.fp8_quantize import empty_input, store_rounded
+from nanovllm.kernels.fp8_weight import FP8Input, Rounding
 
 
 @triton.jit
@@ -29,11 +31,14 @@ def _rms_norm_kernel(
     weight_ptr,
     post_weight_ptr,
     out_ptr,
+    out_scales_ptr,
     eps,
     post_eps,
     scale,
     addend_stride,
+    num_out_rows,
     SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ADDENDS: tl.constexpr,
     OWN: tl.constexpr,
     CHANGED: tl.constexpr,
@@ -42,11 +47,13 @@ def _rms_norm_kernel(
 ):
     """A program takes one row. With addends, x is the residual, and is updated.
 
-    CHANGED: the sum of the addends is normalised or scaled before it is added.
+    CHANGED: the sum of the addends is normalised or scaled before it is added. With
+    `out_scales_ptr`, the result is rounded to FP8 in groups of GROUP_SIZE columns.
     """
     launch_next(PDL)
     column = tl.arange(0, BLOCK)
-    offsets = tl.program_id(0).to(tl.int64) * SIZE + column
+    row = tl.program_id(0).to(tl.int64)
+    offsets = row * SIZE + column
     mask = column < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -73,7 +80,10 @@ def _rms_norm_kernel(
         tl.store(x_ptr + offsets, x, mask=mask)
     if weight_ptr is not None:
         x = x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps) * weight
-    if out_ptr is not None:
+    if out_scales_ptr is not None:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # as if it was written and read
+        store_rounded(x, out_ptr, out_scales_ptr, num_out_rows, row, SIZE, GROUP_SIZE, BLOCK)
+    elif out_ptr is not None:
         tl.store(out_ptr + offsets, x, mask=mask)
 
 
@@ -93,11 +103,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight,
         None,
         out,
+        None,
         eps,
         0.0,
         1.0,
         0,
+        0,
         SIZE=size,
+        GROUP_SIZE=size,
         ADDENDS=0,
         OWN=-1,
         CHANGED=False,
@@ -116,7 +129,8 @@ def add_rms_norm(
     post_weight: Tensor | None = None,
     post_eps: float = 0.0,
     scale: float = 1.0,
-) -> Tensor | None:
+    rounding: Rounding | None = None,
+) -> Tensor | FP8Input | None:
     """Add the partial sums of a GEMM to the residual x, in place, and return the RMSNorm of x.
 
     x: `[n, size]`, contiguous.
@@ -125,10 +139,15 @@ def add_rms_norm(
     post_weight, post_eps: `[size]` and the epsilon of an RMSNorm that the sum of the partial sums
         goes through before it is added; None: it is added as it is.
     scale: a factor of what is added.
+    rounding: how the norm is to be rounded; None: it has the dtype of x.
     """
     _, num_rows, size = partial_sums.shape
     assert x.is_contiguous() and partial_sums.is_contiguous()
-    out = None if weight is None else padded_empty(num_rows, size, x)
+    out: Tensor | FP8Input | None = None
+    if weight is not None:
+        out = padded_empty(num_rows, size, x)
+        if rounding is not None:
+            out = empty_input(num_rows, size, x, rounding)
     launch_add_rms_norm(
         residual=x,
         addends=partial_sums,
@@ -149,7 +168,7 @@ def launch_add_rms_norm(
     addends: Tensor,
     weight: Tensor | None,
     eps: float,
-    out: Tensor | None,
+    out: Tensor | FP8Input | None,
     num_warps: int,
     pdl: dict[str, bool],
     own: Tensor | None = None,
@@ -168,23 +187,27 @@ def launch_add_rms_norm(
     residual: `[n, size]`, contiguous, as are own and out.
     addends: `[num_addends, n, size]`; each of them is contiguous.
     weight: `[size]`; None: the sum itself is written to `out`.
-    out: `[n, size]`; None: only the residual is updated.
+    out: `[n, size]`, or the same rounded; None: only the residual is updated.
     post_weight, post_eps, scale: as in `add_rms_norm`.
     pdl: `pdl_options()`, or `{"PDL": False}` to launch a plain kernel.
     """
     num_addends, num_rows, size = addends.shape
+    rounded = out if isinstance(out, FP8Input) else None
     _rms_norm_kernel[(num_rows,)](
         residual,
         addends,
         own,
         weight,
         post_weight,
-        out,
+        out if rounded is None else rounded.values,
+        None if rounded is None else rounded.scales,
         eps,
         post_eps,
         scale,
         addends.stride(0),
+        0 if rounded is None else len(rounded.values),
         SIZE=size,
+        GROUP_SIZE=size if rounded is None else size // len(rounded.scales),
         ADDENDS=num_addends,
         OWN=own_index,
         CHANGED=post_weight is not None or scale != 1.0,

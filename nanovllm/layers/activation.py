@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm.kernels.gate_mul import gate_mul, gate_mul_in_place
+from nanovllm.kernels.gate_mul import gate_mul, gate_mul_in_place, gate_mul_rounded
 from nanovllm.layers.linear import MergedColumnParallelLinear
 from nanovllm.layers.residual import Normed
-from nanovllm.quantization.weight_format import PLAIN, Epilogue, uses_gemv
+from nanovllm.quantization.weight_format import PLAIN, Epilogue, Reader, uses_gemv
 
 
 class GateUpLinear(MergedColumnParallelLinear):
@@ -25,8 +25,8 @@ class GateUpLinear(MergedColumnParallelLinear):
         self.activation = activation
         self.gated = Epilogue(activation=activation)
 
-    def forward(self, x: Tensor | Normed) -> Any:
-        """Multiply, and apply the activation."""
+    def forward(self, x: Tensor | Normed, reader: Reader | None = None) -> Any:
+        """Multiply, and apply the activation; round the result as `reader` wants its input."""
         hidden = x.hidden if isinstance(x, Normed) else x
         is_fused = uses_gemv(hidden)
         if self.tp.size == 1:  # several ranks may multiply some rows before others have arrived
@@ -34,5 +34,9 @@ class GateUpLinear(MergedColumnParallelLinear):
         product = self.project(x, self.gated if is_fused else PLAIN)
         if is_fused:
             return product
-        apply = gate_mul if product.is_cuda else gate_mul_in_place
-        return apply(product, self.activation)
+        if not product.is_cuda:
+            return gate_mul_in_place(product, self.activation)
+        rounding = None if reader is None else reader.rounding(product)
+        if rounding is None:
+            return gate_mul(product, self.activation)
+        return gate_mul_rounded(product, self.activation, rounding)

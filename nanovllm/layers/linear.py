@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovllm.kernels.fp8_weight import Rounding
 from nanovllm.layers.residual import Normed
 from nanovllm.quantization.construction import initial_format
 from nanovllm.quantization.weight_format import (
@@ -89,9 +90,11 @@ class LinearBase(nn.Module):
         check_shape(loaded, shard.full_shape[:1])
         param[shard.target_rows].copy_(loaded[shard.source_rows])
 
-    def matmul(
-        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
-    ) -> Tensor | PartialSums:
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """How its input should come; see `WeightFormat.rounding`."""
+        return self.weight_format.rounding(self, x)
+
+    def matmul(self, x: Any, epilogue: Epilogue, norm: Norm | None = None) -> Tensor | PartialSums:
         """Compute this rank's `x W^T + b`; see `WeightFormat.matmul`."""
         return self.weight_format.matmul(self, x, self.bias, epilogue, norm)
 
@@ -203,9 +206,7 @@ class RowParallelLinear(LinearBase):
             target_rows=slice(0, self.output_size),
         )
 
-    def matmul(
-        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
-    ) -> Tensor | PartialSums:
+    def matmul(self, x: Any, epilogue: Epilogue, norm: Norm | None = None) -> Tensor | PartialSums:
         """Compute this rank's part of `x W^T + b`, x `[n, in / tp]`."""
         bias = self.bias if self.tp.rank == 0 else None  # it is added once, not once a rank
         return self.weight_format.matmul(self, x, bias, epilogue, norm)

@@ -19,11 +19,12 @@ its neighbours, and which combination is best depends on the step. On a GPU:
 
 A model should not have to know this. So the stream is lazy by exactly one addition: `add` only
 records it, and `normed`, which comes next and knows the norm, finishes both in the best way. What
-`normed` hands out is a `Normed`, which may in turn leave the norm to the layer that reads it.
+`normed` hands out is a `Normed`, which may in turn leave the norm to the layer that reads it. A
+layer with weights in FP8 may want its input in FP8, too: the kernel that computes the norm rounds.
 
-    attended = self.self_attn(positions, stream.normed(self.input_layernorm))
-    stream.add(self.self_attn.o_proj, attended)
-    x = stream.normed(self.post_attention_layernorm)
+    x = stream.normed(self.input_layernorm, self.self_attn.qkv_proj)
+    stream.add(self.self_attn.o_proj, self.self_attn(positions, x))
+    x = stream.normed(self.post_attention_layernorm, self.mlp.gate_up_proj)
     stream.add(self.mlp.down_proj, x, before=self.mlp.gate_up_proj)
 
 One more saving is made here. In the last layer of a prefill, attention returns only the last token
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.fp8_weight import FP8Input, Rounding
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.weight_format import (
@@ -46,6 +48,7 @@ from nanovllm.quantization.weight_format import (
     Epilogue,
     Norm,
     PartialSums,
+    Reader,
     uses_gemv,
 )
 from nanovllm.utils.tensor_parallel import TensorParallel
@@ -57,9 +60,7 @@ class Projection(Protocol):
     tp: TensorParallel
     output_size: int
 
-    def matmul(
-        self, x: Tensor, epilogue: Epilogue, norm: Norm | None = None
-    ) -> Tensor | PartialSums:
+    def matmul(self, x: Any, epilogue: Epilogue, norm: Norm | None = None) -> Tensor | PartialSums:
         """Compute this rank's `x W^T + b`; see `WeightFormat.matmul`."""
 
     def __call__(self, x: Tensor) -> Any:
@@ -78,7 +79,7 @@ class Addition(NamedTuple):
 
     layer: Projection
     x: Tensor | Normed
-    before: Callable[[Tensor | Normed], Tensor] | None  # works row by row; None: the identity
+    before: Callable[..., Any] | None  # of x and of its reader; row by row; None: the identity
     post_norm: RMSNorm | None  # of the layer's output, before it is added
     scale: float  # of the layer's output
 
@@ -88,7 +89,7 @@ class Addition(NamedTuple):
         if isinstance(x, Normed):
             x.keeps_values = False  # this is the last reader
         if self.before is not None:
-            x = self.before(x)
+            x = self.before(x, self.layer)
         if isinstance(x, Normed) and uses_gemv(x.hidden):
             return x.project(self.layer, epilogue)  # the layer computes the norm, too
         return self.layer.matmul(x.values() if isinstance(x, Normed) else x, epilogue)
@@ -118,7 +119,7 @@ class Normed:
         self,
         stream: ResidualStream,
         norm: RMSNorm,
-        values: Tensor | None = None,
+        values: Tensor | FP8Input | None = None,
         in_pieces: bool = False,
     ) -> None:
         self.norm = norm
@@ -139,8 +140,8 @@ class Normed:
         self._check_version()
         return self._stream.hidden
 
-    def values(self) -> Tensor:
-        """`[n, hidden]`; computed once, however many layers read them."""
+    def values(self) -> Any:
+        """`[n, hidden]`, in FP8 if their reader wants that; computed once, however many read."""
         if self._in_pieces:
             self._check_version()
             self._stream.tp.wait_for_pieces()
@@ -157,9 +158,10 @@ class Normed:
     def piece(self, rows: slice) -> Tensor:
         """Some rows of the values, which `TensorParallel.add_in_pieces` has waited for."""
         self._check_version()
-        if self._values is None:
-            self._values = self.norm(self.hidden)
-        return self._values[rows]
+        values = self.norm(self.hidden) if self._values is None else self._values
+        assert isinstance(values, Tensor), "an input in FP8 is one product's"
+        self._values = values
+        return values[rows]
 
     def project(self, layer: Projection, epilogue: Epilogue) -> Tensor | PartialSums:
         """Multiply the values with the weight of `layer`, in the best way for this step."""
@@ -172,7 +174,7 @@ class Normed:
     def _project_while_arriving(self, layer: Projection) -> Tensor:
         """Multiply the rows that are here while the last piece is still on its way."""
         self._check_version()
-        assert self._values is not None
+        assert isinstance(self._values, Tensor)
         num_tokens = len(self._values)
         out = self._values.new_empty(num_tokens, layer.output_size)
         for rows in self._stream.tp.arriving(num_tokens):
@@ -199,14 +201,14 @@ class ResidualStream:
         self,
         layer: Projection,
         x: Tensor | Normed | Attended,
-        before: Callable[[Tensor | Normed], Tensor] | None = None,
+        before: Callable[..., Any] | None = None,
         post_norm: RMSNorm | None = None,
         scale: float = 1.0,
     ) -> None:
         """Add `scale * post_norm(layer(before(x)))`. Computed when the norm that follows is known.
 
-        before: a layer that x goes through first. It works row by row, so that large prefills can
-            be computed in pieces.
+        before: a layer that x goes through first, called with x and maybe with `layer`, which
+            reads its result. It works row by row, so that large prefills can be computed in pieces.
         post_norm, scale: as families with a norm on the output (Gemma, OLMo) or a residual
             multiplier (Granite) need them. The ranks do not sum such outputs in pieces.
         """
@@ -219,12 +221,16 @@ class ResidualStream:
         self.tp = layer.tp
         self._open = Addition(layer, x, before, post_norm, scale)
 
-    def normed(self, norm: RMSNorm) -> Normed:
-        """Finish the open addition, if there is one, and return the norm of the result."""
+    def normed(self, norm: RMSNorm, reader: Reader | None = None) -> Normed:
+        """Finish the open addition, if there is one, and return the norm of the result.
+
+        reader: the only layer that reads it, if there is only one.
+        """
         if self._open is None:
             self._complete_rows()
             return Normed(self, norm)
-        values = self._make_addition(norm)
+        rounding = None if reader is None else reader.rounding(self.hidden)
+        values = self._make_addition(norm, rounding)
         in_pieces = values is not None and self._has_own_rows_only
         return Normed(self, norm, values, in_pieces)
 
@@ -249,26 +255,30 @@ class ResidualStream:
             self.hidden = self.hidden[rows]
         self.version += 1
 
-    def _make_addition(self, norm: RMSNorm | None) -> Tensor | None:
+    def _make_addition(
+        self, norm: RMSNorm | None, rounding: Rounding | None = None
+    ) -> Tensor | FP8Input | None:
         """Make the open addition. Returns the norm of the sum, if it was computed on the way."""
         addition = self._open
         assert addition is not None
         if addition.post_norm is not None or addition.scale != 1.0:
-            values = self._add_changed(addition, norm)
+            values = self._add_changed(addition, norm, rounding)
         elif norm is not None and self.tp.sums_in_pieces(len(self.hidden)):
             values = self._add_in_pieces(addition, norm)
         elif self.tp.size > 1:
             values = self._add_over_ranks(addition, norm)
         else:
-            values = self._add_on_one_rank(addition, norm)
+            values = self._add_on_one_rank(addition, norm, rounding)
         self._open = None
         self.version += 1
         return values
 
-    def _add_on_one_rank(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
+    def _add_on_one_rank(
+        self, addition: Addition, norm: RMSNorm | None, rounding: Rounding | None
+    ) -> Tensor | FP8Input | None:
         product = addition.product(Epilogue(add_to=self.hidden))
         if isinstance(product, PartialSums):
-            return self._add_sums(product.values, norm)
+            return self._add_sums(product.values, norm, rounding)
         return None  # the kernel that multiplied has added, too
 
     def _add_over_ranks(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
@@ -289,7 +299,9 @@ class ResidualStream:
         self._has_own_rows_only = True
         return self.tp.add_in_pieces(addition.piece, self.hidden, norm)
 
-    def _add_changed(self, addition: Addition, norm: RMSNorm | None) -> Tensor | None:
+    def _add_changed(
+        self, addition: Addition, norm: RMSNorm | None, rounding: Rounding | None
+    ) -> Tensor | FP8Input | None:
         """Add an output that is normalised or scaled first, which takes the complete sum.
 
         Returns `norm` of the result where the kernel that adds computes it on the way.
@@ -308,15 +320,16 @@ class ResidualStream:
         sums = product[None] if isinstance(product, Tensor) else product.values
         if uses_gemv(self.hidden):
             norm = None  # the GEMV that reads the norm computes it
-        return self._add_sums(sums, norm, post_norm, addition.scale)
+        return self._add_sums(sums, norm, rounding, post_norm, addition.scale)
 
     def _add_sums(
         self,
         partial_sums: Tensor,
         norm: RMSNorm | None,
+        rounding: Rounding | None,
         post_norm: RMSNorm | None = None,
         scale: float = 1.0,
-    ) -> Tensor | None:
+    ) -> Tensor | FP8Input | None:
         """Add partial sums `[splits, n, hidden]` in one kernel, which computes `norm` as well."""
         return add_rms_norm(
             self.hidden,
@@ -326,6 +339,7 @@ class ResidualStream:
             post_weight=None if post_norm is None else post_norm.weight,
             post_eps=0.0 if post_norm is None else post_norm.eps,
             scale=scale,
+            rounding=rounding,
         )
 
     def _complete_rows(self) -> None:

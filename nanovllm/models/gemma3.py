@@ -70,9 +70,10 @@ class Gemma3DecoderLayer(nn.Module):
 
     def forward(self, positions: Tensor, stream: ResidualStream) -> None:
         """Update the hidden states in `stream`."""
-        attended = self.self_attn(positions, stream.normed(self.input_layernorm))
+        x = stream.normed(self.input_layernorm, self.self_attn.qkv_proj)
+        attended = self.self_attn(positions, x)
         stream.add(self.self_attn.o_proj, attended, post_norm=self.post_attention_layernorm)
-        x = stream.normed(self.pre_feedforward_layernorm)
+        x = stream.normed(self.pre_feedforward_layernorm, self.mlp.gate_up_proj)
         stream.add(
             self.mlp.down_proj,
             x,

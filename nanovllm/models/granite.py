@@ -38,10 +38,11 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
 
     def forward(self, positions: Tensor, stream: ResidualStream) -> None:
         """Update the hidden states in `stream`."""
-        attended = self.self_attn(positions, stream.normed(self.input_layernorm))
+        x = stream.normed(self.input_layernorm, self.self_attn.qkv_proj)
+        attended = self.self_attn(positions, x)
         stream.add(self.self_attn.o_proj, attended, scale=self.multiplier)
-        x = stream.normed(self.post_attention_layernorm)
         gate_up_proj = self.mlp.gate_up_proj
+        x = stream.normed(self.post_attention_layernorm, gate_up_proj)
         stream.add(self.mlp.down_proj, x, before=gate_up_proj, scale=self.multiplier)
 
 

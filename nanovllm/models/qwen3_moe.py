@@ -45,12 +45,12 @@ class Qwen3MoeDecoderLayer(nn.Module):
 
     def forward(self, positions: Tensor, stream: ResidualStream) -> None:
         """Update the hidden states in `stream`."""
-        attended = self.self_attn(positions, stream.normed(self.input_layernorm))
-        stream.add(self.self_attn.o_proj, attended)
-        x = stream.normed(self.post_attention_layernorm)
+        x = stream.normed(self.input_layernorm, self.self_attn.qkv_proj)
+        stream.add(self.self_attn.o_proj, self.self_attn(positions, x))
         if isinstance(self.mlp, SparseMoE):
-            stream.add(self.mlp, x)
+            stream.add(self.mlp, stream.normed(self.post_attention_layernorm))
         else:
+            x = stream.normed(self.post_attention_layernorm, self.mlp.gate_up_proj)
             stream.add(self.mlp.down_proj, x, before=self.mlp.gate_up_proj)
 
 

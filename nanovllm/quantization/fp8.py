@@ -17,12 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.fp8_weight import E4M3, FP8Weight, dequantize_fp8, scale_of, to_e4m3
+from nanovllm.kernels.fp8_weight import (
+    E4M3,
+    FP8Input,
+    FP8Weight,
+    Rounding,
+    dequantize_fp8,
+    scale_of,
+    to_e4m3,
+)
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate
 from nanovllm.quantization.fp8_matmul import (
     FP8Kernel,
     can_read_experts,
     choose_fp8_kernel,
+    choose_rounding,
     dequantize_on_gpu,
     multiply_fp8,
 )
@@ -92,11 +101,22 @@ class FP8(QuantizedFormat):
         kernel = choose_fp8_kernel(x, self.weight_of(layer), self.quantizes_input)
         return kernel is FP8Kernel.DEQUANTIZE
 
+    def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
+        """See `choose_rounding`; a CPU multiplies in 16 or 32 bits."""
+        if not x.is_cuda:
+            return None
+        return choose_rounding(self.weight_of(layer), x, self.quantizes_input)
+
     def matmul(
-        self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
+        self,
+        layer: Any,
+        x: Tensor | FP8Input,
+        bias: Tensor | None,
+        epilogue: Epilogue,
+        norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply by the kernel that `choose_fp8_kernel` names; see `WeightFormat.matmul`."""
-        if not x.is_cuda:
+        if isinstance(x, Tensor) and not x.is_cuda:
             return super().matmul(layer, x, bias, epilogue, norm)
         weight = self.weight_of(layer)
         return multiply_fp8(weight, x, bias, epilogue, norm, self.quantizes_input)

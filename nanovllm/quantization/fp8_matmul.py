@@ -24,7 +24,7 @@ from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
-from nanovllm.kernels.fp8_weight import FP8Weight, dequantize_fp8
+from nanovllm.kernels.fp8_weight import FP8Input, FP8Weight, Rounding, dequantize_fp8
 from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
 from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
 from nanovllm.quantization.unquantized import UNQUANTIZED
@@ -50,6 +50,7 @@ class FP8Kernel(Enum):
 def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP8Kernel:
     """Choose the fastest kernel for x `[n, in]`. This is decided here and nowhere else.
 
+    x: only its rows, dtype and device count.
     quantizes_input: x may be rounded to FP8, with a scale for each token (and each block of
         columns, if the weight has blocks). That changes the result by what the checkpoint, or who
         asked for FP8, has accepted, so it is done where it is faster only.
@@ -63,7 +64,7 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
     if not (has_tma() and weight.in_size % 16 == 0 and x.dtype.itemsize == 2):
         return FP8Kernel.DEQUANTIZE
     is_wide = len(x) > max_gemm_tokens(x, weight)
-    can_scale = quantizes_input and (has_row_scales(weight, x) or has_blocks(weight))
+    can_scale = quantizes_input and (has_row_scales(weight, x.dtype) or has_blocks(weight))
     if can_scale and len(x) > MAX_GEMM_TOKENS and (is_wide or has_many_tiles(x, weight)):
         return FP8Kernel.SCALED
     return FP8Kernel.DEQUANTIZE if is_wide else FP8Kernel.GEMM
@@ -78,20 +79,20 @@ def max_gemm_tokens(x: Tensor, weight: FP8Weight) -> int:
     return 0
 
 
-def has_row_scales(weight: FP8Weight, x: Tensor) -> bool:
-    """Whether `torch._scaled_mm` multiplies with the weight: it writes bf16, and the sizes must be
-    multiples of 16.
+def has_row_scales(weight: FP8Weight, dtype: torch.dtype) -> bool:
+    """Whether `torch._scaled_mm` multiplies with the weight, the product in `dtype`: it writes
+    bf16, and the sizes must be multiples of 16.
     """
     return (
         HAS_SCALED_MM
         and weight.has_whole_rows
         and weight.row_grain == 1
         and weight.out_size % 16 == 0
-        and x.dtype == torch.bfloat16
+        and dtype == torch.bfloat16
     )
 
 
-def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
+def has_block_scales(weight: FP8Weight, dtype: torch.dtype) -> bool:
     """Whether `torch._scaled_mm` multiplies with the weight's blocks of 128 x 128: on Hopper, where
     cuBLAS does. It wants rows of scales of a multiple of 16 bytes.
     """
@@ -100,7 +101,7 @@ def has_block_scales(weight: FP8Weight, x: Tensor) -> bool:
         and is_hopper()
         and weight.row_grain == weight.column_grain == 128
         and weight.in_size % 512 == 0
-        and x.dtype == torch.bfloat16
+        and dtype == torch.bfloat16
     )
 
 
@@ -138,15 +139,34 @@ def can_read_experts(weight: FP8Weight) -> bool:
     return has_e4m3() and (weight.has_whole_rows or has_blocks(weight))
 
 
+def choose_rounding(weight: FP8Weight, x: Tensor, quantizes_input: bool) -> Rounding | None:
+    """How x is rounded before it is multiplied, or None if it is not. See `choose_fp8_kernel`."""
+    if choose_fp8_kernel(x, weight, quantizes_input) is FP8Kernel.SCALED:
+        return rounding_for(weight, x)
+    return None
+
+
+def rounding_for(weight: FP8Weight, x: Tensor) -> Rounding:
+    """How x is rounded to be multiplied in FP8: with a scale for each token, or for each token and
+    block of columns. They are found anew in each step, also where a checkpoint has one for all.
+    """
+    num_rows = len(x)
+    if has_block_scales(weight, x.dtype):
+        num_rows = -(-num_rows // 4) * 4  # cuBLAS wants a multiple of four tokens
+    return Rounding(weight.column_grain, num_rows)
+
+
 def multiply_fp8(
     weight: FP8Weight,
-    x: Tensor,
+    x: Tensor | FP8Input,
     bias: Tensor | None,
     epilogue: Epilogue,
     norm: Norm | None,
     quantizes_input: bool,
 ) -> Tensor | PartialSums:
     """Multiply x `[n, in]`; see `WeightFormat.matmul`, and `choose_fp8_kernel`."""
+    if isinstance(x, FP8Input):
+        return multiply_scaled(weight, x, bias, epilogue)
     kernel = choose_fp8_kernel(x, weight, quantizes_input)
     if kernel is FP8Kernel.GEMV:
         return fp8_gemv(
@@ -165,9 +185,8 @@ def multiply_fp8(
     # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
     x = x.contiguous()
     if kernel is FP8Kernel.SCALED:
-        product = multiply_scaled(weight, x, bias, epilogue.out)
-        # Whoever adds computes the norm on the way, as of partial sums.
-        return product if epilogue.add_to is None else PartialSums(product[None])
+        rounded = quantize_input(x, rounding_for(weight, x))
+        return multiply_scaled(weight, rounded, bias, epilogue)
     reader_sums = epilogue.reader_sums or epilogue.add_to is not None
     gemm = hopper_gemm if uses_hopper_gemm(x, weight) else fp8_gemm
     sums = PartialSums(gemm(x, weight, bias, reader_sums))
@@ -177,24 +196,28 @@ def multiply_fp8(
 
 
 def multiply_scaled(
-    weight: FP8Weight, x: Tensor, bias: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """Round x `[n, in]` to FP8, and multiply in FP8: `[n, out]`, written to `out` if there is one.
+    weight: FP8Weight, x: FP8Input, bias: Tensor | None, epilogue: Epilogue
+) -> Tensor | PartialSums:
+    """Multiply in FP8 what is rounded as `rounding_for` says."""
+    multiply = multiply_blocks if has_block_scales(weight, x.dtype) else multiply_rows
+    product = multiply(weight, x, bias, epilogue.out)
+    # Whoever adds computes the norm on the way, as of partial sums.
+    return product if epilogue.add_to is None else PartialSums(product[None])
 
-    Its scales are those of `quantize_input`: one for each token, or one for each token and block
-    of columns. They are found anew in each step, also where a checkpoint has one for all of them.
-    """
-    if has_block_scales(weight, x):
-        return multiply_blocks(weight, x, bias, out)
+
+def multiply_rows(
+    weight: FP8Weight, x: FP8Input, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The product `[n, out]`, written to `out` if there is one, by cuBLAS or by our kernel."""
     if out is None:
-        out = torch.empty(len(x), weight.out_size, dtype=x.dtype, device=x.device)
-    quantized = quantize_input(x, weight.column_grain)
-    if not has_row_scales(weight, x):
-        return fp8_block_gemm(quantized, weight, bias, out)
+        shape = (x.num_tokens, weight.out_size)
+        out = torch.empty(shape, dtype=x.dtype, device=x.values.device)
+    if not has_row_scales(weight, x.dtype):
+        return fp8_block_gemm(x, weight, bias, out)
     return torch._scaled_mm(
-        quantized.values,
+        x.values,
         weight.values.t(),
-        scale_a=quantized.scales.view(-1, 1),
+        scale_a=x.scales.view(-1, 1),
         scale_b=weight.scales.view(1, -1),
         bias=bias,
         out_dtype=x.dtype,
@@ -204,24 +227,21 @@ def multiply_scaled(
 
 
 def multiply_blocks(
-    weight: FP8Weight, x: Tensor, bias: Tensor | None, out: Tensor | None
+    weight: FP8Weight, x: FP8Input, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """The same with blocks, by cuBLAS, which wants a multiple of four tokens."""
-    num_tokens = len(x)
-    num_rows = -(-num_tokens // 4) * 4
-    quantized = quantize_input(x, 128, num_rows)
+    """The same with blocks, by cuBLAS."""
     product = torch._scaled_mm(
-        quantized.values,
+        x.values,
         weight.values.t(),
-        scale_a=quantized.scales.t(),
+        scale_a=x.scales.t(),
         scale_b=weight.scales.t(),
         bias=bias,
         out_dtype=x.dtype,
-        out=out if num_rows == num_tokens else None,
+        out=out if len(x.values) == x.num_tokens else None,
     )
     if out is None or product is out:
-        return product[:num_tokens]
-    return out.copy_(product[:num_tokens])
+        return product[: x.num_tokens]
+    return out.copy_(product[: x.num_tokens])
 
 
 def dequantize_on_gpu(weight: FP8Weight, dtype: torch.dtype) -> Tensor:

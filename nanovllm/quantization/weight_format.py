@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from nanovllm.kernels.fp8_weight import Rounding
+
 
 def uses_gemv(x: Tensor) -> bool:
     """Whether x `[n, in]` is multiplied by a GEMV: a single token on a GPU.
@@ -29,6 +31,13 @@ class Norm(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise x `[n, in]`."""
+
+
+class Reader(Protocol):
+    """A linear layer, as far as whoever computes its input has to know it."""
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """How to round the input; see `WeightFormat.rounding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +129,26 @@ class WeightFormat(ABC):
         """Whether `matmul` of this x `[n, in]` can apply an activation as it writes the product."""
         return uses_gemv(x)
 
+    def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
+        """How `matmul` would round its input before it multiplies, for whoever computes the input
+        to do it on the way; None: it does not.
+
+        x: `[n, ...]`, of the input's rows, dtype and device.
+        """
+        return None
+
     @abstractmethod
     def matmul(
         self,
         layer: Any,
-        x: Tensor,
+        x: Any,
         bias: Tensor | None,
         epilogue: Epilogue,
         norm: Norm | None,
     ) -> Tensor | PartialSums:
         """Multiply x `[n, in]` with the weight of `layer`: `x W^T + bias`.
 
+        x: a tensor, or an `FP8Input`, rounded as `rounding` says.
         norm: x is to be normalised first. Given only where `uses_gemv(x)`.
         epilogue: with `add_to`, a result that is a tensor is that tensor, with the product added;
             PartialSums have not been added yet: that is left to the caller. With `reader_sums` the

@@ -16,17 +16,25 @@ from nanovllm.kernels._triton import has_tma
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_weight import (
+    FP8Input,
     FP8Weight,
+    Rounding,
     dequantize_fp8,
     dequantize_input,
     quantize_input_torch,
     scale_of,
     to_e4m3,
 )
-from nanovllm.kernels.gate_mul import gate_mul_torch
+from nanovllm.kernels.gate_mul import gate_mul, gate_mul_rounded, gate_mul_torch
 from nanovllm.kernels.moe import MoEWeights, moe_gemv, moe_partial_sums, moe_torch
-from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm_torch
+from nanovllm.layers.activation import GateUpLinear
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.layers.residual import ResidualStream
+from nanovllm.quantization import fp8_matmul
+from nanovllm.quantization.fp8 import FP8, FP8Rows
+from nanovllm.quantization.fp8_blocks import FP8Blocks
 from nanovllm.quantization.fp8_matmul import FP8Kernel, choose_fp8_kernel, multiply_fp8
 from nanovllm.quantization.weight_format import PLAIN, READER_SUMS, Epilogue, PartialSums
 
@@ -160,6 +168,11 @@ def test_a_graph_computes_the_same_bits(grains: str, num_tokens: int) -> None:
         assert torch.equal(out, multiply())
 
 
+def assert_same_bits(out: FP8Input, expected: FP8Input) -> None:
+    assert torch.equal(out.scales, expected.scales)
+    assert torch.equal(out.values.float(), expected.values.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [1024, 4096, 12288])
 def test_rounding(columns: int, dtype: torch.dtype) -> None:
@@ -168,13 +181,79 @@ def test_rounding(columns: int, dtype: torch.dtype) -> None:
     x = randn(70, columns, dtype=dtype) * torch.exp2(randn(70, 1, dtype=dtype) * 3)
     x[3] = 0.0
     for group_size in (columns, 128, 32):
-        out = quantize_input(x, group_size)
-        expected = quantize_input_torch(x, group_size)
-        assert torch.equal(out.scales, expected.scales)
-        assert torch.equal(out.values.float(), expected.values.float())
+        rounding = Rounding(group_size, len(x))
+        assert_same_bits(quantize_input(x, rounding), quantize_input_torch(x, group_size))
+        sums, weight = randn(2, 70, columns, dtype=dtype), randn(columns, dtype=dtype)
+        normed = add_rms_norm(x.clone(), sums, weight, 1e-6)
+        out = add_rms_norm(x.clone(), sums, weight, 1e-6, rounding=rounding)
+        assert isinstance(normed, Tensor) and isinstance(out, FP8Input)
+        assert_same_bits(out, quantize_input_torch(normed, group_size))
+        gate_up = randn(70, 2 * columns, dtype=dtype)
+        out = gate_mul_rounded(gate_up, "silu", rounding)
+        assert_same_bits(out, quantize_input_torch(gate_mul(gate_up), group_size))
     for grains in GRAINS:
         weight = make_weight(1040, columns, grains)
         assert torch.equal(fp8_dequantize(weight, dtype), dequantize_fp8(weight, dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 130, 301])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_norms_and_activations_round(
+    num_tokens: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder layer's second half, with the same bits as if each product rounded its input."""
+    torch.manual_seed(0)
+    weight_format: FP8
+    weight_format = FP8Rows(has_row_scales=True, quantizes_input=True)
+    if in_blocks:
+        weight_format = FP8Blocks((128, 128), "weight_scale_inv", quantizes_input=True)
+
+    def with_weight(layer: Any, *shard_ids: int) -> Any:
+        layer.use_format(weight_format, [layer.shard(shard_id) for shard_id in shard_ids])
+        made = make_weight(layer.output_size, layer.input_size, "blocks" if in_blocks else "rows")
+        layer.weight.copy_(made.values)
+        layer.weight_scale.copy_(made.scales.view_as(layer.weight_scale))
+        return layer
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            o_proj = with_weight(RowParallelLinear(1024, 2048), 0)
+            gate_up = with_weight(GateUpLinear(2048, 3072), 0, 1)
+            down = with_weight(RowParallelLinear(3072, 2048), 0)
+            norms = [RMSNorm(2048, 1e-6) for _ in range(2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for norm in norms:
+        norm.weight.copy_(randn(2048))
+    hidden, x = randn(num_tokens, 2048), randn(num_tokens, 1024)
+    calls: list[Rounding] = []
+    quantize = fp8_matmul.quantize_input
+
+    def recording(x: Tensor, rounding: Rounding) -> FP8Input:
+        calls.append(rounding)
+        return quantize(x, rounding)
+
+    monkeypatch.setattr(fp8_matmul, "quantize_input", recording)
+
+    def run(rounds: bool) -> Tensor:
+        calls.clear()
+        stream = ResidualStream(hidden.clone())
+        stream.add(o_proj, x)
+        normed = stream.normed(norms[0], gate_up if rounds else None)
+        before = gate_up if rounds else lambda x, reader: gate_up(x)
+        stream.add(down, normed, before=before)
+        return stream.normed(norms[1]).values()
+
+    expected = run(rounds=False)
+    num_calls = len(calls)
+    out = run(rounds=True)
+    assert torch.equal(out, expected)
+    for layer in (gate_up, down):
+        num_calls -= layer.rounding(hidden) is not None
+    assert len(calls) == num_calls
+    if num_tokens > 300:
+        assert gate_up.rounding(hidden) is not None
 
 
 # --- experts, of the size of Qwen3-30B-A3B --------------------------------------------------------
