@@ -157,11 +157,57 @@ def test_hopper_gemm(shape: tuple[int, int], name: str, dtype: torch.dtype) -> N
         whole = hopper_gemm(x, weight, bias, reader_sums=False)
         assert len(whole) == 1
         assert relative_error(whole[0], expected) < eps
-        for tokens, num_stages in ((16, 8), (32, 4), (64, 5), (128, 4), (256, 2)):
-            config = HopperGemmConfig(tokens, 3, num_stages)
+        for config in (
+            HopperGemmConfig(16, 3, 8),
+            HopperGemmConfig(16, 3, 7, rows=64),
+            HopperGemmConfig(32, 3, 4, programs=2),
+            HopperGemmConfig(64, 3, 5),
+            HopperGemmConfig(64, 3, 3, programs=2),
+            HopperGemmConfig(128, 3, 4),
+            HopperGemmConfig(256, 3, 2),
+        ):
             sums = hopper_gemm(x, weight, bias, config=config)
             assert len(sums) == 3
             assert relative_error(sums.double().sum(0), expected) < 2 * eps, config
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("columns", [64, 128, 320, 4096])
+def test_hopper_gemm_of_few_blocks(columns: int, rows: int) -> None:
+    """A program with fewer blocks than stages, or one block only, which the second consumer has no
+    part in if it has the same rows; and more tiles than programs.
+    """
+    torch.manual_seed(0)
+    weight = fp8_weight(40000, columns, 1, columns)
+    x = torch.randn(16, columns, device="cuda").bfloat16()
+    expected = F.linear(x.double(), dequantize_fp8(weight, torch.float64))
+    for splits in (1, 2, 32):
+        config = HopperGemmConfig(16, splits, 6, rows)
+        for _ in range(3):
+            sums = hopper_gemm(x, weight, config=config)
+            assert relative_error(sums.double().sum(0), expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("shape", [(24576, 1024), (1040, 960)], ids=str)
+def test_hopper_gemm_with_activation(shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+    """The gate and up projection of rows that fill no tile, by the tiles chosen and by others."""
+    torch.manual_seed(0)
+    rows, columns = shape
+    weight = QUANTIZED[name](rows, columns)
+    dequantize = dequantize_fp8 if isinstance(weight, FP8Weight) else dequantize_int4
+    matrix = dequantize(weight, torch.float64)
+    bias = torch.randn(rows, device="cuda").to(dtype)
+    for num_tokens, activation in ((2, "silu"), (16, "gelu_tanh"), (50, "silu"), (130, "silu")):
+        x = torch.randn(num_tokens, columns, device="cuda")
+        x = (x * 2 / F.linear(x[:2].double(), matrix).std()).to(dtype)
+        expected = gate_mul_torch(F.linear(x.double(), matrix, bias.double()), activation)
+        configs = [None, HopperGemmConfig(16, 1, 8, rows=64), HopperGemmConfig(64, 1, 3)]
+        for config in configs:
+            out = hopper_gemm(x, weight, bias, activation=activation, config=config)
+            assert out.shape == (1, num_tokens, rows // 2)
+            assert relative_error(out[0], expected) < 2 * torch.finfo(dtype).eps, config
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8, blocks"])

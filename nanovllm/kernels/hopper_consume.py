@@ -1,0 +1,233 @@
+"""The consumers of `hopper_gemm`: they convert the weight, multiply, and write the sums."""
+
+from typing import Any, NamedTuple
+
+from nanovllm.kernels._gluon import (
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from nanovllm.kernels.gate_mul import gated
+from nanovllm.kernels.hopper_convert import ROWS, convert, read_scales
+
+
+class Work(NamedTuple):
+    """What all programs together compute: it is known to every part of each program."""
+
+    num_tokens: Any  # of x
+    token_tiles: Any  # tiles of tokens; neighbouring programs have the same rows of the weight
+    row_tiles: Any  # tiles of rows of the weight
+    num_tiles: Any  # of both, in all splits of the inner dimension
+    split_blocks: Any  # blocks of 128 columns in a split; the last one may have fewer
+    num_blocks: Any  # in all splits
+    out_size: Any  # rows of the weight
+
+
+class Place(NamedTuple):
+    """Where a tile begins."""
+
+    token: Any
+    row: Any  # of the weight; with an activation, as `weight_row` counts them
+    split: Any
+    block: Any
+    num_blocks: Any  # of the tile, at least one
+
+
+class Handover(NamedTuple):
+    """Where a consumer finds the sums of the other one, if both have the same rows; else None."""
+
+    sums: Any  # [64, tokens] float32
+    given: Any  # [1, 1]: a barrier that completes when the sums of a tile are there
+    taken: Any  # [1, 1]: and when they have been read
+
+
+@gluon.jit
+def find_tile(index, work, TOKENS: gl.constexpr, TILE_ROWS: gl.constexpr):
+    """The `Place` of tile number `index`."""
+    # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
+    # and both write the same numbers there.
+    token = index % work.token_tiles * TOKENS
+    token = gl.maximum(gl.minimum(token, work.num_tokens - TOKENS), 0)
+    row = index // work.token_tiles % work.row_tiles * TILE_ROWS
+    split = index // (work.token_tiles * work.row_tiles)
+    block = split * work.split_blocks
+    num_blocks = gl.minimum(work.split_blocks, work.num_blocks - block)
+    return Place(token, row, split, block, num_blocks)
+
+
+@gluon.jit
+def weight_row(row, work, ACTIVATION: gl.constexpr):
+    """The row of the weight that is in place `row`, counted over all tiles.
+
+    With an activation, eight rows of the gate are followed by the eight of up that belong to them:
+    in the sums of the tensor cores, a thread has rows r and r + 8.
+    """
+    if ACTIVATION is not None:
+        is_up = row // 8 % 2
+        row = row // 16 * 8 + row % 8 + is_up * (work.out_size // 2)
+    return gl.minimum(row, work.out_size - 1)
+
+
+@gluon.jit
+def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
+    """Start `acc += weight x^T` with half a block of x."""
+    x = rings.x.index(2 * stage + SIDE).permute((1, 0))
+    return warpgroup_mma(weight, x, acc, is_async=True)
+
+
+@gluon.jit
+def _multiply(
+    acc,
+    row,
+    grains,
+    rings,
+    first,
+    count,
+    operand: gl.constexpr,
+    OWN_ROWS: gl.constexpr,
+    OWN_BLOCK: gl.constexpr,
+    STEP: gl.constexpr,
+    HOW: gl.constexpr,
+):
+    """Return `acc` plus the products of one consumer's blocks of a tile, for its rows.
+
+    row: of the weight, for each row. count: of the blocks in the program's earlier tiles.
+    OWN_ROWS, OWN_BLOCK, STEP: see `consume`.
+    """
+    STAGES: gl.constexpr = rings.full.shape[0]
+    like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
+    block = first.block + OWN_BLOCK
+    scales = read_scales(grains, row, block, like, 0, HOW)
+    next_scales = read_scales(grains, row, block + STEP, like, 0, HOW)
+    count += OWN_BLOCK
+    stage = count % STAGES
+    if first.num_blocks > OWN_BLOCK:
+        mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
+    # Where there is no block, this converts whatever is there, and nobody uses it.
+    weight = convert(rings, stage, scales, operand, OWN_ROWS, 0, HOW)
+    # The tensor cores multiply half a block while the next half is read and converted. It would be
+    # faster still to start the next product before the last one has ended, but then the assembler,
+    # ptxas, lets all of them run one by one.
+    for i in range(OWN_BLOCK, first.num_blocks, STEP):
+        block = first.block + i
+        # Often they come from the L2 cache, which takes longer than a block.
+        later_scales = read_scales(grains, row, block + 2 * STEP, like, 0, HOW)
+        if not HOW.is_uniform:
+            scales = read_scales(grains, row, block, like, 1, HOW)
+        acc = _start_product(weight, rings, stage, acc, 0)
+        weight = convert(rings, stage, scales, operand, OWN_ROWS, 1, HOW)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = _start_product(weight, rings, stage, acc, 1)
+        count += STEP
+        next_stage = count % STAGES
+        if i + STEP < first.num_blocks:
+            mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
+        weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, 0, HOW)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(rings.empty.index(stage), count=1)
+        stage = next_stage
+        scales = next_scales
+        next_scales = later_scales
+    return acc
+
+
+@gluon.jit
+def _store(
+    acc,
+    grains,
+    bias_ptr,
+    partial_sums_ptr,
+    first,
+    first_row,
+    work,
+    HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """Write the sums `[64, tokens]` of a consumer, which begin in place `first_row`."""
+    TOKENS: gl.constexpr = acc.shape[1]
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
+    row = weight_row(row, work, ACTIVATION)
+    if HOW.assembly is None and HOW.grains == 1:
+        acc *= gl.load(grains[0] + row // HOW.row_grain)[:, None]
+    if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
+        if first.split == 0:  # the bias is added once
+            acc += gl.load(bias_ptr + row).to(gl.float32)[:, None]
+    out_size = work.out_size
+    if ACTIVATION is not None:
+        pairs = acc.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1))
+        gate, up = gl.split(pairs)
+        acc = gated(gate, up, ACTIVATION).reshape([ROWS // 2, TOKENS])
+        out_size = out_size // 2
+        first_row = first_row // 2
+    # A thread is to store neighbouring rows, that is, outputs of one token.
+    out = acc.to(partial_sums_ptr.dtype.element_ty).permute((1, 0))
+    out = gl.convert_layout(out, store_layout)
+    token = first.token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
+    out_row = first_row + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, store_layout))
+    mask = (token < work.num_tokens)[:, None] & (out_row < out_size)[None, :]
+    places = (first.split * work.num_tokens + token) * out_size
+    gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
+
+
+@gluon.jit
+def consume(
+    grains,
+    bias_ptr,
+    partial_sums_ptr,
+    rings,
+    handover,
+    work,
+    HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """Do the work of one consumer in all tiles of the program.
+
+    If a tile has 128 rows of the weight, each consumer has 64 of them. If it has 64, both have the
+    same, and each takes every other block; at last one adds the sums of the other to its own.
+    """
+    TOKENS: gl.constexpr = rings.x.shape[1]
+    TILE_ROWS: gl.constexpr = rings.weight.shape[1]
+    HAVE_SAME_ROWS: gl.constexpr = TILE_ROWS == ROWS
+    OWN_ROWS: gl.constexpr = 0 if HAVE_SAME_ROWS else CONSUMER
+    OWN_BLOCK: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 0
+    STEP: gl.constexpr = 2 if HAVE_SAME_ROWS else 1
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
+    count = 0  # of blocks in earlier tiles
+    phase = 0  # of the handover
+    for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
+        first = find_tile(index, work, TOKENS, TILE_ROWS)
+        first_row = first.row + OWN_ROWS * ROWS
+        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
+        row = weight_row(row, work, ACTIVATION)
+        acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
+        acc = _multiply(
+            acc, row, grains, rings, first, count, operand, OWN_ROWS, OWN_BLOCK, STEP, HOW
+        )
+        count += first.num_blocks
+        if HAVE_SAME_ROWS:
+            if CONSUMER == 1:
+                mbarrier.wait(handover.taken.index(0), phase ^ 1)
+                handover.sums.store(acc)
+                mbarrier.arrive(handover.given.index(0), count=1)
+            else:
+                mbarrier.wait(handover.given.index(0), phase)
+                acc += handover.sums.load(registers)
+                mbarrier.arrive(handover.taken.index(0), count=1)
+            phase ^= 1
+        if CONSUMER == 0 or not HAVE_SAME_ROWS:
+            _store(
+                acc,
+                grains,
+                bias_ptr,
+                partial_sums_ptr,
+                first,
+                first_row,
+                work,
+                HOW,
+                ACTIVATION,
+            )
