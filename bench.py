@@ -26,7 +26,7 @@ import torch
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
-from nanovllm.engine.trace import Trace
+from nanovllm.trace import Trace
 from scripts.bench_options import INT4, parse_args
 from scripts.structured_load import make_schema, write_tokenizer
 from scripts.transformers_engine import load_transformers, run_transformers

@@ -1,6 +1,6 @@
 """What a trace shows: its steps, figures, a file for the trace viewer Perfetto, and a picture.
 
-`Trace`, in engine/trace.py, makes the records of steps; the views here are its methods.
+`Trace`, in trace.py, makes the records of steps; the views here are its methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # a leaf imports nothing of the engine when it runs
     from matplotlib.figure import Figure
 
     from nanovllm.engine.sequence import Sequence
-    from nanovllm.engine.trace import Trace
+    from nanovllm.trace import Trace
 
 Event = dict[str, Any]  # of the Trace Event Format, which Chrome introduced
 

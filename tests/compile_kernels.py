@@ -24,11 +24,11 @@ from nanovllm.kernels import (
     _gluon,
     all_reduce,
     copy_blocks,
-    fp8_block_gemm,
     fp8_dequantize,
     fp8_gemm,
     fp8_gemv,
     fp8_quantize,
+    fp8_scaled_gemm,
     gate_mul,
     gate_up_gemm,
     gemv,
@@ -283,9 +283,8 @@ def compile_fp8() -> None:
             residual, sums = numbers(num_tokens, HIDDEN), numbers(1, num_tokens, HIDDEN)
             rms_norm.add_rms_norm(residual, sums, norm, EPS, rounding=rounding)
             gate_mul.gate_mul_rounded(numbers(num_tokens, 2 * HIDDEN), "silu", rounding)
-            if column_grain < HIDDEN:
-                out = numbers(num_tokens, 256)
-                fp8_block_gemm.fp8_block_gemm(quantized, weight, bias, out)
+            for reader_sums in (False, True):
+                fp8_scaled_gemm.fp8_scaled_gemm(quantized, weight, bias, reader_sums)
     for row_grain, column_grain in ((1, 0), (128, 128)):  # experts of Qwen3-30B-A3B
         matrices = []
         for rows, columns in ((2 * 768, 2048), (2048, 768)):

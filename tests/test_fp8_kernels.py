@@ -13,18 +13,18 @@ from torch.nn import functional as F
 
 from nanovllm.kernels import grouped_gemm
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
-    FP8BlockGemmConfig,
     FP8GemmConfig,
-    fp8_block_gemm_config,
+    FP8ScaledGemmConfig,
     fp8_gemm_config,
     fp8_gemv_config,
+    fp8_scaled_gemm_config,
 )
 from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
+from nanovllm.kernels.fp8_scaled_gemm import fp8_scaled_gemm
 from nanovllm.kernels.fp8_weight import (
     E4M3,
     LARGEST,
@@ -227,16 +227,32 @@ def test_inputs_that_are_rounded_as_they_are_computed(
         assert_rounded(gate_mul_rounded(gate_up, activation, rounding), product, rounding)
 
 
-@pytest.mark.parametrize("shape", [(48, 256, 16, 128), (40, 192, 4, 64), (9, 96, 3, 32)], ids=str)
+SCALED_SHAPES = [
+    (48, 256, 16, 128),
+    (40, 192, 4, 64),
+    (9, 96, 3, 32),
+    (21, 400, 1, WHOLE_ROW),
+    (16, 384, 16, WHOLE_ROW),
+]
+
+
+@pytest.mark.parametrize("shape", SCALED_SHAPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [3, 40])
-def test_block_gemm(shape: tuple[int, int, int, int], num_tokens: int) -> None:
+def test_scaled_gemm(shape: tuple[int, int, int, int], num_tokens: int) -> None:
+    rows, columns, _, column_grain = shape
     weight = make_weight(*shape)
-    bias = randn(shape[0])
-    x = quantize_input_torch(randn(num_tokens, shape[1]), shape[3])
+    bias = randn(rows)
+    x = quantize_input_torch(randn(num_tokens, columns), column_grain or columns)
     expected = F.linear(dequantize_input(x).double(), exact(weight), bias.double())
-    out = torch.full((num_tokens, shape[0]), torch.nan, device=DEVICE)
-    config = FP8BlockGemmConfig(tokens=16, rows=16, num_warps=4, num_stages=3)
-    assert fp8_block_gemm(x, weight, bias, out, config) is out
+    chunks = -(-columns // (column_grain or 128))
+    for splits in (1, 3):
+        config = FP8ScaledGemmConfig(16, 16, splits, num_warps=4, num_stages=3)
+        sums = fp8_scaled_gemm(x, weight, bias, config=config)
+        assert len(sums) == -(-chunks // -(-chunks // splits))
+        assert_near(sums.double().sum(0), expected, torch.float32)
+    out = torch.full((num_tokens, rows), torch.nan, device=DEVICE)
+    product = fp8_scaled_gemm(x, weight, bias, out=out)
+    assert product.data_ptr() == out.data_ptr() and len(product) == 1
     assert_near(out, expected, torch.float32)
 
 
@@ -304,14 +320,19 @@ def test_configurations_are_within_their_limits() -> None:
             assert gemv.rows * (2 if is_gated else 1) in (2, 4, 8)
             assert grain % (4 * gemv.words) == 0 or grain == in_size
             assert gemv.warps * gemv.programs == 16
-    hopper = 227 << 10
-    assert fp8_block_gemm_config(65, 4096, 132, hopper).tokens == 64
-    assert fp8_block_gemm_config(4096, 4096, 132, hopper).tokens == 128
-    assert fp8_block_gemm_config(65, 1024, 132, hopper).num_stages == 6
-    for shared_memory in (99 << 10, 227 << 10):
-        for num_tokens, out_size in ((65, 1024), (100, 24576), (1000, 1024), (4096, 24576)):
-            block = fp8_block_gemm_config(num_tokens, out_size, 170, shared_memory)
-            assert 2 <= block.num_stages <= shared_memory // (128 * (block.tokens + block.rows))
+    for limits in ((132, 227 << 10), (170, 99 << 10)):
+        for out_size, in_size in ((1024, 3072), (4096, 12288), (24576, 4096), (128, 96)):
+            for grain in (in_size, 128, 32):
+                for num_tokens in (65, 100, 256, 1000, 4096):
+                    sizes = (num_tokens, out_size, in_size, grain, *limits)
+                    scaled = fp8_scaled_gemm_config(*sizes, reader_sums=True)
+                    assert 1 <= scaled.splits <= max(1, in_size // 512)
+                    stage_bytes = 128 * (scaled.tokens + scaled.rows)
+                    assert 2 <= scaled.num_stages <= limits[1] // stage_bytes
+                    assert fp8_scaled_gemm_config(*sizes, reader_sums=False).splits == 1
+    # Of 64 tiles of 128 x 128, each multiprocessor has one half.
+    down = fp8_scaled_gemm_config(256, 4096, 12288, 12288, 132, 227 << 10, True)
+    assert down.tokens == 128 and down.splits == 2
 
 
 # --- which kernel, and what becomes of its product ------------------------------------------------

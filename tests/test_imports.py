@@ -44,6 +44,7 @@ LEAVES = (
     "sharing",
     "vllm_compat",
     "text",
+    "trace",
     "trace_views",
     "warm_up",
 )

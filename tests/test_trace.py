@@ -21,7 +21,7 @@ from conftest import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.trace import StepRecord, Trace
+from nanovllm.trace import StepRecord, Trace
 
 NUM_TOKENS = 24
 # Chunks, prefix hits and preemptions: prompts of up to 90 tokens with a budget of 40, and too few
@@ -191,7 +191,7 @@ def test_plot(
 
 
 def test_matplotlib_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, nanovllm, nanovllm.engine.trace; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, nanovllm, nanovllm.trace; sys.exit('matplotlib' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -27,7 +27,6 @@ from nanovllm.engine.ranks import kill_ranks, shut_down, start_ranks
 from nanovllm.engine.requests import InputProcessor, Params, Request
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.trace import Trace
 from nanovllm.exclusive import exclusive
 from nanovllm.inputs import Prompt, Prompts
 from nanovllm.models import MODELS, check_model
@@ -37,6 +36,7 @@ from nanovllm.results import RequestOutput
 from nanovllm.sampling.masks import StepMasks, launch_sampling, waits_for_masks
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sharing.job_order import job_order
+from nanovllm.trace import Trace
 from nanovllm.utils.interrupts import uninterrupted
 from nanovllm.vllm_compat.absent import ABSENT_IN_GENERATE, refuse_others
 

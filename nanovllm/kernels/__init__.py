@@ -22,7 +22,7 @@
   sequences have in common once; `prefix_groups`, which sequences those are, and the list of tiles;
   `prefix_tensors`, what the kernels hand on; `prefix_sharing`, the groups of an engine's steps
 - `fp8_weight`: FP8 weights and inputs, and their references; `fp8_gemv`, `fp8_gemm`: a linear layer
-  of FP8 weights for one token, and for few; `fp8_quantize`, `fp8_block_gemm`: the input in FP8 as
+  of FP8 weights for one token, and for few; `fp8_quantize`, `fp8_scaled_gemm`: the input in FP8 as
   well, for many; `fp8_dequantize`: in 16 bits; `fp8_config`: how they divide their work
 - `fp8_cache`: what all of these share where the KV cache is in FP8
 - `copy_blocks`: copies of blocks of the KV cache

@@ -3,7 +3,8 @@
 The numbers were measured on an H100, those of the GEMV in packed_config.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.kernels._triton import next_power_of_2
 from nanovllm.kernels.packed_config import PackedGemvConfig, packed_gemv_config
@@ -18,7 +19,7 @@ MAX_GEMM_TOKENS_ALONE = 512
 # the result (rounding x: 2.6%). But where all have the same, as if x were a row of the weight, the
 # sum came out 5% too small with 4,096 columns, and 15% with 12,288. Beyond so many they do stop.
 MAX_FAST_COLUMNS = 4096
-MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_block_gemm` multiplies with
+MAX_BLOCK_COLUMNS = 128  # of a block that `fp8_scaled_gemm` multiplies with
 
 
 def fp8_gemv_config(in_size: int, column_grain: int, is_gated: bool) -> PackedGemvConfig:
@@ -68,29 +69,56 @@ def fp8_gemm_config(
 
 
 @dataclass(frozen=True, slots=True)
-class FP8BlockGemmConfig:
-    """The tiles of `fp8_block_gemm`; the result does not depend on them."""
+class FP8ScaledGemmConfig:
+    """The tiles of `fp8_scaled_gemm`; the result does not depend on them but for rounding."""
 
     tokens: int  # in a tile
     rows: int  # of the weight in a tile
+    splits: int  # of the inner dimension
     num_warps: int
     num_stages: int
 
 
-def fp8_block_gemm_config(
-    num_tokens: int, out_size: int, num_multiprocessors: int, shared_memory: int
-) -> FP8BlockGemmConfig:
-    """Choose small tiles where there would be few large ones, and then more stages.
+class ScaledTile(NamedTuple):
+    """A tile of `fp8_scaled_gemm` to choose, of 128 rows, and what it takes."""
+
+    tokens: int
+    num_stages: int
+    block_time: float  # microseconds for 128 columns
+    tile_blocks: float  # of so many columns more, for all that is done once
+
+
+# With a scale for each row, and for each block. A larger tile reads less, but there are fewer.
+ROW_TILES = (ScaledTile(64, 6, 0.34, 1.0), ScaledTile(128, 6, 0.46, 15.0))
+BLOCK_TILES = (ScaledTile(64, 6, 0.50, 0.0), ScaledTile(128, 4, 0.67, 1.0))
+
+
+def fp8_scaled_gemm_config(
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    column_grain: int,
+    num_multiprocessors: int,
+    shared_memory: int,
+    reader_sums: bool,
+) -> FP8ScaledGemmConfig:
+    """Choose tiles, and as many splits as give each multiprocessor one of them.
 
     shared_memory: bytes that a program may use. Blackwell's cards for desktops have 99 KB of them,
         less than half of what an H100 has; a kernel that asks for more cannot be launched.
+    reader_sums: whether the kernel that reads the product adds up partial sums.
     """
-    small_tiles = -(-num_tokens // 64) * -(-out_size // 128)
-    if small_tiles <= num_multiprocessors:
-        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=6)
-    elif num_tokens <= 128:
-        config = FP8BlockGemmConfig(tokens=64, rows=128, num_warps=4, num_stages=4)
-    else:
-        config = FP8BlockGemmConfig(tokens=128, rows=128, num_warps=8, num_stages=4)
-    stage_bytes = (config.tokens + config.rows) * MAX_BLOCK_COLUMNS
-    return replace(config, num_stages=min(config.num_stages, shared_memory // stage_bytes))
+    blocks = -(-in_size // 128)
+    best_time = float("inf")
+    for tile in ROW_TILES if column_grain == in_size else BLOCK_TILES:
+        tiles = -(-num_tokens // tile.tokens) * -(-out_size // 128)
+        splits = 1
+        if reader_sums:
+            splits = max(1, min(num_multiprocessors // tiles, in_size // 512, 4))
+        rounds = -(-tiles * splits // num_multiprocessors)
+        time = rounds * (-(-blocks // splits) + tile.tile_blocks) * tile.block_time
+        if time < best_time:
+            best_time = time
+            num_stages = min(tile.num_stages, shared_memory // (128 * (tile.tokens + 128)))
+            best = FP8ScaledGemmConfig(tile.tokens, 128, splits, tile.tokens // 16, num_stages)
+    return best

@@ -14,7 +14,6 @@ from nanovllm.kernels._triton import (
     is_hopper,
     major_and_minor,
 )
-from nanovllm.kernels.fp8_block_gemm import fp8_block_gemm
 from nanovllm.kernels.fp8_config import (
     MAX_FAST_COLUMNS,
     MAX_GEMM_TOKENS,
@@ -24,6 +23,7 @@ from nanovllm.kernels.fp8_dequantize import fp8_dequantize
 from nanovllm.kernels.fp8_gemm import fp8_gemm
 from nanovllm.kernels.fp8_gemv import THREAD_COLUMNS, fp8_gemv
 from nanovllm.kernels.fp8_quantize import quantize_input
+from nanovllm.kernels.fp8_scaled_gemm import fp8_scaled_gemm
 from nanovllm.kernels.fp8_weight import FP8Input, FP8Weight, Rounding, dequantize_fp8
 from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
 from nanovllm.kernels.hopper_gemm import (
@@ -69,7 +69,7 @@ def choose_fp8_kernel(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> FP
         return FP8Kernel.DEQUANTIZE
     is_wide = len(x) > max_gemm_tokens(x, weight)
     can_scale = quantizes_input and (has_row_scales(weight, x.dtype) or has_blocks(weight))
-    if can_scale and len(x) > MAX_GEMM_TOKENS and (is_wide or has_many_tiles(x, weight)):
+    if can_scale and len(x) > MAX_GEMM_TOKENS:
         return FP8Kernel.SCALED
     return FP8Kernel.DEQUANTIZE if is_wide else FP8Kernel.GEMM
 
@@ -110,18 +110,21 @@ def has_block_scales(weight: FP8Weight, dtype: torch.dtype) -> bool:
 
 
 def has_blocks(weight: FP8Weight) -> bool:
-    """Whether `fp8_block_gemm` multiplies with the weight: a block's columns are a tile's."""
+    """Whether `fp8_scaled_gemm` multiplies with the weight: a block's columns are a tile's."""
     return weight.column_grain in (32, 64, 128)
 
 
-def has_many_tiles(x: Tensor, weight: FP8Weight) -> bool:
-    """Whether a product in FP8 has tiles of 128 x 128 numbers for a third of the multiprocessors.
+def uses_cublas(x: FP8Input, weight: FP8Weight) -> bool:
+    """Whether `torch._scaled_mm` multiplies in FP8, and not `fp8_scaled_gemm`.
 
-    Nothing splits its inner dimension. With fewer tiles a GEMM takes less time, which does split.
+    cuBLAS does not split the inner dimension, and starts late. It is faster where tiles of 128 x
+    128 numbers are enough work for half of the multiprocessors.
     """
-    num_multiprocessors, _ = device_limits(x.device)
-    tiles = -(-len(x) // 128) * -(-weight.out_size // 128)
-    return 3 * tiles >= num_multiprocessors
+    if not (has_row_scales(weight, x.dtype) or has_block_scales(weight, x.dtype)):
+        return False
+    num_multiprocessors, _ = device_limits(x.values.device)
+    tiles = -(-x.num_tokens // 128) * -(-weight.out_size // 128)
+    return 2 * tiles > num_multiprocessors
 
 
 def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
@@ -214,6 +217,12 @@ def multiply_scaled(
     weight: FP8Weight, x: FP8Input, bias: Tensor | None, epilogue: Epilogue
 ) -> Tensor | PartialSums:
     """Multiply in FP8 what is rounded as `rounding_for` says."""
+    reader_sums = epilogue.reader_sums or epilogue.add_to is not None
+    if not uses_cublas(x, weight):
+        sums = PartialSums(fp8_scaled_gemm(x, weight, bias, reader_sums, epilogue.out))
+        if epilogue.out is not None:
+            return epilogue.out
+        return sums if reader_sums else sums.sum()
     multiply = multiply_blocks if has_block_scales(weight, x.dtype) else multiply_rows
     product = multiply(weight, x, bias, epilogue.out)
     # Whoever adds computes the norm on the way, as of partial sums.
@@ -223,12 +232,7 @@ def multiply_scaled(
 def multiply_rows(
     weight: FP8Weight, x: FP8Input, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """The product `[n, out]`, written to `out` if there is one, by cuBLAS or by our kernel."""
-    if out is None:
-        shape = (x.num_tokens, weight.out_size)
-        out = torch.empty(shape, dtype=x.dtype, device=x.values.device)
-    if not has_row_scales(weight, x.dtype):
-        return fp8_block_gemm(x, weight, bias, out)
+    """The product `[n, out]`, written to `out` if there is one, by cuBLAS."""
     return torch._scaled_mm(
         x.values,
         weight.values.t(),

@@ -1,15 +1,20 @@
 """What the engine did, step by step and request by request; trace_views.py shows it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanovllm import trace_views
-from nanovllm.engine.pending_tokens import PendingTokens
-from nanovllm.engine.scheduler import Scheduler, Step
-from nanovllm.engine.sequence import Sequence
 from nanovllm.trace_views import StepRecord
+
+if TYPE_CHECKING:
+    from nanovllm.engine.pending_tokens import PendingTokens
+    from nanovllm.engine.scheduler import Scheduler, Step
+    from nanovllm.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
