@@ -80,7 +80,7 @@ def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
         tile = find_tile(index, work, TOKENS, TILE_ROWS)
         for block in range(tile.block, tile.block + tile.num_blocks):
             stage = count % STAGES
-            if count >= num_early:
+            if count >= num_early:  # otherwise the weight is on its way already
                 mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
                 _load_weight(weight_desc, rings, tile.row, block, stage)
             for i in gl.static_range(2):
@@ -121,8 +121,8 @@ def _hopper_gemm_kernel(
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
-    # The tiles of a stage are copied and read together: one pair of barriers serves them all. The
-    # readers of a stage are the consumers that have rows of their own, or one of two.
+    # The tiles of a stage are copied and read together: one pair of barriers serves them all. Both
+    # consumers read a stage, each its rows; or, if they have the same rows, one of them does.
     full, empty = make_barriers(STAGES, TILE_ROWS // ROWS)
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
