@@ -5,10 +5,10 @@ Gluon leaves that to us: it has layouts, shared memory, barriers, and *warp spec
 warps of a program do different things. On Hopper that is what a GEMM or attention needs to keep the
 tensor cores busy:
 
-- Some warps, the **producer**, only start copies from global memory to a ring of tiles in shared
-  memory. The hardware does the copying (TMA).
-- Two groups of four warps, the **consumers**, multiply what has arrived. While one of them waits or
-  computes anything else, the tensor cores work for the other.
+- A group of four warps, the **producer**, only starts copies from global memory to a ring of tiles
+  in shared memory. The hardware does the copying (TMA).
+- Two more groups, the **consumers**, multiply what has arrived. While one of them waits or computes
+  anything else, the tensor cores work for the other.
 
 They meet at *mbarriers*, counters in shared memory. Each tile of a ring has two. `full` completes a
 phase when the tile's bytes have arrived, `empty` when both consumers have read it. A wait names the

@@ -87,49 +87,43 @@ def _multiply(
     count,
     operand: gl.constexpr,
     OWN_ROWS: gl.constexpr,
-    OWN_BLOCK: gl.constexpr,
-    STEP: gl.constexpr,
+    FIRST_SIDE: gl.constexpr,
+    LAST_SIDE: gl.constexpr,
     HOW: gl.constexpr,
 ):
-    """Return `acc` plus the products of one consumer's blocks of a tile, for its rows.
+    """Return `acc` plus the products of one consumer's part of a tile.
 
     row: of the weight, for each row. count: of the blocks in the program's earlier tiles.
-    OWN_ROWS, OWN_BLOCK, STEP: see `consume`.
+    OWN_ROWS, FIRST_SIDE, LAST_SIDE: see `consume`.
     """
     STAGES: gl.constexpr = rings.full.shape[0]
     like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
-    block = first.block + OWN_BLOCK
-    scales = read_scales(grains, row, block, like, 0, HOW)
-    next_scales = read_scales(grains, row, block + STEP, like, 0, HOW)
-    count += OWN_BLOCK
+    end = first.block + first.num_blocks
+    scales = read_scales(grains, row, first.block, like, FIRST_SIDE, HOW)
     stage = count % STAGES
-    if first.num_blocks > OWN_BLOCK:
-        mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
-    # Where there is no block, this converts whatever is there, and nobody uses it.
-    weight = convert(rings, stage, scales, operand, OWN_ROWS, 0, HOW)
+    mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
+    weight = convert(rings, stage, scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
     # The tensor cores multiply half a block while the next half is read and converted. It would be
     # faster still to start the next product before the last one has ended, but then the assembler,
     # ptxas, lets all of them run one by one.
-    for i in range(OWN_BLOCK, first.num_blocks, STEP):
-        block = first.block + i
-        # Often they come from the L2 cache, which takes longer than a block.
-        later_scales = read_scales(grains, row, block + 2 * STEP, like, 0, HOW)
-        if not HOW.is_uniform:
-            scales = read_scales(grains, row, block, like, 1, HOW)
-        acc = _start_product(weight, rings, stage, acc, 0)
-        weight = convert(rings, stage, scales, operand, OWN_ROWS, 1, HOW)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        acc = _start_product(weight, rings, stage, acc, 1)
-        count += STEP
+    for block in range(first.block, end):
+        if FIRST_SIDE != LAST_SIDE:
+            scales = read_scales(grains, row, block, like, LAST_SIDE, HOW)
+        next_scales = read_scales(grains, row, block + 1, like, FIRST_SIDE, HOW)
+        if FIRST_SIDE != LAST_SIDE:
+            acc = _start_product(weight, rings, stage, acc, FIRST_SIDE)
+            weight = convert(rings, stage, scales, operand, OWN_ROWS, LAST_SIDE, HOW)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = _start_product(weight, rings, stage, acc, LAST_SIDE)
+        count += 1
         next_stage = count % STAGES
-        if i + STEP < first.num_blocks:
+        if block + 1 < end:
             mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
-        weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, 0, HOW)
+        # Behind the last block this converts whatever is there, and nobody uses it.
+        weight = convert(rings, next_stage, next_scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(rings.empty.index(stage), count=1)
         stage = next_stage
-        scales = next_scales
-        next_scales = later_scales
     return acc
 
 
@@ -186,15 +180,16 @@ def consume(
 ):
     """Do the work of one consumer in all tiles of the program.
 
-    If a tile has 128 rows of the weight, each consumer has 64 of them. If it has 64, both have the
-    same, and each takes every other block; at last one adds the sums of the other to its own.
+    If a tile has 128 rows of the weight, each consumer has 64 of them, and both halves of each
+    block. If it has 64, both have the same rows, and each has a half of the blocks; at last one
+    adds the sums of the other to its own.
     """
     TOKENS: gl.constexpr = rings.x.shape[1]
     TILE_ROWS: gl.constexpr = rings.weight.shape[1]
     HAVE_SAME_ROWS: gl.constexpr = TILE_ROWS == ROWS
     OWN_ROWS: gl.constexpr = 0 if HAVE_SAME_ROWS else CONSUMER
-    OWN_BLOCK: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 0
-    STEP: gl.constexpr = 2 if HAVE_SAME_ROWS else 1
+    FIRST_SIDE: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 0
+    LAST_SIDE: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 1
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
     count = 0  # of blocks in earlier tiles
@@ -206,7 +201,17 @@ def consume(
         row = weight_row(row, work, ACTIVATION)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
         acc = _multiply(
-            acc, row, grains, rings, first, count, operand, OWN_ROWS, OWN_BLOCK, STEP, HOW
+            acc,
+            row,
+            grains,
+            rings,
+            first,
+            count,
+            operand,
+            OWN_ROWS,
+            FIRST_SIDE,
+            LAST_SIDE,
+            HOW,
         )
         count += first.num_blocks
         if HAVE_SAME_ROWS:

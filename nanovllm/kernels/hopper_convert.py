@@ -39,7 +39,7 @@ class Rings(NamedTuple):
     x: Any  # two tiles a stage: [2 * stages, tokens, 64] in 16 bits
     weight: Any  # one tile a stage of INT4, [stages, 128, 32] int16; two of FP8, 64 columns each
     full: Any  # [stages, 1]: barriers that complete when both have arrived
-    empty: Any  # [stages, 1]: and when the consumers have read them
+    empty: Any  # [stages, 1]: and when both consumers have read them
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ class Conversion:
     row_grain: int  # rows that share a scale
     column_grain: int  # columns that share a scale, or a scale and a zero point
     grains: int  # of a row
-    is_uniform: bool  # all columns of a block share a grain
     # Of INT4 only:
     assembly: str | None = None  # that takes numbers out
     offset: float = 0.0  # what that adds to them on the way
@@ -60,18 +59,15 @@ def conversion_of(weight: Int4Weight | FP8Weight, dtype: torch.dtype) -> Convers
     """The conversion of a weight to a 16-bit dtype."""
     if isinstance(weight, FP8Weight):
         grains = weight.in_size // weight.column_grain
-        is_uniform = grains == 1 or weight.column_grain % hopper_config.BLOCK == 0
-        return Conversion(weight.row_grain, weight.column_grain, grains, is_uniform)
+        return Conversion(weight.row_grain, weight.column_grain, grains)
     is_bf16 = dtype == torch.bfloat16
-    positions = positions_per_group(weight.group_size, weight.in_size)
     return Conversion(
         row_grain=1,
         column_grain=weight.group_size,
         grains=triton.cdiv(weight.in_size, weight.group_size),
-        is_uniform=positions == 4,
         assembly=BFLOAT16 if is_bf16 else FLOAT16,
         offset=128.0 if is_bf16 else 1024.0,
-        positions=positions,
+        positions=positions_per_group(weight.group_size, weight.in_size),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
+    WARPS,
     GluonDescriptor,
     can_run_gluon,
     fence_async_shared,
@@ -32,10 +33,7 @@ from nanovllm.kernels.hopper_consume import Handover, Work, consume, find_tile
 from nanovllm.kernels.hopper_convert import BLOCK, HALF, ROWS, Rings, conversion_of
 from nanovllm.kernels.int4_layout import Int4Weight
 
-# Of the second consumer and of the producer. That is a single warp: four would have to meet at a
-# barrier before each copy.
-WARPS = gl.constexpr([4, 1])
-PRODUCER_REGISTERS = 24
+PRODUCER_REGISTERS = 24  # of a thread
 
 
 @gluon.jit
@@ -121,9 +119,8 @@ def _hopper_gemm_kernel(
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
-    # The tiles of a stage are copied and read together: one pair of barriers serves them all. Both
-    # consumers read a stage, each its rows; or, if they have the same rows, one of them does.
-    full, empty = make_barriers(STAGES, TILE_ROWS // ROWS)
+    # The tiles of a stage are copied and read together: one pair of barriers serves them all.
+    full, empty = make_barriers(STAGES, 2)
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
