@@ -89,7 +89,7 @@ def _tiles(
         is_last = tokens >= num_tokens
         rows = TILE_ROWS
         programs = 2 if tokens <= MAX_SHARED_TOKENS else 1
-        if is_gated and weight_bits == 8 and tokens <= 32:
+        if is_gated and weight_bits == 8 and tokens == 16:
             # Many small tiles, for a weight that takes long to read, share the multiprocessors more
             # evenly than two programs do.
             rows = CONSUMER_ROWS

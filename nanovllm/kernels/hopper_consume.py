@@ -31,8 +31,6 @@ class Place(NamedTuple):
     token: Any
     row: Any  # of the weight; with an activation, as `weight_row` counts them
     split: Any
-    block: Any
-    num_blocks: Any  # of the tile, at least one
 
 
 class Handover(NamedTuple):
@@ -51,10 +49,7 @@ def find_tile(index, work, TOKENS: gl.constexpr, TILE_ROWS: gl.constexpr):
     token = index % work.token_tiles * TOKENS
     token = gl.maximum(gl.minimum(token, work.num_tokens - TOKENS), 0)
     row = index // work.token_tiles % work.row_tiles * TILE_ROWS
-    split = index // (work.token_tiles * work.row_tiles)
-    block = split * work.split_blocks
-    num_blocks = gl.minimum(work.split_blocks, work.num_blocks - block)
-    return Place(token, row, split, block, num_blocks)
+    return Place(token, row, index // (work.token_tiles * work.row_tiles))
 
 
 @gluon.jit
@@ -65,9 +60,8 @@ def weight_row(row, work, ACTIVATION: gl.constexpr):
     in the sums of the tensor cores, a thread has rows r and r + 8.
     """
     if ACTIVATION is not None:
-        is_up = row // 8 % 2
-        row = row // 16 * 8 + row % 8 + is_up * (work.out_size // 2)
-    return gl.minimum(row, work.out_size - 1)
+        row = row // 16 * 8 + row % 8 + row // 8 % 2 * (work.out_size // 2)
+    return row
 
 
 @gluon.jit
@@ -83,7 +77,8 @@ def _multiply(
     row,
     grains,
     rings,
-    first,
+    first_block,
+    end,
     count,
     operand: gl.constexpr,
     OWN_ROWS: gl.constexpr,
@@ -91,22 +86,22 @@ def _multiply(
     LAST_SIDE: gl.constexpr,
     HOW: gl.constexpr,
 ):
-    """Return `acc` plus the products of one consumer's part of a tile.
+    """Return `acc` plus the products of one consumer's part of a tile, and the new `count`.
 
-    row: of the weight, for each row. count: of the blocks in the program's earlier tiles.
+    row: of the weight, for each row. first_block, end: of the tile.
+    count: of the blocks in the program's earlier tiles.
     OWN_ROWS, FIRST_SIDE, LAST_SIDE: see `consume`.
     """
     STAGES: gl.constexpr = rings.full.shape[0]
     like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
-    end = first.block + first.num_blocks
-    scales = read_scales(grains, row, first.block, like, FIRST_SIDE, HOW)
+    scales = read_scales(grains, row, first_block, like, FIRST_SIDE, HOW)
     stage = count % STAGES
     mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
     weight = convert(rings, stage, scales, operand, OWN_ROWS, FIRST_SIDE, HOW)
     # The tensor cores multiply half a block while the next half is read and converted. It would be
     # faster still to start the next product before the last one has ended, but then the assembler,
     # ptxas, lets all of them run one by one.
-    for block in range(first.block, end):
+    for block in range(first_block, end):
         if FIRST_SIDE != LAST_SIDE:
             scales = read_scales(grains, row, block, like, LAST_SIDE, HOW)
         next_scales = read_scales(grains, row, block + 1, like, FIRST_SIDE, HOW)
@@ -124,7 +119,7 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(rings.empty.index(stage), count=1)
         stage = next_stage
-    return acc
+    return acc, count
 
 
 @gluon.jit
@@ -144,11 +139,14 @@ def _store(
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
     row = weight_row(row, work, ACTIVATION)
+    is_row = row < work.out_size
     if HOW.assembly is None and HOW.grains == 1:
-        acc *= gl.load(grains[0] + row // HOW.row_grain)[:, None]
+        scale = gl.load(grains[0] + row // HOW.row_grain, mask=is_row, other=0.0)
+        acc *= scale[:, None]
     if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
         if first.split == 0:  # the bias is added once
-            acc += gl.load(bias_ptr + row).to(gl.float32)[:, None]
+            bias = gl.load(bias_ptr + row, mask=is_row, other=0.0)
+            acc += bias.to(gl.float32)[:, None]
     out_size = work.out_size
     if ACTIVATION is not None:
         pairs = acc.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1))
@@ -193,19 +191,22 @@ def consume(
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
     count = 0  # of blocks in earlier tiles
-    phase = 0  # of the handover
+    tile_count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
         first = find_tile(index, work, TOKENS, TILE_ROWS)
         first_row = first.row + OWN_ROWS * ROWS
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
-        row = weight_row(row, work, ACTIVATION)
+        row = gl.minimum(weight_row(row, work, ACTIVATION), work.out_size - 1)
+        first_block = first.split * work.split_blocks
+        end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
-        acc = _multiply(
+        acc, count = _multiply(
             acc,
             row,
             grains,
             rings,
-            first,
+            first_block,
+            end,
             count,
             operand,
             OWN_ROWS,
@@ -213,8 +214,9 @@ def consume(
             LAST_SIDE,
             HOW,
         )
-        count += first.num_blocks
         if HAVE_SAME_ROWS:
+            phase = tile_count & 1
+            tile_count += 1
             if CONSUMER == 1:
                 mbarrier.wait(handover.taken.index(0), phase ^ 1)
                 handover.sums.store(acc)
@@ -223,7 +225,6 @@ def consume(
                 mbarrier.wait(handover.given.index(0), phase)
                 acc += handover.sums.load(registers)
                 mbarrier.arrive(handover.taken.index(0), count=1)
-            phase ^= 1
         if CONSUMER == 0 or not HAVE_SAME_ROWS:
             _store(
                 acc,

@@ -66,23 +66,25 @@ def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
     TILE_ROWS: gl.constexpr = rings.weight.shape[1]
     # No kernel writes the weight, so the ring is filled with it while the kernels before still run.
     first = find_tile(gl.program_id(0), work, TOKENS, TILE_ROWS)
-    num_early = gl.minimum(first.num_blocks, STAGES)
+    first_block = first.split * work.split_blocks
+    num_early = gl.minimum(gl.minimum(work.split_blocks, work.num_blocks - first_block), STAGES)
     for stage in range(num_early):
-        _load_weight(weight_desc, rings, first.row, first.block + stage, stage)
+        _load_weight(weight_desc, rings, first.row, first_block + stage, stage)
     if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
         )
     count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        tile = find_tile(index, work, TOKENS, TILE_ROWS)
-        for block in range(tile.block, tile.block + tile.num_blocks):
+        first = find_tile(index, work, TOKENS, TILE_ROWS)
+        end = gl.minimum((first.split + 1) * work.split_blocks, work.num_blocks)
+        for block in range(first.split * work.split_blocks, end):
             stage = count % STAGES
             if count >= num_early:  # otherwise the weight is on its way already
                 mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
-                _load_weight(weight_desc, rings, tile.row, block, stage)
+                _load_weight(weight_desc, rings, first.row, block, stage)
             for i in gl.static_range(2):
-                place = [tile.token, block * BLOCK + i * HALF]
+                place = [first.token, block * BLOCK + i * HALF]
                 load_tile(x_desc, place, rings.full.index(stage), rings.x.index(2 * stage + i))
             count += 1
 

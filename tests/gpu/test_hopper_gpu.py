@@ -175,8 +175,8 @@ def test_hopper_gemm(shape: tuple[int, int], name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("columns", [64, 128, 320, 4096])
 def test_hopper_gemm_of_few_blocks(columns: int, rows: int) -> None:
-    """A program with fewer blocks than stages, or one block only, which the second consumer has no
-    part in if it has the same rows; and more tiles than programs.
+    """A program with fewer blocks than stages, or with one block only, and more tiles than
+    programs: not all of the ring is filled early, and of the first tile only.
     """
     torch.manual_seed(0)
     weight = fp8_weight(40000, columns, 1, columns)
