@@ -88,7 +88,9 @@ class ScaledTile(NamedTuple):
     tile_blocks: float  # of so many columns more, for all that is done once
 
 
-# With a scale for each row, and for each block. A larger tile reads less, but there are fewer.
+# With a scale for each row, and for each block. Fitted so that of Qwen3-8B's and 0.6B's layers with
+# 96 to 256 tokens they choose what took least together with the kernels before and after. So the
+# time of a large tile has a part for the reader of the splits.
 ROW_TILES = (ScaledTile(64, 6, 0.34, 1.0), ScaledTile(128, 6, 0.46, 15.0))
 BLOCK_TILES = (ScaledTile(64, 6, 0.50, 0.0), ScaledTile(128, 4, 0.67, 1.0))
 
