@@ -143,6 +143,9 @@ def compile_hopper_gemm() -> None:
     for weight in (int4_weight(128, True), int4_weight(32, False), rows, blocks):
         for num_tokens in (16, 64, 200):
             hopper_gemm.hopper_gemm(numbers(num_tokens, HIDDEN), weight, numbers(256))
+        for num_tokens in (16, 48, 64):  # FP8: tiles of 64 rows up to 16 tokens
+            x = numbers(num_tokens, HIDDEN)
+            hopper_gemm.hopper_gemm(x, weight, activation="silu")
     hopper_gemm.hopper_gemm(numbers(32, 960).half(), int4_weight(960, True, in_size=960))
     hopper_gemm.hopper_gemm(numbers(128, HIDDEN).half(), rows)
 

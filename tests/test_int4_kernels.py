@@ -223,14 +223,20 @@ def test_tiles_for_hopper_are_within_their_limits(weight_bits: int) -> None:
         for num_tokens in (2, 16, 17, 64, 96, 200, 256, 2000):
             sizes = (num_tokens, out_size, in_size, weight_bits, 132, shared_memory)
             config = hopper_gemm_config(*sizes)
-            stage_bytes = 128 * (2 * config.tokens + 16 * weight_bits)
-            assert config.num_stages >= 3
-            assert stage_bytes * config.num_stages < shared_memory
+            for chosen in (config, hopper_gemm_config(*sizes, is_gated=True)):
+                stage_bytes = 128 * (2 * chosen.tokens + chosen.rows * weight_bits // 8)
+                assert chosen.num_stages >= 3
+                assert stage_bytes * chosen.num_stages * chosen.programs < shared_memory
             assert 16 <= config.tokens <= 256 and config.tokens < 4 * num_tokens + 16
             assert 1 <= config.splits <= in_size // 128
             assert hopper_gemm_config(*sizes, reader_sums=False).splits == 1
-    # Measured: o fills the multiprocessors with four splits, and gate_up has two rounds of tiles.
-    assert hopper_gemm_config(64, 4096, 4096, weight_bits, 132, shared_memory).splits == 4
+            assert hopper_gemm_config(*sizes, is_gated=True).splits == 1
+    # Measured: of o nearly as many programs as run at once, two on a multiprocessor, in one round;
+    # of gate_up two rounds of tiles of 128 tokens.
+    for num_tokens in (2, 64):
+        config = hopper_gemm_config(num_tokens, 4096, 4096, weight_bits, 132, shared_memory)
+        assert config.programs == 2
+        assert 180 <= 32 * config.splits <= 264
     assert hopper_gemm_config(128, 24576, 4096, weight_bits, 132, shared_memory).tokens == 128
 
 

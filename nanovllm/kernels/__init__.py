@@ -9,7 +9,8 @@
 - `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
   `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
 - `hopper_gemm`: a linear layer of INT4 or FP8 weights for up to hundreds of tokens on Hopper;
-  `hopper_convert`: how it makes 16-bit numbers of them; `hopper_config`: how it divides its work
+  `hopper_consume`: the parts of its programs that multiply; `hopper_convert`: how they make
+  16-bit numbers of the weight; `hopper_config`: how it divides its work
 - `packed_gemv`: the kernel of `fp8_gemv` and `int4_gemv`; `packed_words`, `packed_input`: its
   arithmetic, which INT4 experts share; `packed_tile`, `packed_config`: how it divides its work
 - `moe`: a mixture of experts, of `moe_routing`, which experts each token goes to, `grouped_gemm`, a

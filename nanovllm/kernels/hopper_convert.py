@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 
 from nanovllm.kernels import hopper_config
-from nanovllm.kernels._gluon import gl, gluon
+from nanovllm.kernels._gluon import CONSUMER_ROWS, gl, gluon
 from nanovllm.kernels._triton import triton
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.int4_layout import Int4Weight, positions_per_group
 
+ROWS = gl.constexpr(CONSUMER_ROWS)  # of the weight, which a consumer has of a tile
 BLOCK = gl.constexpr(hopper_config.BLOCK)  # columns of a stage of the rings
 HALF = gl.constexpr(hopper_config.BLOCK // 2)  # columns that are multiplied at a time
 
@@ -131,7 +132,7 @@ def convert(
     stage,
     scales,
     operand: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    OWN_ROWS: gl.constexpr,
     SIDE: gl.constexpr,
     HOW: gl.constexpr,
 ):
@@ -139,9 +140,8 @@ def convert(
 
     scales: of `read_scales`. operand: the layout in which the tensor cores read registers.
     """
-    ROWS: gl.constexpr = rings.weight.shape[1] // 2
     if HOW.assembly is None:
-        tile = rings.weight.index(2 * stage + SIDE).slice(CONSUMER * ROWS, ROWS, 0)
+        tile = rings.weight.index(2 * stage + SIDE).slice(OWN_ROWS * ROWS, ROWS, 0)
         # By float32, since the GPU's instruction from FP8 gives fp16, and the one from that to
         # bf16 is eight times slower than these.
         weight = tile.load(operand).to(gl.float32)
@@ -149,7 +149,7 @@ def convert(
             weight *= scales[0][:, None]
         return weight.to(rings.x.dtype)
     else:
-        numbers = rings.weight.index(stage).slice(CONSUMER * ROWS, ROWS, 0).load(operand)
+        numbers = rings.weight.index(stage).slice(OWN_ROWS * ROWS, ROWS, 0).load(operand)
         left = _take_out(numbers, scales[0], 2 * SIDE, HOW)
         right = _take_out(numbers, scales[1], 2 * SIDE + 1, HOW)
         # Side by side, which moves nothing: each thread has the same columns of both.

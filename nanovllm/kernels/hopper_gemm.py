@@ -1,19 +1,21 @@
 """`x W^T` of an INT4 or FP8 weight for 2 to some 2,000 tokens, on Hopper, as partial sums.
 
+For a few tokens nearly all the time goes into reading the weight. So a program begins with that
+while the kernels before it still compute x. Up to 64 tokens two programs share a multiprocessor:
+what one of them waits for is hidden by the other.
+
 From tens of tokens on the tensor cores' time counts. So each number of the weight is converted to
 x's dtype once for up to 256 tokens, and a consumer converts the next ones while the tensor cores
 multiply those before. They read the weight from registers, and x from shared memory. For the parts
-of a program see _gluon.py.
+of a program see _gluon.py; the consumers are in hopper_consume.py.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels._gluon import (
-    REGISTERS,
-    TILE_ROWS,
     WARPS,
     GluonDescriptor,
     can_run_gluon,
@@ -23,157 +25,68 @@ from nanovllm.kernels._gluon import (
     load_tile,
     make_barriers,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from nanovllm.kernels._triton import device_limits, pdl_options, readable_rows, triton
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
-from nanovllm.kernels.hopper_convert import BLOCK, HALF, Rings, conversion_of, convert, read_scales
+from nanovllm.kernels.hopper_consume import Handover, Work, consume, find_tile
+from nanovllm.kernels.hopper_convert import BLOCK, HALF, ROWS, Rings, conversion_of
 from nanovllm.kernels.int4_layout import Int4Weight
 
-
-class Work(NamedTuple):
-    """What all programs together compute: it is known to every part of each program."""
-
-    num_tokens: Any  # of x
-    token_tiles: Any  # tiles of tokens; neighbouring programs have the same rows of the weight
-    row_tiles: Any  # tiles of rows of the weight
-    num_tiles: Any  # of both, in all splits of the inner dimension
-    split_blocks: Any  # blocks of 128 columns in a split; the last one may have fewer
-    num_blocks: Any  # in all splits
-    out_size: Any  # rows of the weight
-
-
-class Place(NamedTuple):
-    """Where a tile begins."""
-
-    token: Any
-    row: Any
-    split: Any
+PRODUCER_REGISTERS = 24  # of a thread
 
 
 @gluon.jit
-def _find_tile(index, work, TOKENS: gl.constexpr, ROWS: gl.constexpr):
-    """The `Place` of tile number `index`."""
-    # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
-    # and both write the same numbers there.
-    first_token = index % work.token_tiles * TOKENS
-    first_token = gl.maximum(gl.minimum(first_token, work.num_tokens - TOKENS), 0)
-    first_row = index // work.token_tiles % work.row_tiles * ROWS
-    return Place(first_token, first_row, index // (work.token_tiles * work.row_tiles))
+def _load_weight(weight_desc, rings, row, block, stage):
+    """Start to copy a block of the weight. The stage becomes full when x has arrived, too."""
+    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
+    TILES: gl.constexpr = rings.weight.shape[0] // rings.full.shape[0]
+    TILE_ROWS: gl.constexpr = rings.weight.shape[1]
+    COLUMNS: gl.constexpr = rings.weight.shape[2]
+    X_BYTES: gl.constexpr = rings.x.shape[1] * BLOCK * 2
+    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
+    WEIGHT_BYTES: gl.constexpr = TILE_ROWS * COLUMNS * 2
+    arrived = rings.full.index(stage)
+    mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
+    for i in gl.static_range(TILES):
+        column = (block * TILES + i) * COLUMNS
+        tile = rings.weight.index(TILES * stage + i)
+        if len(weight_desc.block_shape) == 4:  # `describe_gated`
+            place = [row // 16, 0, 0, column]
+            load_tile(weight_desc, place, arrived, tile.reshape(weight_desc.block_shape))
+        else:
+            load_tile(weight_desc, [row, column], arrived, tile)
 
 
 @gluon.jit
 def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
     """Copy the tiles of x and of the weight, in the order in which they are multiplied."""
     STAGES: gl.constexpr = rings.full.shape[0]
-    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
     TOKENS: gl.constexpr = rings.x.shape[1]
-    ROWS: gl.constexpr = rings.weight.shape[1]
-    WEIGHT_TILES: gl.constexpr = rings.weight.shape[0] // STAGES
-    WEIGHT_COLUMNS: gl.constexpr = rings.weight.shape[2]
-    X_BYTES: gl.constexpr = TOKENS * BLOCK * 2
-    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
-    WEIGHT_BYTES: gl.constexpr = ROWS * WEIGHT_COLUMNS * 2
+    TILE_ROWS: gl.constexpr = rings.weight.shape[1]
+    # No kernel writes the weight, so the ring is filled with it while the kernels before still run.
+    first = find_tile(gl.program_id(0), work, TOKENS, TILE_ROWS)
+    first_block = first.split * work.split_blocks
+    num_early = gl.minimum(gl.minimum(work.split_blocks, work.num_blocks - first_block), STAGES)
+    for stage in range(num_early):
+        _load_weight(weight_desc, rings, first.row, first_block + stage, stage)
     if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
         )
     count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        first = _find_tile(index, work, TOKENS, ROWS)
+        first = find_tile(index, work, TOKENS, TILE_ROWS)
         end = gl.minimum((first.split + 1) * work.split_blocks, work.num_blocks)
         for block in range(first.split * work.split_blocks, end):
             stage = count % STAGES
-            arrived = rings.full.index(stage)
-            mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
-            for i in gl.static_range(WEIGHT_TILES):
-                place = [first.row, (block * WEIGHT_TILES + i) * WEIGHT_COLUMNS]
-                tile = rings.weight.index(WEIGHT_TILES * stage + i)
-                load_tile(weight_desc, place, arrived, tile)
+            if count >= num_early:  # otherwise the weight is on its way already
+                mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
+                _load_weight(weight_desc, rings, first.row, block, stage)
             for i in gl.static_range(2):
                 place = [first.token, block * BLOCK + i * HALF]
-                load_tile(x_desc, place, arrived, rings.x.index(2 * stage + i))
+                load_tile(x_desc, place, rings.full.index(stage), rings.x.index(2 * stage + i))
             count += 1
-
-
-@gluon.jit
-def _start_product(weight, rings, stage, acc, SIDE: gl.constexpr):
-    """Start `acc += weight x^T` with half a block of x."""
-    x = rings.x.index(2 * stage + SIDE).permute((1, 0))
-    return warpgroup_mma(weight, x, acc, is_async=True)
-
-
-@gluon.jit
-def _consume(
-    grains,
-    bias_ptr,
-    partial_sums_ptr,
-    rings,
-    work,
-    HOW: gl.constexpr,
-    CONSUMER: gl.constexpr,
-):
-    """Compute the rows of one consumer in all tiles of the program."""
-    STAGES: gl.constexpr = rings.full.shape[0]
-    TOKENS: gl.constexpr = rings.x.shape[1]
-    ROWS: gl.constexpr = rings.weight.shape[1] // 2  # of a consumer
-    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, registers, 2)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    like = gl.zeros([1], rings.x.dtype, gl.SliceLayout(1, operand))
-    count = 0
-    for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        first = _find_tile(index, work, TOKENS, 2 * ROWS)
-        split = first.split
-        first_row = first.row + CONSUMER * ROWS
-        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
-        row = gl.minimum(row, work.out_size - 1)
-        first_block = split * work.split_blocks
-        end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
-        acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
-        scales = read_scales(grains, row, first_block, like, 0, HOW)
-        stage = count % STAGES
-        mbarrier.wait(rings.full.index(stage), count // STAGES & 1)
-        weight = convert(rings, stage, scales, operand, CONSUMER, 0, HOW)
-        # The tensor cores multiply half a block while the next half is read and converted. It would
-        # be faster still to start the next product before the last one has ended, but then the
-        # assembler, ptxas, lets all of them run one by one.
-        for block in range(first_block, end):
-            scales = read_scales(grains, row, block, like, 1, HOW)
-            next_scales = read_scales(grains, row, block + 1, like, 0, HOW)
-            acc = _start_product(weight, rings, stage, acc, 0)
-            weight = convert(rings, stage, scales, operand, CONSUMER, 1, HOW)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _start_product(weight, rings, stage, acc, 1)
-            count += 1
-            next_stage = count % STAGES
-            if block + 1 < end:
-                mbarrier.wait(rings.full.index(next_stage), count // STAGES & 1)
-            # Behind the last block this converts whatever is there, and nobody uses it.
-            weight = convert(rings, next_stage, next_scales, operand, CONSUMER, 0, HOW)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(rings.empty.index(stage), count=1)
-            stage = next_stage
-
-        sum_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, registers))
-        is_row = sum_row < work.out_size
-        if HOW.assembly is None and HOW.grains == 1:
-            scale = gl.load(grains[0] + sum_row // HOW.row_grain, mask=is_row, other=0.0)
-            acc *= scale[:, None]
-        if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
-            if split == 0:  # the bias is added once
-                bias = gl.load(bias_ptr + sum_row, mask=is_row, other=0.0)
-                acc += bias.to(gl.float32)[:, None]
-        # A thread is to store neighbouring rows, that is, outputs of one token.
-        out = gl.convert_layout(acc.to(rings.x.dtype).permute((1, 0)), store_layout)
-        token = first.token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
-        out_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store_layout))
-        mask = (token < work.num_tokens)[:, None] & (out_row < work.out_size)[None, :]
-        places = (split * work.num_tokens + token) * work.out_size
-        gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
 
 
 @gluon.jit(
@@ -194,7 +107,10 @@ def _hopper_gemm_kernel(
     out_size,
     IN_SIZE: gl.constexpr,
     HOW: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    TILE_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -210,8 +126,19 @@ def _hopper_gemm_kernel(
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
     WEIGHT_TILES: gl.constexpr = 2 if HOW.assembly is None else 1
-    shape: gl.constexpr = [WEIGHT_TILES * STAGES] + weight_desc.block_shape
-    weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
+    tile_shape: gl.constexpr = [TILE_ROWS, weight_desc.block_shape[-1]]
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(tile_shape, weight_desc.dtype)
+    shape: gl.constexpr = [WEIGHT_TILES * STAGES] + tile_shape
+    weight_ring = gl.allocate_shared_memory(weight_desc.dtype, shape, tile_layout)
+    sums = None
+    given = None
+    taken = None
+    if TILE_ROWS == ROWS:
+        sums_shape: gl.constexpr = [ROWS, x_desc.block_shape[0]]
+        sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, sums_shape, sums_layout)
+        given, taken = make_barriers(1, 1)
+    handover = Handover(sums, given, taken)
     fence_async_shared()
     rings = Rings(x_ring, weight_ring, full, empty)
     grains = (scales_ptr, zeros_ptr)
@@ -226,8 +153,14 @@ def _hopper_gemm_kernel(
     )
     gl.warp_specialize(
         [
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 0)),
-            (_consume, (grains, bias_ptr, partial_sums_ptr, rings, work, HOW, 1)),
+            (
+                consume,
+                (grains, bias_ptr, partial_sums_ptr, rings, handover, work, HOW, ACTIVATION, 0),
+            ),
+            (
+                consume,
+                (grains, bias_ptr, partial_sums_ptr, rings, handover, work, HOW, ACTIVATION, 1),
+            ),
             (_produce, (x_desc, weight_desc, rings, work, PDL)),
         ],
         WARPS,
@@ -240,9 +173,13 @@ def hopper_gemm(
     weight: Int4Weight | FP8Weight,
     bias: Tensor | None = None,
     reader_sums: bool = True,
+    activation: str | None = None,
     config: HopperGemmConfig | None = None,
 ) -> Tensor:
     """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
+
+    With an activation W is a gate above an up projection, and the result is `act(gate) * up`,
+    `[1, n, out / 2]`: what `gate_mul` makes of the product, which is not rounded before.
 
     The reference is `F.linear` with the weight of `dequantize_int4` or `dequantize_fp8`. As those
     of that weight, the products with a scale are rounded to x's dtype; so are INT4's scales.
@@ -250,6 +187,7 @@ def hopper_gemm(
     x: `[n, in]`, bf16 or fp16, contiguous; in is a multiple of 16. bias: `[out]`, or None.
     weight: in FP8, its column grain is a multiple of 64, or a whole row.
     reader_sums: whether there may be more than one.
+    activation: "silu", "gelu_tanh" or None; see `can_apply_activation`.
     config: overrides `hopper_gemm_config`, for tests and tuning.
     """
     num_tokens, in_size = x.shape
@@ -257,10 +195,10 @@ def hopper_gemm(
     zero_points = None
     if isinstance(weight, FP8Weight):
         matrix = weight.values
-        weight_tile = [TILE_ROWS, 64]  # half a block
+        weight_tile = 64  # half a block
     else:
         matrix = weight.packed
-        weight_tile = [TILE_ROWS, 32]  # a whole block: four columns a number of 16 bits
+        weight_tile = 32  # a whole block: four columns a number of 16 bits
         zero_points = weight.zero_points
         if weight.column_order is not None:
             x = x[:, weight.column_order]
@@ -275,17 +213,24 @@ def hopper_gemm(
             num_multiprocessors=num_multiprocessors,
             shared_memory=shared_memory,
             reader_sums=reader_sums,
+            is_gated=activation is not None,
         )
     blocks = triton.cdiv(in_size, BLOCK.value)
     split_blocks = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, split_blocks)
-    partial_sums = torch.empty(splits, num_tokens, out_size, dtype=x.dtype, device=x.device)
+    width = out_size
+    matrix_desc = describe_contiguous(matrix, out_size, [config.rows, weight_tile])
+    if activation is not None:
+        assert splits == 1 and can_apply_activation(weight)
+        width = out_size // 2
+        matrix_desc = describe_gated(matrix, [config.rows, weight_tile])
+    partial_sums = torch.empty(splits, num_tokens, width, dtype=x.dtype, device=x.device)
     token_tiles = triton.cdiv(num_tokens, config.tokens)
-    row_tiles = triton.cdiv(out_size, TILE_ROWS)
+    row_tiles = triton.cdiv(out_size, config.rows)
     num_tiles = token_tiles * row_tiles * splits
-    _hopper_gemm_kernel[(min(num_tiles, num_multiprocessors),)](
+    _hopper_gemm_kernel[(min(num_tiles, config.programs * num_multiprocessors),)](
         describe_contiguous(x, readable_rows(x, config.tokens), [config.tokens, 64]),
-        describe_contiguous(matrix, out_size, weight_tile),
+        matrix_desc,
         weight.scales,
         zero_points,
         bias,
@@ -298,7 +243,11 @@ def hopper_gemm(
         out_size,
         IN_SIZE=in_size,
         HOW=conversion_of(weight, x.dtype),
+        ACTIVATION=activation,
+        TILE_ROWS=config.rows,
         STAGES=config.num_stages,
+        REGISTERS=(consumer_registers(config), PRODUCER_REGISTERS),
+        maxnreg=config.registers,
         num_warps=4,
         **pdl_options(),
     )
@@ -308,6 +257,17 @@ def hopper_gemm(
 def can_use_hopper_gemm(x: Tensor) -> bool:
     """Whether `hopper_gemm` multiplies x `[n, in]`."""
     return can_run_gluon() and x.dtype.itemsize == 2 and x.shape[1] % 16 == 0
+
+
+def can_apply_activation(weight: Int4Weight | FP8Weight) -> bool:
+    """Whether the gate and the up projection have whole groups of rows: see `describe_gated`."""
+    return weight.out_size % 16 == 0
+
+
+def consumer_registers(config: HopperGemmConfig) -> int:
+    """Of a thread: what the producer leaves. The hardware hands them out in eights."""
+    of_consumers = 3 * config.registers - PRODUCER_REGISTERS
+    return of_consumers // 2 // 8 * 8
 
 
 DTYPES = {
@@ -327,3 +287,18 @@ def describe_contiguous(matrix: Tensor, num_rows: int, tile: list[int]) -> Any:
     layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[matrix.dtype])
     columns = matrix.shape[1]
     return GluonDescriptor(matrix, [num_rows, columns], [columns, 1], tile, layout)
+
+
+def describe_gated(matrix: Tensor, tile: list[int]) -> Any:
+    """Describe a gate above an up projection to TMA, `[2 * size, columns]`, in tiles of a shape.
+
+    A tile has eight rows of the gate, the eight of up that belong to them, the next eight of the
+    gate, and so on, as `weight_row` counts them. To TMA they are a matrix of four dimensions.
+    """
+    num_rows, columns = matrix.shape
+    size = num_rows // 2
+    shape = [size // 8, 2, 8, columns]
+    strides = [8 * columns, size * columns, columns, 1]
+    block = [tile[0] // 16, 2, 8, tile[1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
+    return GluonDescriptor(matrix, shape, strides, block, layout)

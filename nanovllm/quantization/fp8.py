@@ -33,6 +33,7 @@ from nanovllm.quantization.fp8_matmul import (
     choose_fp8_kernel,
     choose_rounding,
     dequantize_on_gpu,
+    fuses_activation,
     multiply_fp8,
 )
 from nanovllm.quantization.quantized import (
@@ -93,13 +94,15 @@ class FP8(QuantizedFormat):
         return weight._replace(values=weight.values.unflatten(0, (num_experts, -1)))
 
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
-        """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
+        """The GEMV does, and on Hopper the GEMMs of few tokens and, of the dequantised weight, of a
+        large prefill.
+        """
         if uses_gemv(x):
             return True
-        if not can_fuse_gate(x, layer.weight, get_context().in_graph):
-            return False
-        kernel = choose_fp8_kernel(x, self.weight_of(layer), self.quantizes_input)
-        return kernel is FP8Kernel.DEQUANTIZE
+        weight = self.weight_of(layer)
+        if can_fuse_gate(x, layer.weight, get_context().in_graph):
+            return choose_fp8_kernel(x, weight, self.quantizes_input) is FP8Kernel.DEQUANTIZE
+        return x.is_cuda and fuses_activation(x, weight, self.quantizes_input)
 
     def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
         """See `choose_rounding`; a CPU multiplies in 16 or 32 bits."""

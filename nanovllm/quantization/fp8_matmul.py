@@ -26,7 +26,11 @@ from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_scaled_gemm import fp8_scaled_gemm
 from nanovllm.kernels.fp8_weight import FP8Input, FP8Weight, Rounding, dequantize_fp8
 from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
-from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
+from nanovllm.kernels.hopper_gemm import (
+    can_apply_activation,
+    can_use_hopper_gemm,
+    hopper_gemm,
+)
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, uses_gemv
 
@@ -126,15 +130,23 @@ def uses_cublas(x: FP8Input, weight: FP8Weight) -> bool:
 def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
     """Whether the GEMM is `hopper_gemm`.
 
-    For few tokens and many rows it is `fp8_gemm`: that has more programs on a multiprocessor, so
-    more of the weight is on its way.
+    With blocks it is `fp8_gemm` for few tokens and many rows: `hopper_gemm` multiplies each number
+    with its scale, and there that takes longer than to read the weight.
     """
     if not can_use_hopper_gemm(x):
         return False
     if not weight.has_whole_rows and weight.column_grain % 64 != 0:
         return False
+    if weight.has_whole_rows or len(x) > MAX_GEMM_TOKENS:
+        return True
     num_multiprocessors, _ = device_limits(x.device)
-    return len(x) > MAX_GEMM_TOKENS or weight.out_size < 128 * num_multiprocessors
+    return weight.out_size < 128 * num_multiprocessors
+
+
+def fuses_activation(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> bool:
+    """Whether the GEMM applies the activation to its product."""
+    is_gemm = choose_fp8_kernel(x, weight, quantizes_input) is FP8Kernel.GEMM
+    return is_gemm and uses_hopper_gemm(x, weight) and can_apply_activation(weight)
 
 
 def can_read_experts(weight: FP8Weight) -> bool:
@@ -184,15 +196,18 @@ def multiply_fp8(
     if kernel is FP8Kernel.DEQUANTIZE:
         matrix = dequantize_on_gpu(weight, x.dtype)
         return UNQUANTIZED.multiply_matrix(matrix, x, bias, epilogue, norm)
-    assert norm is None and epilogue.activation is None, "only the GEMV computes these"
+    assert norm is None, "only the GEMV normalises its input"
     # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
     x = x.contiguous()
     if kernel is FP8Kernel.SCALED:
         rounded = quantize_input(x, rounding_for(weight, x))
         return multiply_scaled(weight, rounded, bias, epilogue)
     reader_sums = epilogue.reader_sums or epilogue.add_to is not None
-    gemm = hopper_gemm if uses_hopper_gemm(x, weight) else fp8_gemm
-    sums = PartialSums(gemm(x, weight, bias, reader_sums))
+    if uses_hopper_gemm(x, weight):
+        sums = PartialSums(hopper_gemm(x, weight, bias, reader_sums, epilogue.activation))
+    else:
+        assert epilogue.activation is None, "see `fuses_activation`"
+        sums = PartialSums(fp8_gemm(x, weight, bias, reader_sums))
     if epilogue.out is not None:
         return epilogue.out.copy_(sums.sum())
     return sums if reader_sums else sums.sum()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate
+from nanovllm.kernels.hopper_gemm import can_apply_activation, can_use_hopper_gemm
 from nanovllm.kernels.int4_layout import (
     STRIPE,
     SYMMETRIC_ZERO,
@@ -242,11 +243,15 @@ class Int4(QuantizedFormat):
         return self.weight_of(layer)
 
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
-        """The GEMV does, and the GEMM of a large prefill on Hopper, of the dequantised weight."""
+        """The GEMV does, and on Hopper the GEMMs of few tokens and, of the dequantised weight, of a
+        large prefill.
+        """
         kernel = choose_int4_kernel(x)
         if kernel is Int4Kernel.DEQUANTIZE:
             return can_fuse_gate(x, layer.packed, get_context().in_graph)
-        return kernel is Int4Kernel.GEMV
+        if kernel is Int4Kernel.GEMM:
+            return can_use_hopper_gemm(x) and can_apply_activation(self.weight_of(layer))
+        return True
 
     def matmul(
         self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None

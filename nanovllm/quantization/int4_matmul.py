@@ -53,11 +53,15 @@ def multiply_int4(
             activation=epilogue.activation,
         )
     assert norm is None, "only the GEMV normalises its input"
-    if kernel is Int4Kernel.GEMM and epilogue.activation is None and epilogue.out is None:
+    if kernel is Int4Kernel.GEMM and epilogue.out is None:
         reader_sums = epilogue.reader_sums or epilogue.add_to is not None
         # The activation on a CPU, where Triton's interpreter runs this, leaves a view.
-        gemm = hopper_gemm if can_use_hopper_gemm(x) else int4_gemm
-        sums = PartialSums(gemm(x.contiguous(), weight, bias, reader_sums))
+        x = x.contiguous()
+        if can_use_hopper_gemm(x):
+            sums = PartialSums(hopper_gemm(x, weight, bias, reader_sums, epilogue.activation))
+        else:
+            assert epilogue.activation is None, "only the GEMV and `hopper_gemm` apply it"
+            sums = PartialSums(int4_gemm(x, weight, bias, reader_sums))
         return sums if reader_sums else sums.sum()
     if weight.column_order is not None:
         x = x[:, weight.column_order]

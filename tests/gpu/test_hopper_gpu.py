@@ -15,6 +15,7 @@ from nanovllm.kernels.hopper_gemm import hopper_gemm
 from nanovllm.kernels.hopper_prefill import hopper_prefill
 from nanovllm.kernels.int4_layout import Int4Weight, dequantize_int4, packed_width
 from nanovllm.kernels.prefill_tiles import make_tiles, tiled_prefill_torch
+from nanovllm.kernels.rms_norm import rms_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,11 +158,62 @@ def test_hopper_gemm(shape: tuple[int, int], name: str, dtype: torch.dtype) -> N
         whole = hopper_gemm(x, weight, bias, reader_sums=False)
         assert len(whole) == 1
         assert relative_error(whole[0], expected) < eps
-        for tokens, num_stages in ((16, 8), (32, 4), (64, 5), (128, 4), (256, 2)):
-            config = HopperGemmConfig(tokens, 3, num_stages)
+        for config in (
+            HopperGemmConfig(16, 3, 8),
+            HopperGemmConfig(16, 3, 7, rows=64),
+            HopperGemmConfig(32, 3, 4, programs=2),
+            HopperGemmConfig(64, 3, 5),
+            HopperGemmConfig(64, 3, 3, programs=2),
+            HopperGemmConfig(128, 3, 4),
+            HopperGemmConfig(256, 3, 2),
+        ):
             sums = hopper_gemm(x, weight, bias, config=config)
             assert len(sums) == 3
             assert relative_error(sums.double().sum(0), expected) < 2 * eps, config
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("columns", [64, 128, 320, 4096])
+def test_hopper_gemm_of_few_blocks(columns: int, rows: int) -> None:
+    """A program with fewer blocks than stages, or with one block only, and more tiles than
+    programs: not all of the ring is filled early, and of the first tile only.
+    """
+    torch.manual_seed(0)
+    weight = fp8_weight(40000, columns, 1, columns)
+    x = torch.randn(16, columns, device="cuda").bfloat16()
+    expected = F.linear(x.double(), dequantize_fp8(weight, torch.float64))
+    for splits in (1, 2, 32):
+        config = HopperGemmConfig(16, splits, 6, rows)
+        for _ in range(3):
+            sums = hopper_gemm(x, weight, config=config)
+            assert relative_error(sums.double().sum(0), expected) < 0.02
+
+
+@pytest.mark.parametrize(
+    "name, rows, dtype",
+    [
+        *((name, 1040, torch.bfloat16) for name in QUANTIZED),
+        ("fp8", 24576, torch.bfloat16),
+        ("int4", 24576, torch.float16),
+    ],
+    ids=str,
+)
+def test_hopper_gemm_with_activation(name: str, rows: int, dtype: torch.dtype) -> None:
+    """The gate and up projection of rows that fill no tile, by the tiles chosen and by others."""
+    torch.manual_seed(0)
+    columns = 960
+    weight = QUANTIZED[name](rows, columns)
+    dequantize = dequantize_fp8 if isinstance(weight, FP8Weight) else dequantize_int4
+    matrix = dequantize(weight, torch.float64)
+    bias = torch.randn(rows, device="cuda").to(dtype)
+    for num_tokens, activation in ((2, "silu"), (16, "gelu_tanh"), (50, "silu"), (130, "silu")):
+        x = torch.randn(num_tokens, columns, device="cuda")
+        x = (x * 2 / F.linear(x[:2].double(), matrix).std()).to(dtype)
+        expected = gate_mul_torch(F.linear(x.double(), matrix, bias.double()), activation)
+        for config in (None, HopperGemmConfig(16, 1, 8, rows=64), HopperGemmConfig(64, 1, 3)):
+            out = hopper_gemm(x, weight, bias, activation=activation, config=config)
+            assert out.shape == (1, num_tokens, rows // 2)
+            assert relative_error(out[0], expected) < 2 * torch.finfo(dtype).eps, config
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8, blocks"])
@@ -170,13 +222,14 @@ def test_hopper_gemm_in_a_graph(name: str) -> None:
     torch.manual_seed(0)
     weight = QUANTIZED[name](1024, 1024)
     x = torch.randn(64, 1024, device="cuda").bfloat16()
+    ones = torch.ones(1024, device="cuda").bfloat16()
 
     def run() -> torch.Tensor:
         out = x
         for _ in range(20):
             product = hopper_gemm(out, weight).sum(0)
             out = hopper_gemm(product / product.norm() * 256, weight, reader_sums=False)[0]
-            out = out / out.norm() * 256
+            out = rms_norm(out, ones, 1e-6)  # launched early, too, and starts the next one early
         return out
 
     expected = run()
