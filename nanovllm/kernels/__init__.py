@@ -8,7 +8,7 @@
 - `gemv`, `split_gemm`: a linear layer for one token, and for the few tokens of a decode step
 - `int4_layout`: how INT4 weights lie in memory; `int4_gemv`, `int4_gemm`: the same two with these;
   `int4_dequantize`: in 16 bits, for large prefills; `int4_config`: how they divide their work
-- `hopper_gemm`: a linear layer of INT4 or FP8 weights for up to hundreds of tokens on Hopper;
+- `hopper_gemm`: a linear layer of INT4 or FP8 weights for up to 2,047 tokens on Hopper;
   `hopper_consume`: the parts of its programs that multiply; `hopper_convert`: how they make
   16-bit numbers of the weight; `hopper_config`: how it divides its work
 - `packed_gemv`: the kernel of `fp8_gemv` and `int4_gemv`; `packed_words`, `packed_input`: its

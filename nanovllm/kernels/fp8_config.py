@@ -85,7 +85,7 @@ class ScaledTile(NamedTuple):
     tokens: int
     num_stages: int
     block_time: float  # microseconds for 128 columns
-    tile_blocks: float  # of so many columns more, for all that is done once
+    tile_blocks: float  # what is done once takes as long as so many times 128 columns
 
 
 # With a scale for each row, and for each block. Fitted so that of Qwen3-8B's and 0.6B's layers with
@@ -122,5 +122,11 @@ def fp8_scaled_gemm_config(
         if time < best_time:
             best_time = time
             num_stages = min(tile.num_stages, shared_memory // (128 * (tile.tokens + 128)))
-            best = FP8ScaledGemmConfig(tile.tokens, 128, splits, tile.tokens // 16, num_stages)
+            best = FP8ScaledGemmConfig(
+                tokens=tile.tokens,
+                rows=128,
+                splits=splits,
+                num_warps=tile.tokens // 16,
+                num_stages=num_stages,
+            )
     return best

@@ -1,7 +1,7 @@
 """How `hopper_gemm` divides its work. The numbers were measured on an H100."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nanovllm.kernels._gluon import CONSUMER_ROWS, TILE_ROWS
@@ -11,15 +11,17 @@ BLOCK = 128  # columns of a stage
 MAX_STAGES = 16
 SCRATCH_BYTES = 6 << 10  # of shared memory, for what is not a stage
 RESERVED_BYTES = 1 << 10  # of a multiprocessor's shared memory, by each program
-# Up to so many tokens a program leaves room on its multiprocessor for a second one: while one of
-# them converts or waits, the other multiplies. Above, the sums of a tile take all registers.
+# Up to so many tokens in a tile a program leaves room on its multiprocessor for a second one: while
+# one of them converts or waits, the other multiplies. Above, the sums take all registers.
 MAX_SHARED_TOKENS = 64
-# Microseconds for one block of a tile, by its tokens; up to 64 beside another program.
+MAX_SPLITS = 8
+# Microseconds that one block of a tile takes, by the tile's tokens; up to 64 of them beside another
+# program.
 BLOCK_TIMES = {16: 1.0, 32: 1.03, 64: 1.1, 128: 0.87, 256: 1.41}
 TILE_TIME = 2.0  # in blocks: filling the ring, and writing the sums
-READ_RATE = 2.4e6  # bytes of the weight that all programs read in a microsecond
-SUMS_RATE = 1.8e6  # and of partial sums, written and read
-SPLIT_TIME = 0.3  # microseconds: one more partial sum for the reader
+READ_RATE = 2.4e6  # bytes of the weight that all programs together read in a microsecond
+SUMS_RATE = 1.8e6  # and bytes of partial sums that they write and the reader reads
+SPLIT_TIME = 0.3  # microseconds that one more partial sum takes whatever its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,10 @@ class HopperGemmConfig:
 
     @property
     def registers(self) -> int:
-        """The most that a thread has on average.
+        """Of a thread, on average. A program has 384 threads, a multiprocessor 65,536 registers.
 
-        With 64 of them even the small kernels before and after find room beside two programs.
+        One program takes nearly all of them with 168 a thread, and two do with 80. With 64 even the
+        small kernels before and after find room beside two programs.
         """
         if self.tokens > MAX_SHARED_TOKENS:
             return 168
@@ -59,10 +62,12 @@ def hopper_gemm_config(
     shared_memory: bytes that a program may use.
     reader_sums: whether the kernel that reads the product adds up partial sums. Otherwise there is
         one of them, as an addition of its own would cost what splitting gains.
-    is_gated: the activation is applied, so all columns have to be in one sum, too.
+    is_gated: whether the activation is applied. As it takes whole sums, there is one of them, too.
     """
     blocks = -(-in_size // BLOCK)
-    max_splits = min(blocks, 8) if reader_sums and not is_gated else 1
+    max_splits = 1
+    if reader_sums and not is_gated:
+        max_splits = min(blocks, MAX_SPLITS)
     reading = out_size * in_size * weight_bits / 8 / READ_RATE
     adding = SPLIT_TIME + num_tokens * out_size * 2 * 2 / SUMS_RATE
     best_time = float("inf")
@@ -75,23 +80,21 @@ def hopper_gemm_config(
             time = max(multiplying, reading) + splits * adding
             if time < best_time:
                 best_time = time
-                best = HopperGemmConfig(
-                    tile.tokens, splits, tile.num_stages, tile.rows, tile.programs
-                )
+                best = replace(tile, splits=splits)
     return best
 
 
 def _tiles(
     num_tokens: int, weight_bits: int, shared_memory: int, is_gated: bool
 ) -> Iterator[HopperGemmConfig]:
-    """The tiles to choose from."""
+    """The tiles to choose from, with one split each."""
     for tokens in BLOCK_TIMES:
         is_last = tokens >= num_tokens
         rows = TILE_ROWS
         programs = 2 if tokens <= MAX_SHARED_TOKENS else 1
         if is_gated and weight_bits == 8 and tokens == 16:
-            # Many small tiles, for a weight that takes long to read, share the multiprocessors more
-            # evenly than two programs do.
+            # The weight takes long to read. Twice as many tiles of half the size are shared more
+            # evenly by the multiprocessors, which is worth more than a second program.
             rows = CONSUMER_ROWS
             programs = 1
         budget = (shared_memory - (programs - 1) * RESERVED_BYTES) // programs

@@ -25,12 +25,12 @@ class Work(NamedTuple):
     out_size: Any  # rows of the weight
 
 
-class Place(NamedTuple):
-    """Where a tile begins."""
+class Tile(NamedTuple):
+    """The part of the work that a program does at a time."""
 
-    token: Any
-    row: Any  # of the weight; with an activation, as `weight_row` counts them
-    split: Any
+    first_token: Any
+    first_row: Any  # of the weight; with an activation it is a place, see `weight_row`
+    split: Any  # of the inner dimension, all of whose columns are multiplied
 
 
 class Handover(NamedTuple):
@@ -43,24 +43,27 @@ class Handover(NamedTuple):
 
 @gluon.jit
 def find_tile(index, work, TOKENS: gl.constexpr, TILE_ROWS: gl.constexpr):
-    """The `Place` of tile number `index`."""
+    """Tile number `index`."""
     # The last tile is moved back until it ends with the last token: it overlaps the tile before it,
     # and both write the same numbers there.
-    token = index % work.token_tiles * TOKENS
-    token = gl.maximum(gl.minimum(token, work.num_tokens - TOKENS), 0)
-    row = index // work.token_tiles % work.row_tiles * TILE_ROWS
-    return Place(token, row, index // (work.token_tiles * work.row_tiles))
+    first_token = index % work.token_tiles * TOKENS
+    first_token = gl.maximum(gl.minimum(first_token, work.num_tokens - TOKENS), 0)
+    first_row = index // work.token_tiles % work.row_tiles * TILE_ROWS
+    return Tile(first_token, first_row, index // (work.token_tiles * work.row_tiles))
 
 
 @gluon.jit
-def weight_row(row, work, ACTIVATION: gl.constexpr):
-    """The row of the weight that is in place `row`, counted over all tiles.
+def weight_row(place, work, ACTIVATION: gl.constexpr):
+    """The row of the weight that is in a place of the tiles, counted from the first tile on.
 
-    With an activation, eight rows of the gate are followed by the eight of up that belong to them:
-    in the sums of the tensor cores, a thread has rows r and r + 8.
+    Without an activation it is that number. With one, eight rows of the gate are followed by the
+    eight of up that belong to them: of 16 sums, which the tensor cores leave in registers, a thread
+    has those in places r and r + 8, and so it has the gate and the up of an output.
     """
+    row = place
     if ACTIVATION is not None:
-        row = row // 16 * 8 + row % 8 + row // 8 % 2 * (work.out_size // 2)
+        # The group of sixteen, the row in one of its halves, and which half: gate or up.
+        row = place // 16 * 8 + place % 8 + place // 8 % 2 * (work.out_size // 2)
     return row
 
 
@@ -88,7 +91,7 @@ def _multiply(
 ):
     """Return `acc` plus the products of one consumer's part of a tile, and the new `count`.
 
-    row: of the weight, for each row. first_block, end: of the tile.
+    row: of the weight, for each row of `acc`. first_block, end: of the tile.
     count: of the blocks in the program's earlier tiles.
     OWN_ROWS, FIRST_SIDE, LAST_SIDE: see `consume`.
     """
@@ -128,40 +131,42 @@ def _store(
     grains,
     bias_ptr,
     partial_sums_ptr,
-    first,
-    first_row,
+    tile,
+    first_place,
     work,
     HOW: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
-    """Write the sums `[64, tokens]` of a consumer, which begin in place `first_row`."""
+    """Write the sums `[64, tokens]` of a consumer: of the rows from `first_place` on."""
     TOKENS: gl.constexpr = acc.shape[1]
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
-    row = weight_row(row, work, ACTIVATION)
+    place = first_place + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
+    row = weight_row(place, work, ACTIVATION)
     is_row = row < work.out_size
     if HOW.assembly is None and HOW.grains == 1:
         scale = gl.load(grains[0] + row // HOW.row_grain, mask=is_row, other=0.0)
         acc *= scale[:, None]
     if bias_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled)
-        if first.split == 0:  # the bias is added once
+        if tile.split == 0:  # the bias is added once
             bias = gl.load(bias_ptr + row, mask=is_row, other=0.0)
             acc += bias.to(gl.float32)[:, None]
+    # With an activation two places make one output.
+    first_out = first_place
     out_size = work.out_size
     if ACTIVATION is not None:
         pairs = acc.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1))
         gate, up = gl.split(pairs)
         acc = gated(gate, up, ACTIVATION).reshape([ROWS // 2, TOKENS])
         out_size = out_size // 2
-        first_row = first_row // 2
+        first_out = first_place // 2
     # A thread is to store neighbouring rows, that is, outputs of one token.
     out = acc.to(partial_sums_ptr.dtype.element_ty).permute((1, 0))
     out = gl.convert_layout(out, store_layout)
-    token = first.token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
-    out_row = first_row + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, store_layout))
+    token = tile.first_token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, store_layout))
+    out_row = first_out + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, store_layout))
     mask = (token < work.num_tokens)[:, None] & (out_row < out_size)[None, :]
-    places = (first.split * work.num_tokens + token) * out_size
-    gl.store(partial_sums_ptr + places[:, None] + out_row[None, :], out, mask=mask)
+    offsets = (tile.split * work.num_tokens + token) * out_size
+    gl.store(partial_sums_ptr + offsets[:, None] + out_row[None, :], out, mask=mask)
 
 
 @gluon.jit
@@ -178,13 +183,15 @@ def consume(
 ):
     """Do the work of one consumer in all tiles of the program.
 
-    If a tile has 128 rows of the weight, each consumer has 64 of them, and both halves of each
-    block. If it has 64, both have the same rows, and each has a half of the blocks; at last one
-    adds the sums of the other to its own.
+    If a tile has 128 rows of the weight, each consumer has 64 of them, and multiplies the left half
+    of each block, and then the right. If it has 64, both consumers have them all, and each has one
+    half of each block; at last consumer 0 adds the sums of the other one to its own.
     """
     TOKENS: gl.constexpr = rings.x.shape[1]
     TILE_ROWS: gl.constexpr = rings.weight.shape[1]
     HAVE_SAME_ROWS: gl.constexpr = TILE_ROWS == ROWS
+    # Which 64 rows of the tile, and which half of a block is multiplied first, and which last: each
+    # is 0 or 1.
     OWN_ROWS: gl.constexpr = 0 if HAVE_SAME_ROWS else CONSUMER
     FIRST_SIDE: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 0
     LAST_SIDE: gl.constexpr = CONSUMER if HAVE_SAME_ROWS else 1
@@ -193,11 +200,11 @@ def consume(
     count = 0  # of blocks in earlier tiles
     tile_count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        first = find_tile(index, work, TOKENS, TILE_ROWS)
-        first_row = first.row + OWN_ROWS * ROWS
-        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
-        row = gl.minimum(weight_row(row, work, ACTIVATION), work.out_size - 1)
-        first_block = first.split * work.split_blocks
+        tile = find_tile(index, work, TOKENS, TILE_ROWS)
+        first_place = tile.first_row + OWN_ROWS * ROWS
+        place = first_place + gl.arange(0, ROWS, layout=gl.SliceLayout(1, operand))
+        row = gl.minimum(weight_row(place, work, ACTIVATION), work.out_size - 1)
+        first_block = tile.split * work.split_blocks
         end = gl.minimum(first_block + work.split_blocks, work.num_blocks)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, registers)
         acc, count = _multiply(
@@ -215,7 +222,7 @@ def consume(
             HOW,
         )
         if HAVE_SAME_ROWS:
-            phase = tile_count & 1
+            phase = tile_count & 1  # of both barriers of the handover, which has one stage
             tile_count += 1
             if CONSUMER == 1:
                 mbarrier.wait(handover.taken.index(0), phase ^ 1)
@@ -231,8 +238,8 @@ def consume(
                 grains,
                 bias_ptr,
                 partial_sums_ptr,
-                first,
-                first_row,
+                tile,
+                first_place,
                 work,
                 HOW,
                 ACTIVATION,

@@ -37,7 +37,8 @@ class Rings(NamedTuple):
     """A program's tiles in shared memory. A stage is a block of 128 columns; see _gluon.py."""
 
     x: Any  # two tiles a stage: [2 * stages, tokens, 64] in 16 bits
-    weight: Any  # one tile a stage of INT4, [stages, 128, 32] int16; two of FP8, 64 columns each
+    # One tile a stage of INT4, [stages, rows, 32] int16, or two of FP8, [2 * stages, rows, 64].
+    weight: Any
     full: Any  # [stages, 1]: barriers that complete when both have arrived
     empty: Any  # [stages, 1]: and when both consumers have read them
 

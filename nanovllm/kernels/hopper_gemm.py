@@ -1,8 +1,8 @@
 """`x W^T` of an INT4 or FP8 weight for 2 to some 2,000 tokens, on Hopper, as partial sums.
 
 For a few tokens nearly all the time goes into reading the weight. So a program begins with that
-while the kernels before it still compute x. Up to 64 tokens two programs share a multiprocessor:
-what one of them waits for is hidden by the other.
+while the kernels before it still compute x (see `wait_for_previous`), and mostly two programs share
+a multiprocessor: while one of them waits, the other converts or multiplies.
 
 From tens of tokens on the tensor cores' time counts. So each number of the weight is converted to
 x's dtype once for up to 256 tokens, and a consumer converts the next ones while the tensor cores
@@ -26,7 +26,13 @@ from nanovllm.kernels._gluon import (
     make_barriers,
     mbarrier,
 )
-from nanovllm.kernels._triton import device_limits, pdl_options, readable_rows, triton
+from nanovllm.kernels._triton import (
+    device_limits,
+    padded_empty,
+    pdl_options,
+    readable_rows,
+    triton,
+)
 from nanovllm.kernels.fp8_weight import FP8Weight
 from nanovllm.kernels.hopper_config import HopperGemmConfig, hopper_gemm_config
 from nanovllm.kernels.hopper_consume import Handover, Work, consume, find_tile
@@ -37,14 +43,14 @@ PRODUCER_REGISTERS = 24  # of a thread
 
 
 @gluon.jit
-def _load_weight(weight_desc, rings, row, block, stage):
-    """Start to copy a block of the weight. The stage becomes full when x has arrived, too."""
-    # Of the 128 columns of a stage, x and an FP8 weight have two tiles, and an INT4 weight one.
+def _load_weight(weight_desc, rings, first_row, block, stage):
+    """Start to copy a block of the weight to its stage, which is full when x has arrived, too."""
+    # A block is two tiles of an FP8 weight, as of x, and one of an INT4 weight.
     TILES: gl.constexpr = rings.weight.shape[0] // rings.full.shape[0]
     TILE_ROWS: gl.constexpr = rings.weight.shape[1]
     COLUMNS: gl.constexpr = rings.weight.shape[2]
     X_BYTES: gl.constexpr = rings.x.shape[1] * BLOCK * 2
-    # A row of an INT4 tile is 32 numbers of two bytes, one of the two FP8 tiles 64 of one byte.
+    # Either there is one tile, and its numbers have two bytes, or there are two of one byte.
     WEIGHT_BYTES: gl.constexpr = TILE_ROWS * COLUMNS * 2
     arrived = rings.full.index(stage)
     mbarrier.expect(arrived, X_BYTES + WEIGHT_BYTES)
@@ -52,10 +58,10 @@ def _load_weight(weight_desc, rings, row, block, stage):
         column = (block * TILES + i) * COLUMNS
         tile = rings.weight.index(TILES * stage + i)
         if len(weight_desc.block_shape) == 4:  # `describe_gated`
-            place = [row // 16, 0, 0, column]
-            load_tile(weight_desc, place, arrived, tile.reshape(weight_desc.block_shape))
+            corner = [first_row // 16, 0, 0, column]
+            load_tile(weight_desc, corner, arrived, tile.reshape(weight_desc.block_shape))
         else:
-            load_tile(weight_desc, [row, column], arrived, tile)
+            load_tile(weight_desc, [first_row, column], arrived, tile)
 
 
 @gluon.jit
@@ -64,28 +70,30 @@ def _produce(x_desc, weight_desc, rings, work, PDL: gl.constexpr):
     STAGES: gl.constexpr = rings.full.shape[0]
     TOKENS: gl.constexpr = rings.x.shape[1]
     TILE_ROWS: gl.constexpr = rings.weight.shape[1]
-    # No kernel writes the weight, so the ring is filled with it while the kernels before still run.
-    first = find_tile(gl.program_id(0), work, TOKENS, TILE_ROWS)
-    first_block = first.split * work.split_blocks
+    # No kernel of this step writes the weight. So the ring is filled with that of the first tile
+    # while the kernels before still run.
+    tile = find_tile(gl.program_id(0), work, TOKENS, TILE_ROWS)
+    first_block = tile.split * work.split_blocks
     num_early = gl.minimum(gl.minimum(work.split_blocks, work.num_blocks - first_block), STAGES)
     for stage in range(num_early):
-        _load_weight(weight_desc, rings, first.row, first_block + stage, stage)
-    if PDL:  # `wait_for_previous` in Gluon; the consumers wait for what is copied from here on
+        _load_weight(weight_desc, rings, tile.first_row, first_block + stage, stage)
+    # The consumers need no such wait: they write only after they have got some of x.
+    if PDL:  # `wait_for_previous` in Gluon
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r,~{memory}", [], gl.int32, is_pure=False, pack=1
         )
     count = 0
     for index in range(gl.program_id(0), work.num_tiles, gl.num_programs(0)):
-        first = find_tile(index, work, TOKENS, TILE_ROWS)
-        end = gl.minimum((first.split + 1) * work.split_blocks, work.num_blocks)
-        for block in range(first.split * work.split_blocks, end):
+        tile = find_tile(index, work, TOKENS, TILE_ROWS)
+        end = gl.minimum((tile.split + 1) * work.split_blocks, work.num_blocks)
+        for block in range(tile.split * work.split_blocks, end):
             stage = count % STAGES
             if count >= num_early:  # otherwise the weight is on its way already
                 mbarrier.wait(rings.empty.index(stage), (count // STAGES & 1) ^ 1)
-                _load_weight(weight_desc, rings, first.row, block, stage)
+                _load_weight(weight_desc, rings, tile.first_row, block, stage)
             for i in gl.static_range(2):
-                place = [first.token, block * BLOCK + i * HALF]
-                load_tile(x_desc, place, rings.full.index(stage), rings.x.index(2 * stage + i))
+                corner = [tile.first_token, block * BLOCK + i * HALF]
+                load_tile(x_desc, corner, rings.full.index(stage), rings.x.index(2 * stage + i))
             count += 1
 
 
@@ -121,7 +129,8 @@ def _hopper_gemm_kernel(
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
         )
-    # The tiles of a stage are copied and read together: one pair of barriers serves them all.
+    # What a stage has of x and of the weight is copied and read together: one pair of barriers
+    # serves both.
     full, empty = make_barriers(STAGES, 2)
     x_shape: gl.constexpr = [2 * STAGES] + x_desc.block_shape
     x_ring = gl.allocate_shared_memory(x_desc.dtype, x_shape, x_desc.layout)
@@ -179,7 +188,7 @@ def hopper_gemm(
     """Return partial sums `[splits, n, out]` whose sum is `x W^T + bias`, rounded to x's dtype.
 
     With an activation W is a gate above an up projection, and the result is `act(gate) * up`,
-    `[1, n, out / 2]`: what `gate_mul` makes of the product, which is not rounded before.
+    `[1, n, out / 2]`: what `gate_mul` makes of the product, but that is not rounded in between.
 
     The reference is `F.linear` with the weight of `dequantize_int4` or `dequantize_fp8`. As those
     of that weight, the products with a scale are rounded to x's dtype; so are INT4's scales.
@@ -195,10 +204,10 @@ def hopper_gemm(
     zero_points = None
     if isinstance(weight, FP8Weight):
         matrix = weight.values
-        weight_tile = 64  # half a block
+        tile_columns = 64  # half a block
     else:
         matrix = weight.packed
-        weight_tile = 32  # a whole block: four columns a number of 16 bits
+        tile_columns = 32  # a whole block: a number of 16 bits holds four columns
         zero_points = weight.zero_points
         if weight.column_order is not None:
             x = x[:, weight.column_order]
@@ -218,13 +227,15 @@ def hopper_gemm(
     blocks = triton.cdiv(in_size, BLOCK.value)
     split_blocks = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, split_blocks)
-    width = out_size
-    matrix_desc = describe_contiguous(matrix, out_size, [config.rows, weight_tile])
-    if activation is not None:
+    tile_shape = [config.rows, tile_columns]
+    if activation is None:
+        matrix_desc = describe_contiguous(matrix, out_size, tile_shape)
+        shape = (splits, num_tokens, out_size)
+        partial_sums = torch.empty(shape, dtype=x.dtype, device=x.device)
+    else:
         assert splits == 1 and can_apply_activation(weight)
-        width = out_size // 2
-        matrix_desc = describe_gated(matrix, [config.rows, weight_tile])
-    partial_sums = torch.empty(splits, num_tokens, width, dtype=x.dtype, device=x.device)
+        matrix_desc = describe_gated(matrix, tile_shape)
+        partial_sums = padded_empty(num_tokens, out_size // 2, x)[None]
     token_tiles = triton.cdiv(num_tokens, config.tokens)
     row_tiles = triton.cdiv(out_size, config.rows)
     num_tiles = token_tiles * row_tiles * splits
@@ -255,8 +266,11 @@ def hopper_gemm(
 
 
 def can_use_hopper_gemm(x: Tensor) -> bool:
-    """Whether `hopper_gemm` multiplies x `[n, in]`."""
-    return can_run_gluon() and x.dtype.itemsize == 2 and x.shape[1] % 16 == 0
+    """Whether `hopper_gemm` multiplies x `[n, in]`. The model may be on the CPU of a machine that
+    has such a GPU.
+    """
+    is_readable = x.dtype.itemsize == 2 and x.shape[1] % 16 == 0
+    return x.is_cuda and is_readable and can_run_gluon()
 
 
 def can_apply_activation(weight: Int4Weight | FP8Weight) -> bool:
@@ -265,7 +279,7 @@ def can_apply_activation(weight: Int4Weight | FP8Weight) -> bool:
 
 
 def consumer_registers(config: HopperGemmConfig) -> int:
-    """Of a thread: what the producer leaves. The hardware hands them out in eights."""
+    """How many a thread of a consumer has: half of what the producer leaves, a multiple of 8."""
     of_consumers = 3 * config.registers - PRODUCER_REGISTERS
     return of_consumers // 2 // 8 * 8
 
@@ -293,7 +307,8 @@ def describe_gated(matrix: Tensor, tile: list[int]) -> Any:
     """Describe a gate above an up projection to TMA, `[2 * size, columns]`, in tiles of a shape.
 
     A tile has eight rows of the gate, the eight of up that belong to them, the next eight of the
-    gate, and so on, as `weight_row` counts them. To TMA they are a matrix of four dimensions.
+    gate, and so on, as `weight_row` counts them. So to TMA the matrix has four dimensions: groups
+    of eight rows, gate or up, the rows of a group, and columns.
     """
     num_rows, columns = matrix.shape
     size = num_rows // 2

@@ -27,14 +27,15 @@ from nanovllm.kernels.fp8_weight import (
     to_e4m3,
 )
 from nanovllm.kernels.gate_up_gemm import can_fuse_gate
+from nanovllm.kernels.hopper_gemm import can_apply_activation
 from nanovllm.quantization.fp8_matmul import (
     FP8Kernel,
     can_read_experts,
     choose_fp8_kernel,
     choose_rounding,
     dequantize_on_gpu,
-    fuses_activation,
     multiply_fp8,
+    uses_hopper_gemm,
 )
 from nanovllm.quantization.quantized import (
     ALL_ROWS,
@@ -94,15 +95,18 @@ class FP8(QuantizedFormat):
         return weight._replace(values=weight.values.unflatten(0, (num_experts, -1)))
 
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
-        """The GEMV does, and on Hopper the GEMMs of few tokens and, of the dequantised weight, of a
-        large prefill.
+        """The GEMV does. On Hopper `hopper_gemm` does, and so does the GEMM of a large prefill, of
+        the dequantised weight.
         """
         if uses_gemv(x):
             return True
         weight = self.weight_of(layer)
-        if can_fuse_gate(x, layer.weight, get_context().in_graph):
-            return choose_fp8_kernel(x, weight, self.quantizes_input) is FP8Kernel.DEQUANTIZE
-        return x.is_cuda and fuses_activation(x, weight, self.quantizes_input)
+        kernel = choose_fp8_kernel(x, weight, self.quantizes_input)
+        if kernel is FP8Kernel.GEMM:
+            return uses_hopper_gemm(x, weight) and can_apply_activation(weight)
+        if kernel is FP8Kernel.DEQUANTIZE:
+            return can_fuse_gate(x, layer.weight, get_context().in_graph)
+        return False
 
     def rounding(self, layer: Any, x: Tensor) -> Rounding | None:
         """See `choose_rounding`; a CPU multiplies in 16 or 32 bits."""

@@ -26,11 +26,7 @@ from nanovllm.kernels.fp8_quantize import quantize_input
 from nanovllm.kernels.fp8_scaled_gemm import fp8_scaled_gemm
 from nanovllm.kernels.fp8_weight import FP8Input, FP8Weight, Rounding, dequantize_fp8
 from nanovllm.kernels.hopper_config import MAX_HOPPER_TOKENS
-from nanovllm.kernels.hopper_gemm import (
-    can_apply_activation,
-    can_use_hopper_gemm,
-    hopper_gemm,
-)
+from nanovllm.kernels.hopper_gemm import can_use_hopper_gemm, hopper_gemm
 from nanovllm.quantization.unquantized import UNQUANTIZED
 from nanovllm.quantization.weight_format import Epilogue, Norm, PartialSums, uses_gemv
 
@@ -130,8 +126,8 @@ def uses_cublas(x: FP8Input, weight: FP8Weight) -> bool:
 def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
     """Whether the GEMM is `hopper_gemm`.
 
-    With blocks it is `fp8_gemm` for few tokens and many rows: `hopper_gemm` multiplies each number
-    with its scale, and there that takes longer than to read the weight.
+    For few tokens and many rows of blocks it is `fp8_gemm`: `hopper_gemm` multiplies each number
+    of a block with the scale, and there that takes longer than to read the weight.
     """
     if not can_use_hopper_gemm(x):
         return False
@@ -141,12 +137,6 @@ def uses_hopper_gemm(x: Tensor, weight: FP8Weight) -> bool:
         return True
     num_multiprocessors, _ = device_limits(x.device)
     return weight.out_size < 128 * num_multiprocessors
-
-
-def fuses_activation(x: Tensor, weight: FP8Weight, quantizes_input: bool) -> bool:
-    """Whether the GEMM applies the activation to its product."""
-    is_gemm = choose_fp8_kernel(x, weight, quantizes_input) is FP8Kernel.GEMM
-    return is_gemm and uses_hopper_gemm(x, weight) and can_apply_activation(weight)
 
 
 def can_read_experts(weight: FP8Weight) -> bool:
@@ -206,7 +196,7 @@ def multiply_fp8(
     if uses_hopper_gemm(x, weight):
         sums = PartialSums(hopper_gemm(x, weight, bias, reader_sums, epilogue.activation))
     else:
-        assert epilogue.activation is None, "see `fuses_activation`"
+        assert epilogue.activation is None, "only `hopper_gemm` applies it"
         sums = PartialSums(fp8_gemm(x, weight, bias, reader_sums))
     if epilogue.out is not None:
         return epilogue.out.copy_(sums.sum())

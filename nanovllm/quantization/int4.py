@@ -243,15 +243,15 @@ class Int4(QuantizedFormat):
         return self.weight_of(layer)
 
     def applies_activation(self, layer: Any, x: Tensor) -> bool:
-        """The GEMV does, and on Hopper the GEMMs of few tokens and, of the dequantised weight, of a
-        large prefill.
+        """The GEMV does. On Hopper `hopper_gemm` does, and so does the GEMM of a large prefill, of
+        the dequantised weight.
         """
         kernel = choose_int4_kernel(x)
-        if kernel is Int4Kernel.DEQUANTIZE:
-            return can_fuse_gate(x, layer.packed, get_context().in_graph)
+        if kernel is Int4Kernel.GEMV:
+            return True
         if kernel is Int4Kernel.GEMM:
             return can_use_hopper_gemm(x) and can_apply_activation(self.weight_of(layer))
-        return True
+        return can_fuse_gate(x, layer.packed, get_context().in_graph)
 
     def matmul(
         self, layer: Any, x: Tensor, bias: Tensor | None, epilogue: Epilogue, norm: Norm | None
