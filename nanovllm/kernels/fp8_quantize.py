@@ -1,9 +1,9 @@
 """The input of a linear layer, rounded to FP8 for a step of many tokens.
 
 Each token has a scale of its own, or one for each group of its columns, so what one token is
-multiplied with does not depend on the others of the step. The kernels that compute such an input, a
-norm or the activation of an MLP, round it before they write it; the kernel here is for what other
-kernels have written, the output of attention above all.
+multiplied with does not depend on the others of the step. The activation of an MLP and a norm that
+comes with an addition round their result before they write it. The kernel here is for what was
+written in 16 bits, the output of attention above all.
 """
 
 import torch
